@@ -1,0 +1,249 @@
+"""Every error that Milepost raises, in one tree.
+
+    MilepostError
+    ├── ConfigError (ValueError)                   an option does not make sense
+    ├── ClosedError (RuntimeError)                 used after close()
+    ├── StateError (ValueError)                    this state dict cannot be saved
+    │   └── UnsupportedTypeError (TypeError)       … because of the type of a key or value
+    ├── StorageError (OSError)                     an operation of the file system failed
+    │   ├── EntryNotFoundError (FileNotFoundError)     … as the file or folder is not there
+    │   └── EntryExistsError (FileExistsError)         … as there is one already
+    ├── TargetError (OSError)                      a save may not write to, or replace, this path
+    ├── CommitError (RuntimeError)                 the ranks did not agree to commit
+    │   ├── AbortedError                           another rank failed and said so
+    │   ├── CommitTimeoutError (TimeoutError)      a rank did not arrive in time
+    │   └── PostCommitError                        committed, but post_commit raised
+    └── LoadError
+        ├── CheckpointNotFoundError (FileNotFoundError)
+        ├── IncompleteCheckpointError (RuntimeError)   a save that never committed
+        ├── CorruptCheckpointError (RuntimeError)      damaged, or not ours
+        ├── UnsupportedFormatError (RuntimeError)      written by a later Milepost
+        └── MismatchError (RuntimeError)               does not fit the template, or keys are missing
+
+A leaf also inherits the built-in that a caller would catch. Each error carries the facts it knows as
+attributes: ``path``, ``rank``, ``key`` and ``phase`` (None where unknown), and a ``hint``: the way out.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+__all__ = [
+    "AbortedError",
+    "CheckpointNotFoundError",
+    "ClosedError",
+    "CommitError",
+    "CommitTimeoutError",
+    "ConfigError",
+    "CorruptCheckpointError",
+    "EntryExistsError",
+    "EntryNotFoundError",
+    "IncompleteCheckpointError",
+    "LoadError",
+    "MilepostError",
+    "MismatchError",
+    "PostCommitError",
+    "StateError",
+    "StorageError",
+    "TargetError",
+    "UnsupportedFormatError",
+    "UnsupportedTypeError",
+    "error_context",
+]
+
+
+class MilepostError(Exception):
+    """Base of all errors of this library.
+
+    Args:
+        message: What happened, with what was expected and what was found.
+        path: The file or folder concerned.
+        rank: The global rank concerned.
+        key: The key of the state dict concerned, as a path such as ``model.0.weight``.
+        phase: The phase of the save or load in which it happened.
+        hint: What the user can do about it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        rank: int | None = None,
+        key: str | None = None,
+        phase: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.rank = rank
+        self.key = key
+        self.phase = phase
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """The message, then each fact that it does not already name, then the hint."""
+        facts = [
+            f"{name} {value}"
+            for name, value in (
+                ("path", self.path),
+                ("key", self.key),
+                ("rank", self.rank),
+                ("phase", self.phase),
+            )
+            if value is not None and (isinstance(value, int) or value not in self.message)
+        ]
+        text = f"{self.message} ({', '.join(facts)})" if facts else self.message
+        return f"{text}\nhint: {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by class, message and attributes, so that errors cross process boundaries whole."""
+        attributes = dict(self.__dict__)
+        if isinstance(self, OSError):
+            attributes["errno"] = self.errno
+        return (_restore, (type(self), self.message, attributes))
+
+    def located(self, **facts: Any) -> Self:
+        """Fill in those of path, rank, key and phase that are not known yet; returns self."""
+        for name, value in facts.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        return self
+
+
+def _restore(cls: type[MilepostError], message: str, attributes: dict[str, Any]) -> MilepostError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
+
+
+class ConfigError(MilepostError, ValueError):
+    """An option, or a combination of options, does not make sense."""
+
+
+class ClosedError(MilepostError, RuntimeError):
+    """The object was used after ``close()``."""
+
+
+class StateError(MilepostError, ValueError):
+    """This state dict cannot be saved; nothing was written."""
+
+
+class UnsupportedTypeError(StateError, TypeError):
+    """A key or value has a type that could not be read back safely; nothing was written."""
+
+
+class StorageError(MilepostError, OSError):
+    """An operation of the file system failed.
+
+    Attributes:
+        errno: The error number of the cause, as in ``OSError``.
+        operation: What was tried: ``"create"``, ``"write"``, ``"fsync"``, ``"rename"`` …
+    """
+
+    def __init__(
+        self, message: str, *, errno: int | None = None, operation: str | None = None, **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.errno = errno
+        self.operation = operation
+
+    @classmethod
+    def wrap(cls, error: OSError, operation: str, path: str) -> StorageError:
+        """The StorageError (or the leaf below it) for an OSError that `operation` raised on `path`."""
+        leaf = cls
+        if isinstance(error, FileNotFoundError):
+            leaf = EntryNotFoundError
+        elif isinstance(error, FileExistsError):
+            leaf = EntryExistsError
+        return leaf(
+            f"{operation} failed: {error.strerror or error}: {path}",
+            errno=error.errno,
+            operation=operation,
+            path=path,
+            hint=_HINTS.get(error.errno or 0),
+        )
+
+
+class EntryNotFoundError(StorageError, FileNotFoundError):
+    """The file or folder of the operation is not there."""
+
+
+class EntryExistsError(StorageError, FileExistsError):
+    """There is a file or folder of that name already."""
+
+
+_HINTS = {
+    errno.ENOSPC: "free space on this file system, or save somewhere else",
+    errno.EDQUOT: "the disk quota is used up: free space, or save somewhere else",
+    errno.EACCES: "check the permissions of the folder",
+    errno.EROFS: "the file system is mounted read-only: save somewhere else",
+    errno.EIO: "the device reports an error: check the disk before you trust it again",
+}
+
+
+class TargetError(MilepostError, OSError):
+    """The path is not one that a save may write to or replace; nothing was touched."""
+
+
+class CommitError(MilepostError, RuntimeError):
+    """The ranks of a save did not agree to commit; the checkpoint does not appear."""
+
+
+class AbortedError(CommitError):
+    """Another rank of the same save failed; its error is in the message."""
+
+
+class CommitTimeoutError(CommitError, TimeoutError):
+    """A rank did not arrive within ``write_barrier_timeout_secs``."""
+
+
+class PostCommitError(CommitError):
+    """``post_commit`` raised. The checkpoint *is* committed and loads."""
+
+
+class LoadError(MilepostError):
+    """A checkpoint could not be loaded."""
+
+
+class CheckpointNotFoundError(LoadError, FileNotFoundError):
+    """There is no checkpoint at this path."""
+
+
+class IncompleteCheckpointError(LoadError, RuntimeError):
+    """The folder holds a part of a save that never committed."""
+
+
+class CorruptCheckpointError(LoadError, RuntimeError):
+    """A file of the checkpoint is damaged, missing, or not what the manifest says.
+
+    ``targets_modified`` tells whether tensors of the template were already written to.
+    """
+
+    def __init__(self, message: str, *, targets_modified: bool = False, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.targets_modified = targets_modified
+
+
+class UnsupportedFormatError(LoadError, RuntimeError):
+    """The checkpoint needs a feature or a format version that this Milepost does not know."""
+
+
+class MismatchError(LoadError, RuntimeError):
+    """The checkpoint does not fit the template, or keys are missing in a strict load."""
+
+
+@contextmanager
+def error_context(**facts: Any) -> Iterator[None]:
+    """Add `path`, `rank`, `key` or `phase` to any MilepostError that passes, where it lacks them."""
+    try:
+        yield
+    except MilepostError as error:
+        error.located(**facts)
+        raise
