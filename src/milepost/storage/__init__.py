@@ -49,9 +49,10 @@ class NewFile(Protocol):
         multiple of it is written without a copy.
         """
 
-    def finish(self, size: int) -> None:
+    def finish(self, size: int, *, sync: bool = True) -> None:
         """Returns when the file holds exactly `size` bytes and they are durable (fsync); closes it.
 
+        With ``sync=False`` nothing is fsynced: for what may be lost, such as beacons.
         If it raises, the file has been removed: after a failed fsync nothing written is trusted.
         """
 

@@ -1,0 +1,255 @@
+"""The calls to the operating system that Python's ``os`` lacks or makes awkward, in one place.
+
+Linux (x86-64, arm64) is the home; on macOS each call has its nearest relative. What a kernel, libc or
+file system cannot do is an ``OSError`` with the errno (`UNSUPPORTED` holds those that mean "not here"),
+never a crash; the caller decides what to do instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import sys
+import weakref
+
+__all__ = [
+    "O_DIRECT",
+    "UNSUPPORTED",
+    "address_of",
+    "cached_fraction",
+    "disable_direct",
+    "enable_nocache",
+    "is_mount_point",
+    "is_network_file_system",
+    "map_file_private",
+    "memory_at",
+    "private_memory",
+    "rename_exchange",
+    "rename_noreplace",
+    "umask",
+]
+
+_LINUX = sys.platform == "linux"
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PAGE = mmap.PAGESIZE
+_HUGE_PAGE = 2 << 20
+
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+"""The flag for opening a file round the page cache; 0 where there is none."""
+
+UNSUPPORTED = frozenset(
+    {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, getattr(errno, "ENOTSUP", errno.EOPNOTSUPP), errno.ENOTTY}
+)
+"""The errnos by which kernels and file systems say that they do not know a call or a flag."""
+
+
+def _fail() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
+# ---------------------------------------------------------------------------- direct I/O
+
+
+def disable_direct(descriptor: int) -> None:
+    """Make an O_DIRECT descriptor an ordinary one; raises OSError if the kernel refuses."""
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~O_DIRECT)
+
+
+def enable_nocache(descriptor: int) -> None:
+    """Ask macOS to keep a file's data out of the cache; does nothing elsewhere."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+
+
+def cached_fraction(descriptor: int, offset: int, length: int) -> float:
+    """How much of a range of a file is in the page cache, from 0 to 1. Reads nothing from the disk.
+
+    Exact from Linux 6.5 on (``cachestat``), a sample of pages before that; 1 where it cannot be known,
+    as buffered reading is then the safe choice.
+    """
+    if length <= 0 or not _LINUX:
+        return 1.0
+    window = (ctypes.c_uint64 * 2)(offset, length)
+    counts = (ctypes.c_uint64 * 5)()
+    if _LIBC.syscall(451, ctypes.c_uint(descriptor), window, counts, ctypes.c_uint(0)) == 0:
+        pages = (offset + length - 1) // _PAGE - offset // _PAGE + 1
+        return min(counts[0] / pages, 1.0)
+    return _cached_sample(descriptor, offset, length)
+
+
+def _cached_sample(descriptor: int, offset: int, length: int) -> float:
+    # A probe may start a read-ahead where it looked, so it never looks at the same places twice.
+    places = [int.from_bytes(os.urandom(8), "little") % length for _ in range(8)]
+    hits = 0
+    probe = bytearray(1)
+    for place in places:
+        try:
+            hits += os.preadv(descriptor, [probe], offset + place, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        except OSError:
+            return 1.0
+    return hits / len(places)
+
+
+# ---------------------------------------------------------------------------- names
+
+_AT_FDCWD = -100 if _LINUX else -2
+
+
+def _rename_flagged(source: str, target: str, linux_flag: int, darwin_flag: int) -> None:
+    name, flag = ("renameat2", linux_flag) if _LINUX else ("renameatx_np", darwin_flag)
+    call = getattr(_LIBC, name, None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flag))
+    while call(*arguments) != 0:
+        error = _fail()
+        if error.errno != errno.EINTR:
+            raise error
+
+
+def rename_noreplace(source: str, target: str) -> None:
+    """Rename atomically if `target` does not exist; FileExistsError if it does."""
+    _rename_flagged(source, target, 1, 4)
+
+
+def rename_exchange(source: str, target: str) -> None:
+    """Swap two existing entries atomically."""
+    _rename_flagged(source, target, 2, 2)
+
+
+def umask() -> int:
+    """This process's file mode mask, read without changing it where the system can tell."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("Umask:"):
+                    return int(line.split()[1], 8)
+    except OSError:
+        pass
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+# ---------------------------------------------------------------------------- file systems
+
+_NETWORK_MAGICS = frozenset(
+    {
+        0x6969,  # nfs
+        0x517B,  # smb
+        0xFE534D42,  # smb2
+        0xFF534D42,  # cifs
+        0x0BD00BD0,  # lustre
+        0x47504653,  # gpfs
+        0x00C36400,  # ceph
+        0x65735546,  # fuse
+        0x01021997,  # 9p
+        0x5346414F,  # afs
+        0x19830326,  # beegfs (fhgfs)
+        0x7461636F,  # ocfs2
+        0x01161970,  # gfs2
+        0xAAD7AAEA,  # panfs
+        0x20030528,  # orangefs (pvfs2)
+        0x73757245,  # coda
+    }
+)
+_NETWORK_NAMES = frozenset({b"nfs", b"smbfs", b"afpfs", b"webdav", b"macfuse", b"osxfuse"})
+
+
+def is_network_file_system(descriptor: int) -> bool:
+    """Whether an open file lies on a network, cluster or FUSE file system; False where it is unknown."""
+    buffer = ctypes.create_string_buffer(4096)
+    if _LIBC.fstatfs(ctypes.c_int(descriptor), buffer) != 0:
+        return False
+    if _LINUX:
+        return ctypes.c_uint32.from_buffer(buffer).value in _NETWORK_MAGICS
+    return buffer.raw[72:88].split(b"\0")[0] in _NETWORK_NAMES
+
+
+def is_mount_point(path: str, dir_fd: int | None = None) -> bool:
+    """Whether a folder is the root of a mount (bind mounts included, from Linux 5.8 on).
+
+    Raises OSError if it cannot be examined.
+    """
+    statx = getattr(_LIBC, "statx", None) if _LINUX else None
+    if statx is not None:
+        buffer = ctypes.create_string_buffer(256)
+        base = _AT_FDCWD if dir_fd is None else dir_fd
+        if statx(base, os.fsencode(path), ctypes.c_int(0x100), ctypes.c_uint(0), buffer) == 0:
+            attributes = ctypes.c_uint64.from_buffer(buffer, 8).value
+            known = ctypes.c_uint64.from_buffer(buffer, 56).value
+            if known & 0x2000:  # STATX_ATTR_MOUNT_ROOT
+                return bool(attributes & 0x2000)
+    here = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+    if not stat.S_ISDIR(here.st_mode):
+        return False
+    above = os.stat(os.path.join(path, ".."), dir_fd=dir_fd)
+    return here.st_dev != above.st_dev or here.st_ino == above.st_ino
+
+
+# ---------------------------------------------------------------------------- memory
+
+if _LINUX or sys.platform == "darwin":
+    _LIBC.mmap.restype = ctypes.c_void_p
+    _LIBC.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    ]
+    _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def private_memory(size: int) -> memoryview:
+    """Zeroed private memory, in huge pages where the system has them; aligned for direct I/O.
+
+    Nothing is touched yet: pages come with their first use. It is returned to the system when the last
+    view of it is gone. (Python's ``mmap(-1, n)`` alone is *shared* memory, which writes far slower.)
+    """
+    huge = size >= _HUGE_PAGE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    region = mmap.mmap(-1, max(size, 1) + (_HUGE_PAGE if huge else 0), flags=flags)
+    view = memoryview(region)
+    start = -(address_of(view) or 0) % _HUGE_PAGE if huge else 0
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            region.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without transparent huge pages: slower, not wrong
+            pass
+    return view[start : start + size]
+
+
+def map_file_private(descriptor: int, size: int) -> memoryview:
+    """The first `size` bytes of a file, mapped copy-on-write and writable. Holds no descriptor.
+
+    Unmapped when the last view of it is gone, which never happens at interpreter exit: the system does
+    it then. Raises OSError if the file system cannot map files.
+    """
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    address = _LIBC.mmap(None, size, protection, mmap.MAP_PRIVATE, descriptor, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise _fail()
+    array = (ctypes.c_char * size).from_address(address)
+    weakref.finalize(array, _LIBC.munmap, address, size).atexit = False
+    return memoryview(array).cast("B")
+
+
+def memory_at(address: int, length: int) -> memoryview:
+    """A view of raw memory, which the caller keeps alive."""
+    return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
+
+
+def address_of(view: memoryview) -> int | None:
+    """The address of a view's first byte; None for an empty or read-only one."""
+    if view.readonly or not view.nbytes:
+        return None
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
