@@ -116,7 +116,7 @@ class Tensors(msgspec.Struct):
     """The tensors of an index, in columns.
 
     Attributes:
-        record: Number of the record that holds the bytes, -1 for a tensor without elements.
+        record: Number of the record that holds the bytes; a tensor without elements has an empty one.
         byte_offset: Where in the record the element of index (0, …, 0) lies.
         dtype: Name as in torch, without the prefix: "float32".
         shape: Sizes.
@@ -429,12 +429,9 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
             empty = empty or length == 0
             reach += (length - 1) * step * size
         check(fits, f"tensor {number} has shape {shape} and stride {stride}")
-        if empty:
-            check(record == -1 and start == 0, f"tensor {number} has no elements but a record")
-            continue
         check(-1 < record < len(lengths), f"tensor {number} lies in record {record} of {len(lengths)}")
         check(
-            start >= 0 and start % size == 0 and start + reach <= lengths[record],
+            start >= 0 and start % size == 0 and start + (0 if empty else reach) <= lengths[record],
             f"tensor {number} reaches beyond its record",
         )
 
