@@ -146,14 +146,17 @@ class _Pipeline:
             self._written.put((view, len(view)))
 
 
-def join(thread: threading.Thread) -> None:
-    """Wait until a thread that was told to end has ended, also through Ctrl-C, which is raised afterwards."""
+def join(*threads: threading.Thread, stop: Callable[[], None] | None = None) -> None:
+    """Wait until the threads have ended, also through Ctrl-C: that calls `stop`, and is raised afterwards."""
     interrupt: KeyboardInterrupt | None = None
-    while thread.is_alive():
-        try:
-            thread.join()
-        except KeyboardInterrupt as error:
-            interrupt = error
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as error:
+                interrupt = error
+                if stop:
+                    stop()
     if interrupt:
         raise interrupt
 
