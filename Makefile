@@ -1,0 +1,94 @@
+# One door to everything: `make demo` shows what Milepost does, `make test` proves it.
+#
+#   make VENV=/path/to/environment …    use (or create) another environment; a torch in it is kept
+#   make PYTHON=python3.12 …            the interpreter that a new environment is made with
+
+VENV ?= .venv
+PYTHON ?= python3.11
+GAZETTEER_VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/milepost.stamp
+HAVE_GAZETTEER := $(wildcard gazetteer/Makefile)
+GAZETTEER := $(MAKE) -C gazetteer VENV=$(GAZETTEER_VENV) PYTHON=$(PYTHON)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow cov check lint types docs bench fmt fmt-check size \
+	gazetteer gazetteer-demo clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
+
+setup: $(STAMP) ## the virtual environment, with pinned versions
+
+$(STAMP): pyproject.toml constraints.txt tools/install.sh
+	PYTHON="$(PYTHON)" bash tools/install.sh "$(VENV)"
+	@touch $@
+
+demo: $(STAMP) ## train, kill the trainer in the middle of a save, resume, compare bit for bit
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## everything that proves a promise
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+ifneq ($(HAVE_GAZETTEER),)
+	$(GAZETTEER) test
+endif
+
+test-slow: $(STAMP) ## soaks and long property runs only
+	$(BIN)/python -m pytest -m slow --timeout 3600 -o faulthandler_timeout=3700 $(PYTEST_ARGS)
+
+cov: $(STAMP) ## the tests with branch coverage, child processes included
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m coverage combine
+	$(BIN)/python -m coverage report
+
+check: fmt-check lint types docs size ## all gates but the tests
+ifneq ($(HAVE_GAZETTEER),)
+	$(GAZETTEER) check
+endif
+
+fmt: $(STAMP) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only .
+
+fmt-check: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP) ## ruff, spelling, and the dependency rule
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports --no-cache
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy --strict src
+
+docs: $(STAMP) ## run the code in the documents, and compare docs/cli.md with the command line
+	$(BIN)/python -m pytest -p no:randomly README.md docs $(PYTEST_ARGS)
+	$(BIN)/python -m cogapp --check --diff -p "import sys; sys.path.insert(0, 'tools')" docs/cli.md
+
+docs/cli.md: $(STAMP) FORCE ## write the command line's help into it
+	$(BIN)/python -m cogapp -r -p "import sys; sys.path.insert(0, 'tools')" $@
+
+bench: $(STAMP) ## benchmarks, as tables with ratios
+	$(BIN)/python benchmarks/run.py
+
+size: $(STAMP) ## lines per module against the budget
+	$(BIN)/python tools/size.py
+
+ifneq ($(HAVE_GAZETTEER),)
+gazetteer: ## gates and tests of the documentation system in gazetteer/
+	$(GAZETTEER) check test
+
+gazetteer-demo: ## its demo
+	$(GAZETTEER) demo
+endif
+
+clean: ## what `make` made, except environments
+	rm -rf build dist demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+
+FORCE:

@@ -1,0 +1,207 @@
+"""The dependency rule and the other promises about the package as a whole."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "milepost"
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+TORCH_MODULES = {
+    "barriers",
+    "builder",
+    "checkpoint_process",
+    "checkpoint_reader",
+    "checkpoint_writer",
+    "checkpointer",
+    "integrations",
+    "manager",
+    "staging",
+    "state",
+    "testing",
+}
+"""The modules that may import torch; every other one is torch-free, and listed in pyproject.toml."""
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
+    return subprocess.run(
+        [*program, "--config", str(folder / "pyproject.toml"), "--no-cache"],
+        cwd=folder,
+        env={"PYTHONPATH": str(folder / "src"), "PATH": "", "HOME": str(folder), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    shutil.copytree(PACKAGE, folder / "src" / "milepost", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder / "src" / "milepost"
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("errors", "from milepost.types import RankInfo", "A module imports only from lines below"),
+        ("manifest", "import milepost.storage", "A module imports only from lines below"),
+        ("stowaway", "", "A module imports only from lines below"),
+        ("tree", "import torch", "Torch-free modules import neither torch nor numpy"),
+        ("utils", "import numpy", "Torch-free modules import neither torch nor numpy"),
+        ("__init__", "import torch", "Torch-free modules import neither torch nor numpy"),
+        ("manifest", "from milepost.storage.local import LocalStorage", "Only builder, cli, testing"),
+    ],
+    ids=["upwards", "sibling", "unlisted", "torch", "numpy", "package", "storage"],
+)
+def test_a_planted_violation_breaks_its_contract(tmp_path, module, line, contract):
+    """Each import contract fails when a line that it forbids is added to a copy of the package."""
+    package = copy_of_the_package(tmp_path)
+    clean = lint_imports(tmp_path)
+    assert clean.returncode == 0, clean.stdout
+    path = package / f"{module}.py"
+    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    broken = lint_imports(tmp_path)
+    assert broken.returncode == 1, broken.stdout
+    assert any(contract in text and "BROKEN" in text for text in broken.stdout.splitlines()), broken.stdout
+
+
+def test_each_module_is_torch_free_or_known_to_need_torch():
+    """Every module of the package is in the torch-free contract or in TORCH_MODULES, and not in both."""
+    contract = next(c for c in CONFIG["tool"]["importlinter"]["contracts"] if c["type"] == "forbidden")
+    free = {name.removeprefix("milepost.").split(".")[0] for name in contract["source_modules"]} - {
+        "milepost"
+    }
+    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    modules -= {"__init__", "__pycache__"}
+    assert modules <= free | TORCH_MODULES
+    assert not free & TORCH_MODULES
+
+
+def test_import_milepost_loads_neither_torch_nor_numpy():
+    """`import milepost` loads no module of torch or numpy, nor any other third-party package."""
+    code = "import sys; before = set(sys.modules); import milepost; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    packages = {name.partition(".")[0] for name in loaded.split()}
+    assert "milepost" in packages
+    assert packages - sys.stdlib_module_names == {"milepost"}
+
+
+def test_all_is_sorted_and_exactly_what_can_be_imported():
+    """Each name of __all__ is importable, __all__ is sorted, and type checkers are told of the same names."""
+    import milepost
+
+    assert milepost.__all__ == sorted(milepost.__all__)
+    for name in milepost.__all__:
+        assert getattr(milepost, name) is not None
+    public = {name for name in dir(milepost) if not name.startswith("_")}
+    submodules = {path.stem for path in PACKAGE.iterdir()}
+    helpers = {"annotations", "importlib", "sys", "Any", "TYPE_CHECKING"}
+    assert public - submodules - helpers == {name for name in milepost.__all__ if not name.startswith("_")}
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("milepost.")
+        for alias in node.names
+    }
+    assert typed == set(milepost.__all__) - {"__version__"}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    """A name that the package does not export is an AttributeError that names it."""
+    import milepost
+
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = milepost.no_such_name
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "word"), [("platform", "win32", "Windows"), ("byteorder", "big", "endian")]
+)
+def test_an_unsupported_host_is_refused_with_words(attribute, value, word):
+    """On Windows and on big-endian hosts the import is an ImportError that says why."""
+    code = f"import sys; sys.{attribute} = {value!r}; import milepost"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("ImportError: Milepost")
+    assert word in result.stderr.splitlines()[-1]
+
+
+def test_each_test_states_the_truth_that_it_tests():
+    """Every test function of this suite has a docstring of one sentence."""
+    bare = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                text = ast.get_docstring(node) or ""
+                if not text.endswith((".", "?")):
+                    bare.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not bare
+
+
+def test_the_version_has_one_value():
+    """milepost.__version__ is the version in pyproject.toml."""
+    import milepost
+
+    assert milepost.__version__ == CONFIG["project"]["version"]
+
+
+def test_every_pin_is_exact_and_none_is_missing():
+    """constraints.txt pins each dependency to one version, without addresses, paths or hashes."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {}
+    for line in lines:
+        name, separator, version = line.partition("==")
+        assert separator
+        assert not set(line) & set("@/: ")
+        pinned[name.lower()] = version
+    assert pinned["torch"] == "2.13.0"
+    wanted = [*CONFIG["project"]["dependencies"], *CONFIG["project"]["optional-dependencies"]["dev"]]
+    for requirement in wanted:
+        assert requirement.split(">=")[0] in pinned
+
+
+def test_the_size_budget_counts_every_module(tmp_path):
+    """tools/size.py passes modules of 480 lines, and fails for a longer one and for too many lines in all."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "size.py", tmp_path / "tools")
+    package = tmp_path / "src" / "milepost" / "storage"
+    package.mkdir(parents=True)
+
+    def verdict() -> tuple[int, str]:
+        run = [sys.executable, str(tmp_path / "tools" / "size.py")]
+        result = subprocess.run(run, capture_output=True, text=True, check=False)
+        return result.returncode, result.stdout
+
+    (package / "fits.py").write_text("pass\n" * 480)
+    assert verdict()[0] == 0
+    (package / "bursts.py").write_text("pass\n" * 481)
+    code, table = verdict()
+    assert code == 1
+    assert "TOO LONG" in next(line for line in table.splitlines() if "storage/bursts.py" in line)
+    (package / "bursts.py").unlink()
+    for number in range(14):
+        (package / f"part{number}.py").write_text("pass\n" * 480)
+    code, table = verdict()
+    assert code == 1
+    assert table.splitlines()[-1].split()[0] == "7200"
+
+
+def test_config_files_hold_what_they_promise():
+    """Ruff selects everything but what it names, with a reason beside each ignored rule."""
+    text = (ROOT / "pyproject.toml").read_text().splitlines()
+    start = text.index("ignore = [")
+    ignored = text[start + 1 : text.index("]", start)]
+    assert CONFIG["tool"]["ruff"]["lint"]["select"] == ["ALL"]
+    assert len(ignored) == len(CONFIG["tool"]["ruff"]["lint"]["ignore"])
+    assert all("#" in line for line in ignored), json.dumps(ignored)
