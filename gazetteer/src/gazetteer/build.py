@@ -1,0 +1,379 @@
+"""From a repository to pages: scan, parse, relate, write; only what changed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from gazetteer.analyze import analyze, read_text
+from gazetteer.errors import OutputError, UsageError
+from gazetteer.history import head_of, read_history
+from gazetteer.markdown import Page
+from gazetteer.model import FileFacts, Status
+from gazetteer.pages.file_docs import docs, purpose
+from gazetteer.pages.file_kw import keywords
+from gazetteer.pages.folder import description, index, subtree_keywords
+from gazetteer.pages.tree import Tree
+from gazetteer.pages.whole import all_keywords, book, root_sections
+from gazetteer.paths import BOOK, INDEX_JSON, KEYWORDS, STATE, Places, docs_page, folder_page, kw_page, parent
+from gazetteer.relations import Context, Relations, relate
+from gazetteer.resolve import Resolver
+from gazetteer.runs import test_runs
+from gazetteer.scan import Found, Scan, digest_file, scan
+from gazetteer.state import PageRecord, State, facts_of, fingerprint, load_facts, pack, save_facts, write_atomic
+from gazetteer.workers import Workers, default_jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Summary", "build", "read_repository"]
+
+_INTRODUCTIONS = ("readme.md", "readme.rst", "readme.txt", "readme")
+
+
+@dataclass
+class Summary:
+    """What a build did.
+
+    Attributes:
+        files: Files documented.
+        folders: Folders documented.
+        symbols: Symbols found.
+        parsed: Files parsed in this run.
+        pages: Pages that the output now has.
+        written: Pages written in this run.
+        removed: Stale pages removed.
+        excluded: Files and folders left out.
+        seconds: Wall-clock time.
+        statuses: Number of files of each status other than parsed.
+    """
+
+    files: int = 0
+    folders: int = 0
+    symbols: int = 0
+    parsed: int = 0
+    pages: int = 0
+    written: int = 0
+    removed: int = 0
+    excluded: int = 0
+    seconds: float = 0.0
+    statuses: dict[str, int] = field(default_factory=dict)
+
+
+class _RenderTask(msgspec.Struct, frozen=True):
+    found: Found
+    facts: bytes
+    context: bytes
+    key: bytes
+    base: str
+    out: str
+
+
+_context_decoder = msgspec.msgpack.Decoder(Context)
+
+
+def _analyze_packed(found: Found) -> bytes:
+    return pack(analyze(found))
+
+
+def _crashed(found: Found) -> bytes:
+    return pack(FileFacts(
+        found.path, found.size, 0, "", Status.FAILED, note="The parser crashed on it; nothing in it is listed.", encoding=""
+    ))
+
+
+def _render(task: _RenderTask) -> list[tuple[str, PageRecord]]:
+    """Write both pages of a file; return what was written."""
+    facts = facts_of(task.facts)
+    places = Places(task.base)
+    source = read_text(task.found) if facts.status is not Status.FAILED else ""
+    page = docs(facts, _context_decoder.decode(task.context), source, places)
+    written = []
+    for name, text in (
+        (docs_page(facts.path), page.render()),
+        (kw_page(facts.path), keywords(facts, page.sections, places).render()),
+    ):
+        written.append((name, _write(Path(task.out), name, text, task.key)))
+    return written
+
+
+def _write(out: Path, name: str, text: str, key: bytes) -> PageRecord:
+    target = out / name
+    write_atomic(target, text.encode("utf-8", "replace"))
+    info = os.stat(target)
+    return PageRecord(key, info.st_size, info.st_mtime_ns)
+
+
+def _intact(out: Path, name: str, record: PageRecord) -> bool:
+    try:
+        info = os.stat(f"{out}/{name}")
+    except OSError:
+        return False
+    return info.st_size == record.size and info.st_mtime_ns == record.mtime_ns
+
+
+def _root_package(root: Path) -> str:
+    """Return the dotted name of the package that the root is inside of, if it is one."""
+    parts: list[str] = []
+    folder = root
+    while (folder / "__init__.py").exists() and folder.name:
+        parts.append(folder.name)
+        folder = folder.parent
+    return ".".join(reversed(parts))
+
+
+def _go_modules(files: dict[str, Found]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path, file in files.items():
+        if path.rpartition("/")[2] == "go.mod" and not file.link:
+            for line in read_text(file).splitlines():
+                if line.startswith("module "):
+                    found[parent(path)] = line.split()[1].strip('"')
+                    break
+    return found
+
+
+class _Build:
+    def __init__(self, root: Path, out: Path, jobs: int, progress: Callable[[str, int, int], None]) -> None:
+        self.root = root
+        self.out = out
+        self.jobs = jobs
+        self.progress = progress
+        self.base = os.path.relpath(root, out)
+        self.state = State.load(out)
+        self.pages: dict[str, PageRecord] = {}
+        self.summary = Summary()
+        self.packed: dict[str, bytes] = {}
+
+    def run(self, *, json_index: bool) -> Summary:
+        found = scan(self.root, out=self.out)
+        files = {f.path: f for f in found.files}
+        digests = self._digest(files)
+        head = head_of(self.root)
+        inputs = self._inputs(found, digests, head, json_index=json_index)
+        if inputs == self.state.inputs and all(_intact(self.out, n, r) for n, r in self.state.pages.items()):
+            return self._unchanged()
+        try:
+            self._whole(found, files, digests, head, json_index=json_index)
+        except BaseException:
+            self._save(digests, b"")
+            raise
+        self._remove_stale()
+        self._save(digests, inputs)
+        return self.summary
+
+    def _digest(self, files: dict[str, Found]) -> dict[str, bytes]:
+        self.progress("Reading", 0, len(files))
+        out = {}
+        for number, (path, file) in enumerate(files.items(), 1):
+            out[path] = digest_file(file)
+            if not number & 255:
+                self.progress("Reading", number, len(files))
+        return out
+
+    def _inputs(self, found: Scan, digests: dict[str, bytes], head: str, *, json_index: bool) -> bytes:
+        whole = (fingerprint(), self.root.name, self.base, found.excluded, digests, head, json_index, _root_package(self.root))
+        return hashlib.sha256(msgspec.msgpack.encode(whole)).digest()
+
+    def _unchanged(self) -> Summary:
+        known = self.state.summary
+        self.summary = Summary(
+            files=known["files"], folders=known["folders"], symbols=known["symbols"], pages=len(self.state.pages), excluded=known["excluded"]
+        )
+        return self.summary
+
+    def _facts(self, files: dict[str, Found], digests: dict[str, bytes], workers: Workers[Found]) -> dict[str, FileFacts]:
+        old = load_facts(self.out) if self.state.digests else {}
+        self.packed = {p: old[p] for p, d in digests.items() if self.state.digests.get(p) == d and p in old}
+        todo = [file for path, file in files.items() if path not in self.packed]
+        self.summary.parsed = len(todo)
+        self.progress("Parsing", 0, len(todo))
+        for number, (file, packed) in enumerate(zip(todo, workers.run(_analyze_packed, todo, _crashed)), 1):
+            self.packed[file.path] = packed
+            if not number & 63:
+                self.progress("Parsing", number, len(todo))
+        self.progress("Parsing", len(todo), len(todo))
+        return {path: facts_of(self.packed[path]) for path in files}
+
+    def _whole(self, found: Scan, files: dict[str, Found], digests: dict[str, bytes], head: str, *, json_index: bool) -> None:
+        with Workers[Found](self.jobs) as workers:
+            facts = self._facts(files, digests, workers)
+            history = self.state.history if self.state.history.head == head else read_history(self.root, head)
+            self.state.history = history
+            relations = _relations(facts, files, self.root, history)
+            self._render_files(files, digests, relations, workers)  # type: ignore[arg-type]
+        tree = Tree(facts, relations, {path: purpose(fact) for path, fact in facts.items()})
+        self._render_folders(tree, found, files)
+        if json_index:
+            from gazetteer.index import index_json
+
+            self._page(INDEX_JSON, index_json(self.root.name, facts, relations))
+        counted = self.summary
+        counted.files, counted.folders, counted.excluded = len(files), len(tree.files), len(found.excluded)
+        counted.symbols = sum(len(f.symbols) for f in facts.values())
+        for fact in facts.values():
+            if fact.status is not Status.PARSED:
+                counted.statuses[fact.status.value] = counted.statuses.get(fact.status.value, 0) + 1
+        counted.pages = len(self.pages)
+
+    def _render_files(self, files: dict[str, Found], digests: dict[str, bytes], relations: Relations, workers: Workers[_RenderTask]) -> None:
+        tasks: list[_RenderTask] = []
+        encode = msgspec.msgpack.Encoder().encode
+        salt = fingerprint() + self.base.encode()
+        for path, file in files.items():
+            context = encode(relations.contexts[path])
+            key = hashlib.sha256(b"\0".join((salt, digests[path], self.packed[path], context))).digest()[:16]
+            kept = [(n, self.state.pages.get(n)) for n in (docs_page(path), kw_page(path))]
+            if all(r is not None and r.key == key and _intact(self.out, n, r) for n, r in kept):
+                self.pages.update((n, r) for n, r in kept if r is not None)
+            else:
+                tasks.append(_RenderTask(file, self.packed[path], context, key, self.base, str(self.out)))
+        self.progress("Writing", 0, len(tasks))
+        for number, written in enumerate(workers.run(_render, tasks, lambda _: []), 1):
+            self.pages.update(written)
+            self.summary.written += len(written)
+            if not number & 63:
+                self.progress("Writing", number, len(tasks))
+        self.progress("Writing", len(tasks), len(tasks))
+
+    def _render_folders(self, tree: Tree, found: Scan, files: dict[str, Found]) -> None:
+        places = Places(self.base)
+        name = self.root.name
+        folders = tree.all_folders
+        for number, folder in enumerate(folders, 1):
+            extra = [] if folder else root_sections(tree, found.excluded)
+            self._page(folder_page(folder, "index.md"), index(tree, folder, name, extra))
+            self._page(folder_page(folder, "doc.md"), description(tree, folder, name))
+            self._page(folder_page(folder, "sub.md"), subtree_keywords(tree, folder, name, places))
+            self.progress("Folders", number, len(folders))
+        self._page(KEYWORDS, all_keywords(tree, name, places))
+        lead = tree.lead("")
+        readme = read_text(files[lead]) if lead.lower() in _INTRODUCTIONS else ""
+        self._page(BOOK, book(tree, name, readme))
+
+    def _page(self, name: str, page: Page | str) -> None:
+        text = page if isinstance(page, str) else page.render()
+        key = hashlib.sha256(text.encode("utf-8", "replace")).digest()[:16]
+        old = self.state.pages.get(name)
+        if old is not None and old.key == key and _intact(self.out, name, old):
+            self.pages[name] = old
+            return
+        self.pages[name] = _write(self.out, name, text, key)
+        self.summary.written += 1
+
+    def _remove_stale(self) -> None:
+        for name in sorted(self.state.pages.keys() - self.pages.keys()):
+            target = self.out / name
+            target.unlink(missing_ok=True)
+            self.summary.removed += 1
+            for folder in target.parents:
+                if folder == self.out:
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break
+
+    def _save(self, digests: dict[str, bytes], inputs: bytes) -> None:
+        pages = self.pages if inputs else {**self.state.pages, **self.pages}
+        done = {path: digest for path, digest in digests.items() if path in self.packed}
+        counted = {k: v for k, v in asdict(self.summary).items() if isinstance(v, int)}
+        save_facts(self.out, dict(sorted(self.packed.items())))
+        State(fingerprint(), inputs, done, pages, counted, self.state.history).save(self.out)
+
+
+def _relations(facts: dict[str, FileFacts], files: dict[str, Found], root: Path, history: object) -> Relations:
+    resolver = Resolver(facts, root_package=_root_package(root), go_modules=_go_modules(files))
+    return relate(facts, resolver, history, test_runs(files))  # type: ignore[arg-type]
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    (out / STATE).mkdir(parents=True, exist_ok=True)
+    with (out / STATE / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            msg = f"{out}: another build is writing here. Wait for it, or name another folder."
+            raise OutputError(msg) from error
+        yield
+
+
+def _checked(repository: Path, out: Path) -> tuple[Path, Path]:
+    root = Path(os.path.realpath(repository))
+    target = Path(os.path.realpath(out))
+    if target == root or target in root.parents:
+        msg = f"{out}: the output folder must not be the repository or a folder around it. Name another one."
+        raise UsageError(msg)
+    if target.exists() and not target.is_dir():
+        msg = f"{out}: is a file. Name a folder."
+        raise OutputError(msg)
+    if target.is_dir() and not (target / STATE).is_dir() and any(target.iterdir()):
+        msg = f"{out}: is not empty and was not made by Gazetteer. Name a new folder; nothing was written."
+        raise OutputError(msg)
+    return root, target
+
+
+def build(
+    repository: Path | str,
+    out: Path | str,
+    *,
+    jobs: int = 0,
+    json_index: bool = False,
+    progress: Callable[[str, int, int], None] = lambda _phase, _done, _total: None,
+) -> Summary:
+    """Document a repository in Markdown.
+
+    Args:
+        repository: Its root folder.
+        out: Where the pages go; made if missing. Inside the repository it is never documented.
+        jobs: Processes to use; 0 means one per processor.
+        json_index: Whether to write ``index.json`` as well.
+        progress: Called with a phase, what is done, and how much there is.
+
+    Returns:
+        What was done. Every page then describes the repository as it was read, stale pages are
+        gone, and a second call with nothing changed writes nothing.
+
+    Raises:
+        UsageError: ``out`` is the repository or around it.
+        OutputError: ``out`` holds something else, or another build is writing there.
+        RepositoryError: ``repository`` is not a folder that can be listed.
+
+    When it raises later than that, or is interrupted, every page is whole, old or new, and the
+    next build goes on from there.
+    """
+    began = time.monotonic()
+    root, target = _checked(Path(repository), Path(out))
+    scan_root_must_exist(root)
+    with _locked(target):
+        summary = _Build(root, target, jobs or default_jobs(), progress).run(json_index=json_index)
+    summary.seconds = round(time.monotonic() - began, 3)
+    return summary
+
+
+def scan_root_must_exist(root: Path) -> None:
+    """Raise RepositoryError unless the root can be listed, before anything is written."""
+    from gazetteer.errors import RepositoryError
+
+    if not root.is_dir():
+        msg = f"{root}: not a folder. Name the root of a repository."
+        raise RepositoryError(msg)
+
+
+def read_repository(repository: Path | str, *, jobs: int = 0) -> dict[str, FileFacts]:
+    """Return every file's facts without writing anything."""
+    root = Path(os.path.realpath(repository))
+    scan_root_must_exist(root)
+    files = scan(root).files
+    with Workers[Found](jobs or default_jobs()) as workers:
+        packed = list(workers.run(_analyze_packed, files, _crashed))
+    return {file.path: facts_of(data) for file, data in zip(files, packed)}

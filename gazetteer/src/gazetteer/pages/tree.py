@@ -1,0 +1,108 @@
+"""The folders of a repository with what lies under each: what the folder pages are made from."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from gazetteer.paths import parent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gazetteer.model import FileFacts, Symbol
+    from gazetteer.relations import Relations
+
+__all__ = ["Tree"]
+
+
+class Tree:
+    """Folders, their contents, and the import graph between them.
+
+    Args:
+        facts: Facts by path, in order of path.
+        relations: The import graph.
+        purposes: One line of Markdown for each file.
+    """
+
+    def __init__(self, facts: Mapping[str, FileFacts], relations: Relations, purposes: Mapping[str, str]) -> None:
+        self.facts = facts
+        self.relations = relations
+        self.purposes = purposes
+        self.files: dict[str, list[str]] = defaultdict(list)
+        self.folders: dict[str, list[str]] = defaultdict(list)
+        self.below: Counter[str] = Counter()
+        self.lines: Counter[str] = Counter()
+        self.files[""] = []
+        for path, fact in facts.items():
+            folder = parent(path)
+            self._add_folder(folder)
+            self.files[folder].append(path)
+            while True:
+                self.below[folder] += 1
+                self.lines[folder] += fact.lines
+                if not folder:
+                    break
+                folder = parent(folder)
+
+    def _add_folder(self, folder: str) -> None:
+        while folder and folder not in self.files:
+            self.files[folder] = []
+            self.folders[parent(folder)].append(folder)
+            folder = parent(folder)
+
+    @property
+    def all_folders(self) -> list[str]:
+        """Every folder, the root (``""``) first."""
+        return sorted(self.files)
+
+    def subtree(self, folder: str) -> list[str]:
+        """Return every file under a folder, in order of path."""
+        prefix = folder + "/" if folder else ""
+        return [path for path in self.facts if path.startswith(prefix)] if prefix else list(self.facts)
+
+    def fan_in(self, path: str) -> int:
+        """Return how many files import a file."""
+        return len(self.relations.imported_by[path])
+
+    def lead(self, folder: str) -> str:
+        """Return the file that introduces a folder: its README or package file, or ``""``."""
+        names = {path.rpartition("/")[2].lower(): path for path in self.files[folder]}
+        for name in ("readme.md", "readme.rst", "readme.txt", "readme", "__init__.py", "mod.rs", "lib.rs", "doc.go", "package-info.java", "index.ts", "index.js"):
+            path = names.get(name)
+            if path and (self.facts[path].overview or self.facts[path].headings):
+                return path
+        return ""
+
+    def purpose(self, folder: str) -> str:
+        """Return one line of Markdown on a folder: what its README or package file says, or counts."""
+        lead = self.lead(folder)
+        if lead:
+            return self.purposes[lead]
+        files = self.below[folder]
+        return f"{files:,} {'file' if files == 1 else 'files'}, {self.lines[folder]:,} lines"
+
+    def edges(self, folder: str) -> Counter[tuple[str, str]]:
+        """Return the imports between the direct children of a folder, with how many there are."""
+        prefix = folder + "/" if folder else ""
+        found: Counter[tuple[str, str]] = Counter()
+        for path in self.subtree(folder):
+            one = self._child(path, prefix)
+            for target in self.relations.imports[path]:
+                if target.startswith(prefix):
+                    other = self._child(target, prefix)
+                    if other != one:
+                        found[one, other] += 1
+        return found
+
+    @staticmethod
+    def _child(path: str, prefix: str) -> str:
+        rest = path[len(prefix) :]
+        first, slash, _ = rest.partition("/")
+        return prefix + first + slash
+
+    def symbols(self, folder: str) -> list[tuple[Symbol, str]]:
+        """Return every symbol under a folder with its file, sorted by name without regard to case."""
+        found = [(s, path) for path in self.subtree(folder) for s in self.facts[path].symbols]
+        found.sort(key=lambda pair: (pair[0].name.lower(), pair[0].name, pair[1], pair[0].line))
+        return found

@@ -1,0 +1,189 @@
+"""What only the whole repository knows about a file: who uses it, which tests, which layer."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import msgspec
+import networkx as nx
+
+from gazetteer import grammars
+from gazetteer.history import Commit, History
+from gazetteer.model import FileFacts, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gazetteer.resolve import Resolver
+
+__all__ = ["Context", "Dependency", "Relations", "is_test", "relate"]
+
+_TEST_FOLDERS = {"test", "tests", "__tests__", "spec", "unittests"}
+_TEST_NAME = re.compile(r"(?:^test_|^test-|_test$|-test$|\.test$|\.spec$|_spec$|^tests?$|^conftest$|Tests?$|^Test[A-Z])")
+_NAME_LENGTH_MIN = 4
+
+
+class Dependency(msgspec.Struct, frozen=True, array_like=True):
+    """One import with what it was found to mean.
+
+    Attributes:
+        line: Where.
+        module: As written.
+        name: The name taken from it, or empty.
+        targets: Files of the repository.
+        distribution: What provides it otherwise.
+    """
+
+    line: int
+    module: str
+    name: str
+    targets: tuple[str, ...]
+    distribution: str
+
+
+class Context(msgspec.Struct, frozen=True, array_like=True):
+    """What the rest of the repository says about one file.
+
+    Attributes:
+        dependencies: Its imports, resolved.
+        imported_by: Files that import it.
+        tests: Tests that import it or name what it defines, with how.
+        layer: Longest way down the import graph; 0 imports nothing of the repository.
+        layers: Number of layers.
+        cycle: Other files that it imports and that import it, directly or not.
+        together: Files that commits change with it, and how often.
+        commit: Its last commit.
+        module: Dotted name, for Python.
+        test: Whether it is a test.
+        runs: How this repository runs its tests: command, file and line that say so.
+        shared_names: Symbols of it that other files define too: name, file, line.
+    """
+
+    dependencies: tuple[Dependency, ...] = ()
+    imported_by: tuple[str, ...] = ()
+    tests: tuple[tuple[str, str], ...] = ()
+    layer: int = 0
+    layers: int = 0
+    cycle: tuple[str, ...] = ()
+    together: tuple[tuple[str, int], ...] = ()
+    commit: Commit | None = None
+    module: str = ""
+    test: bool = False
+    runs: tuple[tuple[str, str, int], ...] = ()
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Files of the repository that it imports, sorted."""
+        return tuple(sorted({t for d in self.dependencies for t in d.targets}))
+
+
+class Relations(msgspec.Struct, frozen=True):
+    """The import graph and every file's context."""
+
+    contexts: dict[str, Context]
+    imports: dict[str, tuple[str, ...]]
+    imported_by: dict[str, tuple[str, ...]]
+
+
+def is_test(path: str) -> bool:
+    """Tell whether a file is a test by the usual names: its folder's, or its own."""
+    *folders, name = path.split("/")
+    stem = name.rsplit(".", 1)[0]
+    return bool(_TEST_FOLDERS.intersection(folders)) or bool(_TEST_NAME.search(stem))
+
+
+def _layers(imports: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(imports)
+    graph.add_edges_from((path, target) for path, targets in imports.items() for target in targets)
+    layers: dict[str, int] = {}
+    cycles: dict[str, tuple[str, ...]] = {}
+    # networkx yields components so that those a component points to come before it.
+    for component in nx.strongly_connected_components(graph):
+        below = [layers[t] for path in component for t in imports[path] if t not in component]
+        layer = max(below, default=-1) + 1
+        for path in component:
+            layers[path] = layer
+        if len(component) > 1:
+            members = tuple(sorted(component))
+            cycles.update(dict.fromkeys(members, members))
+    return layers, cycles
+
+
+def _tests_naming(facts: Mapping[str, FileFacts]) -> dict[str, list[tuple[str, str]]]:
+    """Map each file to the tests that name a symbol which only it defines."""
+    owner: dict[str, str] = {}
+    for path, fact in facts.items():
+        for symbol in fact.symbols:
+            if symbol.kind in (Kind.CLASS, Kind.FUNCTION) and len(symbol.name) >= _NAME_LENGTH_MIN:
+                owner[symbol.name] = path if owner.get(symbol.name, path) == path else ""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, fact in facts.items():
+        named: dict[str, list[str]] = defaultdict(list)
+        for name in fact.names:
+            if owner.get(name):
+                named[owner[name]].append(name)
+        for target, names in named.items():
+            if target != path:
+                found[target].append((path, ",".join(names)))
+    return found
+
+
+def relate(
+    facts: Mapping[str, FileFacts],
+    resolver: Resolver,
+    history: History,
+    runs: tuple[tuple[str, str, int], ...],
+) -> Relations:
+    """Build every file's context.
+
+    Args:
+        facts: Facts by path, in order of path.
+        resolver: Resolves their imports.
+        history: What git knows.
+        runs: How the repository runs its tests.
+
+    Returns:
+        Contexts that depend on nothing but the arguments.
+    """
+    dependencies: dict[str, tuple[Dependency, ...]] = {}
+    imports: dict[str, tuple[str, ...]] = {}
+    backwards: dict[str, list[str]] = defaultdict(list)
+    for path, fact in facts.items():
+        found = []
+        for item in fact.imports:
+            targets = resolver.targets(path, item)
+            outside = "" if targets else resolver.distribution(path, item)
+            found.append(Dependency(item.line, item.module, item.name, targets, outside))
+        dependencies[path] = tuple(found)
+        imports[path] = tuple(sorted({t for d in found for t in d.targets}))
+        for target in imports[path]:
+            backwards[target].append(path)
+    imported_by = {path: tuple(backwards.get(path, ())) for path in facts}
+    layers, cycles = _layers(imports)
+    count = max(layers.values(), default=-1) + 1
+    naming = _tests_naming(facts)
+    contexts: dict[str, Context] = {}
+    for path, fact in facts.items():
+        code = bool(fact.language) and not grammars.languages()[fact.language].prose
+        tests = {other: "imports it" for other in imported_by[path] if is_test(other)}
+        for other, names in naming.get(path, ()):
+            tests[other] = f"{tests[other]}; names {names}" if other in tests else f"names {names}"
+        linked = bool(imports[path] or imported_by[path])
+        together = tuple(t for t in history.together.get(path, ()) if t[0] in facts)
+        contexts[path] = Context(
+            dependencies=dependencies[path],
+            imported_by=imported_by[path],
+            tests=tuple(sorted(tests.items())),
+            layer=layers[path] if linked else 0,
+            layers=count if linked else 0,
+            cycle=tuple(p for p in cycles.get(path, ()) if p != path),
+            together=together,
+            commit=history.last.get(path),
+            module=resolver.module_name(path),
+            test=is_test(path) and code,
+            runs=runs if code else (),
+        )
+    return Relations(contexts, imports, imported_by)
