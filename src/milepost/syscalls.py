@@ -15,6 +15,7 @@ import os
 import stat
 import sys
 import weakref
+from contextlib import suppress
 
 __all__ = [
     "O_DIRECT",
@@ -22,7 +23,7 @@ __all__ = [
     "address_of",
     "cached_fraction",
     "disable_direct",
-    "enable_nocache",
+    "enable_direct",
     "is_mount_point",
     "is_network_file_system",
     "map_file_private",
@@ -55,15 +56,27 @@ def _fail() -> OSError:
 # ---------------------------------------------------------------------------- direct I/O
 
 
+def enable_direct(descriptor: int) -> bool:
+    """Make an open file go round the page cache; returns whether it now needs aligned reads and writes.
+
+    On macOS it needs none. (The flag at ``open`` would do the same, but where it is refused a file that was
+    to be created may or may not have been.)
+    """
+    try:
+        if sys.platform == "darwin":
+            fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        elif O_DIRECT:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | O_DIRECT)
+            return True
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    return False
+
+
 def disable_direct(descriptor: int) -> None:
-    """Make an O_DIRECT descriptor an ordinary one; raises OSError if the kernel refuses."""
+    """Make a descriptor of direct I/O an ordinary one; raises OSError if the kernel refuses."""
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~O_DIRECT)
-
-
-def enable_nocache(descriptor: int) -> None:
-    """Ask macOS to keep a file's data out of the cache; does nothing elsewhere."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
 
 
 def cached_fraction(descriptor: int, offset: int, length: int) -> float:
@@ -117,13 +130,10 @@ def rename_exchange(source: str, target: str) -> None:
 
 def umask() -> int:
     """This process's file mode mask, read without changing it where the system can tell."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("Umask:"):
-                    return int(line.split()[1], 8)
-    except OSError:
-        pass
+    with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -212,10 +222,8 @@ def private_memory(size: int) -> memoryview:
     view = memoryview(region)
     start = -(address_of(view) or 0) % _HUGE_PAGE if huge else 0
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong
             region.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without transparent huge pages: slower, not wrong
-            pass
     return view[start : start + size]
 
 

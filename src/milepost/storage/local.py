@@ -8,246 +8,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import stat as stat_modes
-import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, EntryNotFoundError, StorageError
-from milepost.storage import ALIGNMENT, RenameMode, Stat
+from milepost.storage import RenameMode, Stat
+from milepost.storage.files import LocalNewFile, LocalOpenFile, wrapped
 
 __all__ = ["LocalStorage"]
 
-_logger = logging.getLogger(__name__)
-_BOUNCE_BYTES = 1 << 20
-_READ_BYTES = 1 << 30
-_IOVECS = 1024
 _O_PATH: int = getattr(os, "O_PATH", os.O_RDONLY)
-
-
-@contextmanager
-def _wrapped(operation: str, path: str) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError.wrap(error, operation, path) from error
-
-
-# ---------------------------------------------------------------------------- writing
-
-
-class _LocalNewFile:
-    def __init__(self, path: str, descriptor: int, *, direct: bool) -> None:
-        self._path = path
-        self._descriptor = descriptor
-        self._direct = direct
-        self._owner = os.getpid()
-
-    def write(self, offset: int, data: memoryview) -> None:
-        with _wrapped("write", self._path):
-            if not self._direct:
-                self._write_all(offset, data)
-                return
-            address = syscalls.address_of(data)
-            whole = len(data) - len(data) % ALIGNMENT
-            if address is None or address % ALIGNMENT:
-                whole = 0
-            if whole:
-                self._write_all(offset, data[:whole])
-            if whole < len(data):
-                self._write_bounced(offset + whole, data[whole:])
-
-    def _write_bounced(self, offset: int, data: memoryview) -> None:
-        """Write through aligned memory; a last part of a block is filled up with zeros."""
-        padded = -(-len(data) // ALIGNMENT) * ALIGNMENT
-        bounce = syscalls.private_memory(min(padded, _BOUNCE_BYTES))
-        for start in range(0, len(data), _BOUNCE_BYTES):
-            part = data[start : start + _BOUNCE_BYTES]
-            block = bounce[: -(-len(part) // ALIGNMENT) * ALIGNMENT]
-            block[: len(part)] = part
-            block[len(part) :] = bytes(len(block) - len(part))
-            self._write_all(offset + start, block)
-
-    def _write_all(self, offset: int, data: memoryview) -> None:
-        while data:
-            try:
-                written = os.pwrite(self._descriptor, data, offset)
-            except OSError as error:
-                if not self._direct or error.errno not in syscalls.UNSUPPORTED:
-                    raise
-                _logger.debug("direct write refused (%s), going on buffered: %s", error, self._path)
-                syscalls.disable_direct(self._descriptor)
-                self._direct = False
-                continue
-            if not written:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            data = data[written:]
-            offset += written
-
-    def finish(self, size: int, *, sync: bool = True) -> None:
-        with _wrapped("finish", self._path):
-            if self._owner != os.getpid() or self._descriptor < 0:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            try:
-                with _wrapped("truncate", self._path):
-                    os.ftruncate(self._descriptor, size)
-                if sync:
-                    with _wrapped("fsync", self._path):
-                        os.fsync(self._descriptor)
-                identity = os.fstat(self._descriptor)
-            except BaseException:
-                self.discard()
-                raise
-            descriptor, self._descriptor = self._descriptor, -1
-            try:
-                with _wrapped("close", self._path):
-                    os.close(descriptor)
-            except BaseException:
-                self._remove(identity)
-                raise
-
-    def discard(self) -> None:
-        if self._owner != os.getpid() or self._descriptor < 0:
-            return
-        descriptor, self._descriptor = self._descriptor, -1
-        with suppress(OSError):
-            self._remove(os.fstat(descriptor))
-        with suppress(OSError):
-            os.close(descriptor)
-
-    def _remove(self, identity: os.stat_result) -> None:
-        """Remove the name, if it still is this file's."""
-        with suppress(OSError):
-            if os.path.samestat(os.lstat(self._path), identity):
-                os.unlink(self._path)
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            self.discard()
-
-
-# ---------------------------------------------------------------------------- reading
-
-
-class _LocalOpenFile:
-    def __init__(self, path: str, descriptor: int, size: int) -> None:
-        self.path = path
-        self.size = size
-        self._descriptor = descriptor
-        self._direct: int | None = None
-        self._lock = threading.Lock()
-        self._owner = os.getpid()
-
-    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        group: list[memoryview] = []
-        total = 0
-        for whole in buffers:
-            for start in range(0, len(whole), _READ_BYTES):
-                buffer = whole[start : start + _READ_BYTES] if len(whole) > _READ_BYTES else whole
-                if len(group) == _IOVECS or total + len(buffer) > _READ_BYTES:
-                    self._fill(offset, group, total)
-                    offset += total
-                    group, total = [], 0
-                group.append(buffer)
-                total += len(buffer)
-        if group:
-            self._fill(offset, group, total)
-
-    def _fill(self, offset: int, buffers: list[memoryview], total: int) -> None:
-        with _wrapped("read", self.path):
-            done = os.preadv(self._descriptor, buffers, offset)
-            while done < total:
-                skip, rest = done, []
-                for buffer in buffers:
-                    if skip < len(buffer):
-                        rest.append(buffer[skip:])
-                    skip = max(skip - len(buffer), 0)
-                count = os.preadv(self._descriptor, rest, offset + done)
-                if not count:
-                    raise self._too_short(offset + total)
-                done += count
-
-    def _too_short(self, wanted: int) -> CorruptCheckpointError:
-        found = os.fstat(self._descriptor).st_size
-        return CorruptCheckpointError(
-            f"the file ends too early: {wanted} bytes expected at least, {found} found: {self.path}",
-            path=self.path,
-        )
-
-    def read_direct(self, offset: int, buffer: memoryview) -> None:
-        end = min(offset + len(buffer), self.size)
-        refused = False
-        with _wrapped("read", self.path):
-            while offset < end:
-                descriptor = self._direct_descriptor()
-                try:
-                    count = os.preadv(descriptor, [buffer], offset)
-                except OSError as error:
-                    if refused or descriptor == self._descriptor or error.errno not in syscalls.UNSUPPORTED:
-                        raise
-                    # Other threads may be using the descriptor: change what it is, do not close it.
-                    _logger.debug("direct read refused (%s), going on buffered: %s", error, self.path)
-                    syscalls.disable_direct(descriptor)
-                    refused = True
-                    continue
-                if not count:
-                    raise self._too_short(end)
-                offset += count
-                buffer = buffer[count:]
-
-    def _direct_descriptor(self) -> int:
-        """A descriptor of its own for direct reads, or the ordinary one where they are refused."""
-        if self._direct is None:
-            with self._lock:
-                if self._direct is None:
-                    self._direct = self._reopen()
-        return self._direct
-
-    def _reopen(self) -> int:
-        if not syscalls.O_DIRECT:
-            return self._descriptor
-        flags = os.O_RDONLY | os.O_CLOEXEC | syscalls.O_DIRECT
-        try:
-            return os.open(f"/proc/self/fd/{self._descriptor}", flags)
-        except OSError as error:
-            _logger.debug("direct reads refused (%s), going on buffered: %s", error, self.path)
-            return self._descriptor
-
-    def cached(self, offset: int, length: int) -> bool:
-        length = min(length, self.size - offset)
-        return syscalls.cached_fraction(self._descriptor, offset, length) > 0.5
-
-    def map(self) -> memoryview | None:
-        if not self.size or syscalls.is_network_file_system(self._descriptor):
-            return None
-        try:
-            return syscalls.map_file_private(self._descriptor, self.size)
-        except OSError as error:
-            if error.errno == errno.ENODEV or error.errno in syscalls.UNSUPPORTED:
-                return None
-            raise StorageError.wrap(error, "map", self.path) from error
-
-    def close(self) -> None:
-        with self._lock:
-            descriptors = {self._descriptor, self._direct} - {None, -1}
-            self._descriptor = self._direct = -1
-        if self._owner == os.getpid():
-            for descriptor in descriptors:
-                with suppress(OSError):
-                    os.close(descriptor)  # type: ignore[arg-type]  # None was taken out above
-
-    def __del__(self) -> None:
-        if hasattr(self, "_owner"):
-            self.close()
-
-
 _FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_SUCH_KIND = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV})
@@ -260,12 +35,14 @@ class _LocalFolder:
         self._owner = os.getpid()
 
     def names(self) -> list[str]:
-        with _wrapped("list", self.path):
+        with wrapped("list", self.path):
+            if self._descriptor < 0:  # which listdir takes for the current folder
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             return sorted(os.listdir(self._descriptor))
 
     def stat(self, name: str) -> Stat | None:
         try:
-            with self._parent(name) as (parent, last), _wrapped("stat", self._join(name)):
+            with self._parent(name) as (parent, last), wrapped("stat", self._join(name)):
                 return _stat(last, parent)
         except EntryNotFoundError:
             return None
@@ -284,9 +61,9 @@ class _LocalFolder:
         finally:
             file.close()
 
-    def open(self, name: str) -> _LocalOpenFile:
+    def open(self, name: str) -> LocalOpenFile:
         path = self._join(name)
-        with self._parent(name) as (parent, last), _wrapped("open", path):
+        with self._parent(name) as (parent, last), wrapped("open", path):
             try:
                 descriptor = os.open(last, _FILE_FLAGS, dir_fd=parent)
             except OSError as error:
@@ -294,11 +71,11 @@ class _LocalFolder:
                     raise _no_regular_file(path) from error
                 raise
         try:
-            with _wrapped("stat", path):
+            with wrapped("stat", path):
                 found = os.fstat(descriptor)
             if not stat_modes.S_ISREG(found.st_mode):
                 raise _no_regular_file(path)
-            return _LocalOpenFile(path, descriptor, found.st_size)
+            return LocalOpenFile(path, descriptor, found.st_size)
         except BaseException:
             os.close(descriptor)
             raise
@@ -315,14 +92,14 @@ class _LocalFolder:
             for folder in folders:
                 above = descriptor
                 try:
-                    with _wrapped("open", self._join(name)):
+                    with wrapped("open", self._join(name)):
                         descriptor = os.open(folder, _O_PATH | _FOLDER_FLAGS, dir_fd=above)
                 except StorageError as error:
                     if error.errno in _NO_SUCH_KIND:
                         raise _no_regular_file(self._join(name)) from error
                     raise
                 finally:
-                    if above != self._descriptor and above != descriptor:
+                    if above not in {self._descriptor, descriptor}:
                         os.close(above)
             yield descriptor, last
         finally:
@@ -410,24 +187,17 @@ class LocalStorage:
     nothing), and an exclusive one never: nobody can tell there whether the others are gone.
     """
 
-    def create(self, path: str, *, direct: bool = False) -> _LocalNewFile:
+    def create(self, path: str, *, direct: bool = False) -> LocalNewFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with _wrapped("create", path):
-            if direct and syscalls.O_DIRECT:
-                try:
-                    return _LocalNewFile(path, os.open(path, flags | syscalls.O_DIRECT, 0o666), direct=True)
-                except OSError as error:
-                    if error.errno not in syscalls.UNSUPPORTED:
-                        raise
-                    # Some file systems create the file and refuse the flag afterwards.
-                    _logger.debug("direct writes refused (%s), going on buffered: %s", error, path)
-                    with suppress(FileNotFoundError):
-                        os.unlink(path)
-            descriptor = os.open(path, flags, 0o666)
+        with wrapped("create", path):
+            file = LocalNewFile(path, os.open(path, flags, 0o666))
             if direct:
-                with suppress(OSError):
-                    syscalls.enable_nocache(descriptor)
-            return _LocalNewFile(path, descriptor, direct=False)
+                try:
+                    file.go_direct()
+                except BaseException:
+                    file.discard()
+                    raise
+            return file
 
     def open_folder(self, path: str) -> _LocalFolder:
         try:
@@ -440,22 +210,22 @@ class LocalStorage:
 
     def stat(self, path: str) -> Stat | None:
         try:
-            with _wrapped("stat", path):
+            with wrapped("stat", path):
                 return _stat(path)
         except EntryNotFoundError:
             return None
 
     def make_folder(self, path: str, *, private: bool = False) -> None:
-        with _wrapped("create folder", path):
+        with wrapped("create folder", path):
             os.mkdir(path, 0o700 if private else 0o777)
 
     def make_public(self, path: str) -> None:
-        with _wrapped("make public", path):
+        with wrapped("make public", path):
             special = stat_modes.S_IMODE(os.stat(path, follow_symlinks=False).st_mode) & 0o7000
             os.chmod(path, special | (0o777 & ~syscalls.umask()))
 
     def rename(self, source: str, target: str, mode: RenameMode) -> None:
-        with _wrapped("rename", target):
+        with wrapped("rename", target):
             if mode == "replace":
                 os.rename(source, target)
                 return
@@ -471,7 +241,7 @@ class LocalStorage:
                 _rename_without_flags(source, target)
 
     def remove(self, path: str) -> None:
-        with _wrapped("remove", path):
+        with wrapped("remove", path):
             try:
                 os.unlink(path)
             except OSError:
@@ -480,7 +250,7 @@ class LocalStorage:
                 os.rmdir(path)
 
     def sync_folder(self, path: str) -> None:
-        with _wrapped("sync folder", path):
+        with wrapped("sync folder", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
@@ -491,7 +261,7 @@ class LocalStorage:
                 os.close(descriptor)
 
     def lock(self, path: str, *, exclusive: bool = False) -> _LocalLock | None:
-        with _wrapped("lock", path):
+        with wrapped("lock", path):
             try:
                 # Over NFS an exclusive lock needs a descriptor open for writing.
                 descriptor = os.open(path, _FILE_FLAGS | (os.O_RDWR if exclusive else 0))

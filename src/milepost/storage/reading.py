@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import queue
-import threading
 from array import array
 from bisect import bisect_right
 from collections import deque
@@ -29,7 +27,8 @@ from isal.isal_zlib import crc32, crc32_combine
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError
 from milepost.storage import ALIGNMENT, OpenFile
-from milepost.storage.writing import Ring, join
+from milepost.storage.parallel import blocks_down, blocks_up, run_workers, through_ring
+from milepost.storage.writing import Ring
 
 __all__ = ["Damage", "Part", "ReadReport", "read_parts", "scan_file"]
 
@@ -40,10 +39,7 @@ _GROUP_PARTS = 256
 _WARM_GAP_BYTES = 64 << 10
 _COLD_GAP_BYTES = 256 << 10
 _WINDOW_BYTES = 8 << 20
-_WINDOWS = 8
 _INLINE_BYTES = 1 << 20
-_READERS = 2
-_COPIERS = 2
 
 
 @dataclass(slots=True)
@@ -142,7 +138,7 @@ def read_parts(
         CorruptCheckpointError: The file ends before a part does; nothing was read.
     """
     _check_extent(file, max((part.offset + part.length for part in parts), default=0))
-    window_bytes = max(_WINDOW_BYTES, _blocks_up(chunk_bytes) + 2 * ALIGNMENT)
+    window_bytes = max(_WINDOW_BYTES, blocks_up(chunk_bytes) + 2 * ALIGNMENT)
     warm, cold = _plan(file, parts, chunk_bytes, window_bytes)
     report = ReadReport(
         cached_bytes=sum(operation.end - operation.start for operation in warm),
@@ -151,11 +147,11 @@ def read_parts(
     targets = _Targets(parts, chunk_bytes, report.damaged)
     if cold:
         extents = [(operation.start, operation.end) for operation in cold]
-        _through_ring(file, extents, window_bytes, ring, lambda index, view: targets.copy(cold[index], view))
+        through_ring(file, extents, window_bytes, ring, lambda index, view: targets.copy(cold[index], view))
     if warm:
         enough = 1 if report.cached_bytes <= _INLINE_BYTES else threads or default_threads()
         todo = deque(warm)
-        _run([partial(targets.read, file, todo)] * min(enough, len(warm)), todo.clear)
+        run_workers([partial(targets.read, file, todo)] * min(enough, len(warm)), todo.clear)
     report.damaged.sort(key=lambda damage: damage.offset)
     return report
 
@@ -230,21 +226,13 @@ def scan_file(
             piece += 1
 
     extents = [(start, min(start + _WINDOW_BYTES, end)) for start in range(0, end, _WINDOW_BYTES)]
-    _through_ring(file, extents, _WINDOW_BYTES, ring, check, probe=True, progress=progress)
+    through_ring(file, extents, _WINDOW_BYTES, ring, check, probe=True, progress=progress)
     for piece, _, length, crc in sorted(split):
         crcs[piece] = crc32_combine(crcs[piece], crc, length)
     return crcs.tolist()
 
 
 # ---------------------------------------------------------------------------- planning
-
-
-def _blocks_up(position: int) -> int:
-    return -(-position // ALIGNMENT) * ALIGNMENT
-
-
-def _blocks_down(position: int) -> int:
-    return position // ALIGNMENT * ALIGNMENT
 
 
 def _plan(
@@ -298,7 +286,7 @@ def _add_cold(
     for operation in (last, _Operation(start, start, [])):
         if operation is None or not operation.start <= start <= operation.end + _COLD_GAP_BYTES:
             continue
-        room = _blocks_down(operation.start) + window_bytes - start
+        room = blocks_down(operation.start) + window_bytes - start
         length = min(part.length - done, room // chunk_bytes * chunk_bytes)
         if room >= part.length - done:
             length = part.length - done
@@ -387,116 +375,3 @@ class _Targets:
         if part.crcs is not None and part.crcs[chunk] != found:
             offset = part.offset + chunk * self._chunk_bytes
             self._damaged.append(Damage(part.tag, chunk, offset, part.crcs[chunk], found))
-
-
-def _through_ring(
-    file: OpenFile,
-    extents: Sequence[tuple[int, int]],
-    window_bytes: int,
-    ring: Ring | None,
-    use: Callable[[int, memoryview], None],
-    *,
-    probe: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Read ranges of the file into windows of the ring, round the page cache, and use them elsewhere.
-
-    `use` gets the index of a range and its bytes, from several threads, in no certain order. With
-    `probe`, ranges that are in the page cache are read from there.
-    """
-    if ring is None or ring.block_bytes < window_bytes:
-        ring = Ring(window_bytes, _WINDOWS)
-    free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-    filled: queue.SimpleQueue[tuple[int, memoryview, memoryview] | None] = queue.SimpleQueue()
-    to_read = deque(range(len(extents)))
-    to_use = deque(range(len(extents)))
-    finished: deque[int] = deque()
-
-    def read() -> None:
-        while to_read:
-            buffer = free.get()
-            if buffer is None:
-                return
-            try:
-                index = to_read.popleft()
-            except IndexError:
-                return
-            start, end = extents[index]
-            base = _blocks_down(start)
-            if probe and file.cached(start, end - start):
-                file.read_into(start, [buffer[start - base : end - base]])
-            else:
-                file.read_direct(base, buffer[: _blocks_up(end) - base])
-            filled.put((index, buffer, buffer[start - base : end - base]))
-
-    def consume(report: Callable[[int], None] | None = None) -> None:
-        while True:
-            try:
-                to_use.popleft()
-            except IndexError:
-                return
-            item = filled.get()
-            if item is None:
-                return
-            index, buffer, view = item
-            use(index, view)
-            free.put(buffer)
-            finished.append(len(view))
-            if report:
-                report(_drain(finished))
-
-    def stop() -> None:
-        to_read.clear()
-        to_use.clear()
-        for _ in range(_READERS):
-            free.put(None)
-        for _ in range(_COPIERS):
-            filled.put(None)
-
-    with ring.lease() as blocks:
-        for block in blocks:
-            for start in range(0, len(block) - window_bytes + 1, window_bytes):
-                free.put(block[start : start + window_bytes])
-        _run([*[read] * _READERS, *[consume] * (_COPIERS - 1), partial(consume, progress)], stop)
-    if progress and finished:
-        progress(_drain(finished))
-
-
-def _drain(counts: deque[int]) -> int:
-    total = 0
-    while counts:
-        total += counts.popleft()
-    return total
-
-
-def _run(workers: Sequence[Callable[[], None]], stop: Callable[[], None]) -> None:
-    """Run all workers, each in a thread, the last one in this. Raises the first error, when all have ended.
-
-    `stop`, called after an error, makes them end soon.
-    """
-    errors: list[BaseException] = []
-
-    def guarded(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-            stop()
-
-    threads = [
-        threading.Thread(target=guarded, args=(work,), name="milepost-read", daemon=True)
-        for work in workers[:-1]
-    ]
-    started: list[threading.Thread] = []
-    try:
-        for thread in threads:
-            thread.start()
-            started.append(thread)
-        guarded(workers[-1])
-    except BaseException:
-        stop()
-        raise
-    finally:
-        join(*started, stop=stop)
-    if errors:
-        raise next((error for error in errors if isinstance(error, KeyboardInterrupt)), errors[0])
