@@ -51,10 +51,10 @@ def _local_header(name: bytes, start: int, length: int, alignment: int) -> bytes
     """The local header at `start`, padded so that the data after it begin at a multiple of `alignment`."""
     unpadded = start + _LOCAL.size + len(name) + _ZIP64_LOCAL.size + 4
     padding = -unpadded % alignment
-    extra = _ZIP64_LOCAL.pack(1, 16, length, length) + struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
-    fixed = _LOCAL.pack(
-        b"PK\3\4", _NEEDED, _FLAGS, 0, 0, _DATE, 0, _ONES32, _ONES32, len(name), len(extra)
+    extra = (
+        _ZIP64_LOCAL.pack(1, 16, length, length) + struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
     )
+    fixed = _LOCAL.pack(b"PK\3\4", _NEEDED, _FLAGS, 0, 0, _DATE, 0, _ONES32, _ONES32, len(name), len(extra))
     return fixed + name + extra
 
 
@@ -112,7 +112,9 @@ class Layout:
         for number, length in enumerate(self.lengths):
             start = position + (_DESCRIPTOR.size if number else 0)
             name = f"{FOLDER}/data/{number}".encode()
-            header = _local_header(name, start, length, LARGE_ALIGNMENT if length >= LARGE_BYTES else SMALL_ALIGNMENT)
+            header = _local_header(
+                name, start, length, LARGE_ALIGNMENT if length >= LARGE_BYTES else SMALL_ALIGNMENT
+            )
             self._names.append(name)
             self._starts.append(start)
             self._headers.append(header)
@@ -208,7 +210,9 @@ class Image:
         self._record_crcs: list[int] = []
         self._tail: bytes | None = None
 
-    def fill(self, view: memoryview, offset: int, block_bytes: int, copy: Callable[[int, int, int, int], None]) -> None:
+    def fill(
+        self, view: memoryview, offset: int, block_bytes: int, copy: Callable[[int, int, int, int], None]
+    ) -> None:
         """Fill the bytes of the file from `offset` on; blocks must come in the order of the file.
 
         Args:

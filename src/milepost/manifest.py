@@ -12,6 +12,7 @@ Everything read here comes from outside and is checked before it is used: `decod
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import msgspec
@@ -64,7 +65,8 @@ DTYPE_BYTES = {
     **dict.fromkeys(
         ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1
     ),
-    "float4_e2m1fn_x2": 1,
+    **dict.fromkeys(("float4_e2m1fn_x2", "bits8", "bits1x8", "bits2x4", "bits4x2"), 1),
+    "bits16": 2,
 }
 """Bytes per element of each dtype that a tensor in an index may have."""
 
@@ -202,14 +204,18 @@ class Manifest(msgspec.Struct, kw_only=True):
     @property
     def size_bytes(self) -> int:
         """Bytes of all files that the manifest lists."""
-        listed: list[FileDigest | DataFile] = [*self.indexes, *self.files, *self.attachments]
-        return sum(file.size for file in listed) + (self.shards.size if self.shards else 0)
+        return sum(file.size for file in self._files())
+
+    def listed(self) -> list[str]:
+        """The names of all files that the manifest lists, as relative paths."""
+        return [file.name for file in self._files()]
 
     def names(self) -> set[str]:
-        """The names of all files that the manifest lists, as relative paths, and its own."""
-        listed: list[FileDigest | DataFile] = [*self.indexes, *self.files, *self.attachments]
-        shards = {self.shards.name} if self.shards else set()
-        return {file.name for file in listed} | shards | {MANIFEST_NAME}
+        """The names in `listed`, and the manifest's own."""
+        return {*self.listed(), MANIFEST_NAME}
+
+    def _files(self) -> list[FileDigest | DataFile]:
+        return [*self.indexes, *self.files, *self.attachments, *([self.shards] if self.shards else [])]
 
 
 def digest(name: str, data: bytes) -> FileDigest:
@@ -249,9 +255,7 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
             hint="load another checkpoint; `milepost ls` on the folder above lists them",
         )
     manifest = _decode(Manifest, body, "milepost.manifest", path)
-    names = [f.name for f in (*manifest.indexes, *manifest.files, *manifest.attachments)]
-    if manifest.shards:
-        names.append(manifest.shards.name)
+    names = manifest.listed()
     check = _Checker(path)
     for name in names:
         check(is_plain_name(name), f"a file name leaves the folder: {name!r}")
@@ -259,10 +263,7 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
     check(1 <= manifest.world_size == len(manifest.indexes), "there must be one index for each rank")
     for rank, index in enumerate(manifest.indexes):
         check(index.name == index_name(rank), f"index {rank} is named {index.name!r}")
-    for file in (*manifest.indexes, *manifest.files, *manifest.attachments):
-        check(0 <= file.size <= MAX_INT, f"{file.name} has size {file.size}")
-    for data_file in manifest.files:
-        check(0 <= data_file.crc32 < 1 << 32, f"{data_file.name} has CRC {data_file.crc32}")
+    _check_sizes([*manifest.indexes, *manifest.files, *manifest.attachments], check)
     return manifest
 
 
@@ -305,7 +306,7 @@ class _Checker:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __call__(self, condition: bool, message: str) -> None:
+    def __call__(self, condition: object, message: str) -> None:
         if not condition:
             raise CorruptCheckpointError(f"{message}: {self.path}", path=self.path)
 
@@ -313,9 +314,7 @@ class _Checker:
 _T = TypeVar("_T", Manifest, Mark, Index)
 
 
-def _decode(
-    kind: type[_T], data: bytes, name: str, path: str, *, columns: tuple[str, ...] = ()
-) -> _T:
+def _decode(kind: type[_T], data: bytes, name: str, path: str, *, columns: tuple[str, ...] = ()) -> _T:
     """Decode one JSON object; version and features first, so that later formats get the right error."""
     try:
         fields = _fields(data)
@@ -360,14 +359,18 @@ def _fields(data: bytes) -> dict[str, msgspec.Raw]:
 
 def _check_mark(mark: Mark, check: _Checker) -> None:
     check(0 <= mark.rank < mark.world_size <= 1 << 24, f"rank {mark.rank} of {mark.world_size}")
-    names = [file.name for file in (*mark.files, *mark.attachments)]
+    names = [file.name for file in mark.files] + [file.name for file in mark.attachments]
     for name in names:
         check(is_plain_name(name), f"a file name leaves the folder: {name!r}")
     check(len(set(names)) == len(names), "a file is listed twice")
-    for file in (*mark.files, *mark.attachments):
+    _check_sizes([*mark.files, *mark.attachments], check)
+
+
+def _check_sizes(files: list[FileDigest | DataFile], check: _Checker) -> None:
+    for file in files:
         check(0 <= file.size <= MAX_INT, f"{file.name} has size {file.size}")
-    for data_file in mark.files:
-        check(0 <= data_file.crc32 < 1 << 32, f"{data_file.name} has CRC {data_file.crc32}")
+        if isinstance(file, DataFile):
+            check(0 <= file.crc32 < 1 << 32, f"{file.name} has CRC {file.crc32}")
 
 
 def _check_records(records: Records, files: list[DataFile], check: _Checker) -> None:
@@ -413,12 +416,10 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
     for name in ("requires_grad", "conj", "neg"):
         numbers: list[int] = getattr(tensors, name)
         check(all(0 <= n < count for n in numbers), f"{name} names a tensor that is not there")
-        check(all(a < b for a, b in zip(numbers, numbers[1:], strict=False)), f"{name} is not ascending")
+        check(all(a < b for a, b in pairwise(numbers)), f"{name} is not ascending")
     lengths = records.length
     for number, (record, start, dtype, shape, stride) in enumerate(
-        zip(
-            tensors.record, tensors.byte_offset, tensors.dtype, tensors.shape, tensors.stride, strict=True
-        )
+        zip(tensors.record, tensors.byte_offset, tensors.dtype, tensors.shape, tensors.stride, strict=True)
     ):
         size = DTYPE_BYTES[dtype]
         reach = size

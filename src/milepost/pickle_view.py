@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from milepost.manifest import DTYPE_BYTES, Tensors
 from milepost.tree import Node, TreeDecoder
@@ -112,7 +112,9 @@ def tensor_fragments(tensors: Tensors, lengths: Sequence[int]) -> list[bytes]:
             + _TUPLE
             + _PERSISTENT
         )
-        bits = [_str(name) + _TRUE for name, has in (("conj", conjugates), ("neg", negatives)) if number in has]
+        bits = [
+            _str(name) + _TRUE for name, has in (("conj", conjugates), ("neg", negatives)) if number in has
+        ]
         fragment = (
             _global("torch._utils", "_rebuild_tensor_v2" if legacy else "_rebuild_tensor_v3")
             + _MARK
@@ -210,7 +212,7 @@ _NATIVE = TreeDecoder()
 def _scalar(node: Node) -> bytes:
     """A numpy scalar as the number it stands for, or as its bytes where Python has no such number."""
     descr, data = node[1], bytes.fromhex(node[2])
-    order = "big" if descr.startswith(">") else "little"
+    order: Literal["big", "little"] = "big" if descr.startswith(">") else "little"
     kind = descr[1:] if descr[:1] in "<>|=" else descr
     if kind[:1] in ("i", "u") and kind[1:].isdigit():
         return _int(int.from_bytes(data, order, signed=kind[0] == "i"))

@@ -33,6 +33,7 @@ __all__ = [
     "UnencodableError",
     "check_tree",
     "path_text",
+    "paths_of_tensors",
 ]
 
 Node = Any
@@ -184,7 +185,7 @@ class TreeEncoder:
         return scalar(key)
 
 
-_TAGS = {
+_TAGS: dict[type, str] = {
     dict: "dict",
     list: "list",
     tuple: "tuple",
@@ -333,7 +334,9 @@ def _is_hex_int(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     digits = value.removeprefix("-").removeprefix("0x")
-    return value.removeprefix("-").startswith("0x") and digits != "" and set(digits) <= set("0123456789abcdef")
+    return (
+        value.removeprefix("-").startswith("0x") and digits != "" and set(digits) <= set("0123456789abcdef")
+    )
 
 
 def _is_hex(value: Any, size: int | None = None) -> bool:
@@ -385,17 +388,19 @@ _CHECKS: dict[str, Callable[[Node], bool]] = {
     "int": lambda node: len(node) == 2 and (_is_int(node[1]) or _is_hex_int(node[1])),
     "float": _is_float,
     "complex": lambda node: len(node) == 3 and _is_float(node[1]) and _is_float(node[2]),
-    "str": lambda node: (len(node) == 2 and _is_text(node[1]))
-    or (len(node) == 3 and node[1] is None and _is_surrogate_hex(node[2])),
+    "str": lambda node: (
+        (len(node) == 2 and _is_text(node[1]))
+        or (len(node) == 3 and node[1] is None and _is_surrogate_hex(node[2]))
+    ),
     "bytes": lambda node: len(node) == 2 and _is_base64(node[1]),
     "list": _has_items,
     "tuple": _has_items,
     "set": _has_items,
     "dict": _has_items,
     "ordered": lambda node: len(node) == 3 and isinstance(node[1], list | tuple),
-    "default": lambda node: len(node) == 3
-    and isinstance(node[1], list | tuple)
-    and (node[2] is None or node[2] in FACTORIES),
+    "default": lambda node: (
+        len(node) == 3 and isinstance(node[1], list | tuple) and (node[2] is None or node[2] in FACTORIES)
+    ),
     "size": lambda node: len(node) == 2 and _are_sizes(node[1]),
     "dtype": lambda node: len(node) == 2 and _is_text(node[1]),
     "device": lambda node: len(node) == 2 and _is_text(node[1]),
@@ -405,3 +410,19 @@ _CHECKS: dict[str, Callable[[Node], bool]] = {
     "blob": lambda node: len(node) == 2 and _is_int(node[1]),
     "object": lambda node: len(node) == 3 and _is_int(node[1]) and _is_text(node[2]),
 }
+
+
+def paths_of_tensors(node: Node) -> dict[int, str]:
+    """The path of each tensor of a checked tree, as text; of one that occurs twice, the first."""
+    paths: dict[int, str] = {}
+    decoder = TreeDecoder({tag: lambda key: key[1] for tag in ("size", "dtype", "device", "scalar")})
+    stack: list[tuple[Node, Path]] = [(node, ())]
+    while stack:
+        node, path = stack.pop()
+        if node[0] == "tensor":
+            paths.setdefault(node[1], path_text(path))
+        elif node[0] in ("dict", "ordered", "default"):
+            stack += [(value, (*path, decoder.decode(key))) for key, value in reversed(node[1])]
+        elif node[0] in ("list", "tuple", "set"):
+            stack += [(item, (*path, Item(i))) for i, item in reversed(list(enumerate(node[1])))]
+    return paths

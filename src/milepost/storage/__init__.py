@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-__all__ = ["Folder", "Lock", "NewFile", "OpenFile", "RenameMode", "Stat", "Storage"]
+__all__ = [
+    "ALIGNMENT",
+    "Folder",
+    "Lock",
+    "NewFile",
+    "OpenFile",
+    "RenameMode",
+    "Stat",
+    "Storage",
+    "default_storage",
+]
 
 RenameMode = Literal["create", "replace", "exchange"]
 
@@ -77,7 +87,7 @@ class OpenFile(Protocol):
         """As `read_into`, round the page cache where that is possible.
 
         `offset`, the buffer's length and its address are multiples of `ALIGNMENT`; the read may
-        reach past the end of the file, what lies beyond stays as it is.
+        reach past the end of the file, what the buffer holds beyond it is arbitrary.
         """
 
     def cached(self, offset: int, length: int) -> bool:
@@ -177,3 +187,10 @@ class Storage(Protocol):
 
 ALIGNMENT = 4096
 """Bytes to which direct writes and reads are aligned."""
+
+
+def default_storage() -> Storage:
+    """The storage that is used where none is given: the local file system."""
+    from milepost.storage.local import LocalStorage
+
+    return LocalStorage()

@@ -1,0 +1,166 @@
+"""Barriers: where the ranks of a save meet before the checkpoint is committed.
+
+A barrier of your own is a subclass of `Barrier` with a class attribute ``barrier_type``, decorated with
+`register_barrier`; a `BarrierConfig` then names it.
+"""
+
+from __future__ import annotations
+
+import abc
+import logging
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import torch.distributed.elastic.utils.store as store_util
+
+from milepost.config import BarrierConfig
+from milepost.errors import CommitTimeoutError
+
+__all__ = [
+    "BARRIER_REGISTRY",
+    "Barrier",
+    "BarrierConfig",
+    "DistBarrier",
+    "TCPStoreBarrier",
+    "create_barrier_from_config",
+    "register_barrier",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Barrier(abc.ABC):
+    """What holds every rank until all of them have arrived."""
+
+    @abc.abstractmethod
+    def __init__(self, **kwargs: Any) -> None:
+        """Make a barrier from the ``barrier_args`` of a `BarrierConfig`."""
+
+    @abc.abstractmethod
+    def execute_barrier(self) -> None:
+        """Returns when every rank has called it; raises when one has not within the barrier's time."""
+
+
+BARRIER_REGISTRY: dict[str, type] = {}
+"""Barrier classes by their ``barrier_type``."""
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def register_barrier(barrier_class: _Class) -> _Class:
+    """Class decorator: make a barrier known by its ``barrier_type`` (a class without one is left alone)."""
+    name = getattr(barrier_class, "barrier_type", None)
+    if name is not None:
+        BARRIER_REGISTRY[name] = barrier_class
+    return barrier_class
+
+
+def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
+    """The barrier that a config describes, or None if it names none.
+
+    Raises:
+        ValueError: There is no barrier of this type; the message lists those there are.
+    """
+    name = barrier_config.barrier_type
+    if name is None:
+        return None
+    if name not in BARRIER_REGISTRY:
+        raise ValueError(f"Unknown barrier type: {name}. Known types: {', '.join(sorted(BARRIER_REGISTRY))}")
+    barrier: Barrier = BARRIER_REGISTRY[name](**barrier_config.barrier_args)
+    return barrier
+
+
+@register_barrier
+class DistBarrier(Barrier):
+    """The barrier of the default process group. Its timeout is the group's."""
+
+    barrier_type = "dist_barrier"
+
+    def __init__(self) -> None:
+        """Use the default process group.
+
+        Raises:
+            AssertionError: There is none.
+        """
+        if not dist.is_initialized():
+            raise AssertionError(
+                "DistBarrier needs the default process group: call torch.distributed.init_process_group first"
+            )
+
+    def execute_barrier(self) -> None:
+        """Returns when every rank of the default group has called it."""
+        dist.barrier()
+
+
+@register_barrier
+class TCPStoreBarrier(Barrier):
+    """A barrier over a TCP store of its own, which rank 0 serves; needs no process group."""
+
+    barrier_type = "tcp_store"
+
+    def __init__(  # noqa: PLR0917 - the contract's arguments
+        self,
+        global_rank: int,
+        global_world_size: int,
+        barrier_prefix: str,
+        timeout_barrier_init_secs: int,
+        use_checkpoint_barrier_tcpstore_libuv: bool,  # noqa: ARG002, FBT001 - as above
+        tcpstore_port: int,
+        master_address: str,
+        timeout_secs: int,
+    ) -> None:
+        """Connect to the store; on rank 0, start it.
+
+        Args:
+            global_rank: This rank.
+            global_world_size: How many ranks meet.
+            barrier_prefix: Keeps the keys of this barrier apart from those of others.
+            timeout_barrier_init_secs: How long to wait for the store, in seconds.
+            use_checkpoint_barrier_tcpstore_libuv: Accepted for compatibility; torch chooses.
+            tcpstore_port: Port of the store on rank 0's host.
+            master_address: Rank 0's host.
+            timeout_secs: How long `execute_barrier` waits for the other ranks, in seconds.
+        """
+        self._rank = global_rank
+        self._world_size = global_world_size
+        self._prefix = barrier_prefix
+        self._timeout_secs = timeout_secs
+        self._sequence = 0
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            master_address,
+            int(tcpstore_port),
+            world_size=global_world_size,
+            timeout=timedelta(seconds=timeout_barrier_init_secs),
+            is_master=global_rank == 0,
+        )
+
+    def execute_barrier(self) -> None:
+        """Returns when every rank has called it as many times as this one.
+
+        Raises:
+            CommitTimeoutError: After ``timeout_secs``; names the ranks that did not arrive.
+        """
+        sequence = self._sequence
+        self._sequence += 1
+        self._store.set(f"rank{self._rank}", str(sequence))
+        key_prefix = f"{self._prefix}{sequence}"
+        self._await_all(key_prefix)
+        store_util.barrier(store=self._store, world_size=self._world_size, key_prefix=key_prefix)
+
+    def _await_all(self, key_prefix: str) -> None:
+        """Wait with our own timeout: the store's barrier knows only the store's, and names nobody."""
+        keys = [f"{key_prefix}/rank{rank}" for rank in range(self._world_size)]
+        self._store.add(keys[self._rank], 1)
+        try:
+            self._store.wait(keys, timedelta(seconds=self._timeout_secs))
+        except (dist.DistStoreError, RuntimeError) as error:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            if not missing:
+                return
+            raise CommitTimeoutError(
+                f"ranks {missing} did not reach the barrier within {self._timeout_secs} seconds",
+                rank=self._rank,
+                phase="barrier",
+                hint="look at those ranks' logs; a slow storage may need a longer timeout_secs",
+            ) from error

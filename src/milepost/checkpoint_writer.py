@@ -1,0 +1,133 @@
+"""The writer: saves one rank's state dict and commits the checkpoint."""
+
+from __future__ import annotations
+
+import abc
+import logging
+import threading
+from typing import Any
+
+import torch
+
+from milepost.barriers import Barrier
+from milepost.commit import attempt_id, check_target
+from milepost.config import CheckpointWriterConfig
+from milepost.errors import ClosedError, error_context
+from milepost.manifest import data_name
+from milepost.snapshot import Labels, SaveOptions, partial_directory, save_snapshot
+from milepost.state import StateEncoder
+from milepost.storage import Storage, default_storage
+from milepost.storage.writing import Ring
+from milepost.types import STATE_DICT, RankInfo
+
+__all__ = ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook", "partial_directory"]
+
+logger = logging.getLogger(__name__)
+
+
+class WriterHook(abc.ABC):
+    """Your code around the commit of a checkpoint."""
+
+    @abc.abstractmethod
+    def pre_commit(self, path: str, **kwargs: Any) -> None:
+        """Called when this rank's file is durable, before the checkpoint is visible.
+
+        If it raises, the checkpoint does not appear. `partial_directory` tells where the files are; what
+        is added there becomes part of the checkpoint. A retry of the save may call it again.
+
+        Args:
+            path: The checkpoint's path as it was given to ``save``.
+            kwargs: All keyword arguments of ``save``.
+        """
+
+    @abc.abstractmethod
+    def post_commit(self, path: str, **kwargs: Any) -> None:
+        """Called once the checkpoint is committed and visible at `path`; arguments as for `pre_commit`.
+
+        With several ranks and no barrier, only the rank that commits calls it.
+        """
+
+
+class CheckpointWriter:
+    """Writes this rank's part of each checkpoint. Thread-safe: writes follow one another.
+
+    Args:
+        config: Options.
+        rank_info: Which rank this is, of how many.
+        barrier: Any object with ``execute_barrier()``, called once in each write, when all ranks' files
+            are durable. Without one, a rank out of several does its own part and returns; the rank that
+            completes the set commits it.
+        commit_hook: Called around the commit.
+        storage: Where checkpoints live; the local file system by default.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointWriterConfig,
+        rank_info: RankInfo,
+        barrier: Barrier | None = None,
+        commit_hook: WriterHook | None = None,
+        *,
+        storage: Storage | None = None,
+    ) -> None:
+        self._config = config
+        self._rank_info = rank_info
+        self._barrier = barrier
+        self._commit_hook = commit_hook
+        self._storage = default_storage() if storage is None else storage
+        self._encoder = StateEncoder()
+        self._ring = Ring()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def write(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
+        """Write a state dict to ``<path>/checkpoint_<rank>.pt`` and commit the checkpoint.
+
+        On return this rank's part is durable; with one rank, or with a barrier, the whole checkpoint is
+        committed: it is complete, verified by checksums, survives a power cut and is visible at `path`,
+        where it has replaced an older checkpoint in one step. If it raises, `path` is as it was.
+
+        Args:
+            path: A folder that does not exist, is empty, or holds a checkpoint to replace. A relative
+                path means the folder at the time of the call.
+            state_dict: What to save. It is read during the call only.
+            kwargs: Passed to the hooks. ``step`` (an integer) and ``metadata`` (plain values) are also
+                recorded in the checkpoint.
+
+        Raises:
+            StateError: The state dict, step or metadata cannot be saved; nothing was written.
+            TargetError: The path may not be written to or replaced; nothing was touched.
+            StorageError: An operation of the file system failed, such as on a full disk.
+            CommitError: Another rank failed or did not come; or `PostCommitError`, see there.
+            ClosedError: The writer was closed.
+        """
+        with self._lock, error_context(path=path, rank=self._rank_info.global_rank):
+            if self._closed:
+                raise ClosedError("the writer is closed", hint="make a new one")
+            target = check_target(self._storage, path)
+            labels = Labels.of(kwargs)
+            snapshot = self._encoder.encode(state_dict)
+            options = SaveOptions(
+                storage=self._storage,
+                rank=self._rank_info.global_rank,
+                world_size=self._rank_info.global_world_size,
+                attempt=attempt_id(
+                    target.path,
+                    self._rank_info.global_rank,
+                    self._rank_info.global_world_size,
+                    start_id=self._config.start_id,
+                ),
+                timeout_seconds=self._config.write_barrier_timeout_secs,
+                ring=self._ring,
+                barrier=None if self._barrier is None else self._barrier.execute_barrier,
+                hook=self._commit_hook,
+                writer={"torch": str(torch.__version__)},
+            )
+            save_snapshot(path, snapshot, options, labels, kwargs)
+        logger.debug("wrote %s of %s", data_name(self._rank_info.global_rank), path)
+
+    def close(self) -> None:
+        """Release the writer's memory. Waits for a write that is under way; idempotent."""
+        with self._lock:
+            self._closed = True
+            self._ring.close()

@@ -1,0 +1,129 @@
+"""The options of every part. Each class is re-exported by the module whose part it configures.
+
+They are plain mutable dataclasses, as users assign to their fields; `validate` checks them when a
+checkpointer is built, and its errors name the field, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from milepost.errors import ConfigError
+
+__all__ = [
+    "BarrierConfig",
+    "CheckpointProcessConfig",
+    "CheckpointStagerConfig",
+    "CheckpointWriterConfig",
+    "CheckpointerConfig",
+    "validate",
+]
+
+
+@dataclass
+class CheckpointWriterConfig:
+    """Options of the writer.
+
+    Attributes:
+        write_barrier_timeout_secs: How long a rank waits for the others, in seconds.
+        start_id: Common id of this start of the job, for several ranks; it must be new at every start.
+            Defaults to the environment's ``MILEPOST_START_ID``.
+    """
+
+    write_barrier_timeout_secs: int = 600
+    start_id: str | None = None
+
+
+@dataclass
+class BarrierConfig:
+    """Which barrier the ranks meet at before a checkpoint is committed.
+
+    Attributes:
+        barrier_type: Name of a registered barrier, such as "tcp_store"; None for no barrier.
+        barrier_args: Keyword arguments of its constructor.
+    """
+
+    barrier_type: str | None = None
+    barrier_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CheckpointStagerConfig:
+    """Options of staging. None means what suits this machine.
+
+    Attributes:
+        use_pinned_memory: Pin the staging memory for copies from an accelerator.
+        use_shared_memory: Stage into memory that the checkpoint process shares.
+        use_async_staging: Let the copy itself run beside the training (off by default).
+        use_non_blocking_copy: Copy from the accelerator without blocking the host.
+    """
+
+    use_pinned_memory: bool | None = None
+    use_shared_memory: bool | None = None
+    use_async_staging: bool | None = None
+    use_non_blocking_copy: bool | None = None
+
+
+@dataclass
+class CheckpointProcessConfig:
+    """Options of the checkpoint process.
+
+    Attributes:
+        subprocess_init_timeout_secs: How long its start may take, in seconds.
+        subprocess_shutdown_timeout_secs: How long it may stand still when it is closed, in seconds.
+    """
+
+    subprocess_init_timeout_secs: int = 30
+    subprocess_shutdown_timeout_secs: int = 60
+
+
+@dataclass
+class CheckpointerConfig:
+    """The options of a checkpointer, one field for each of its parts."""
+
+    writer_config: CheckpointWriterConfig = field(default_factory=CheckpointWriterConfig)
+    barrier_config: BarrierConfig = field(default_factory=BarrierConfig)
+    staging_config: CheckpointStagerConfig = field(default_factory=CheckpointStagerConfig)
+    process_config: CheckpointProcessConfig = field(default_factory=CheckpointProcessConfig)
+
+
+_PARTS = {
+    "writer_config": CheckpointWriterConfig,
+    "barrier_config": BarrierConfig,
+    "staging_config": CheckpointStagerConfig,
+    "process_config": CheckpointProcessConfig,
+}
+
+
+def validate(config: Any) -> None:
+    """Check every option of a CheckpointerConfig.
+
+    Raises:
+        ConfigError: Names the first field that is not right.
+    """
+    if not isinstance(config, CheckpointerConfig):
+        raise ConfigError(
+            f"config must be a CheckpointerConfig, not {type(config).__name__}",
+            hint="CheckpointerConfig(writer_config=..., barrier_config=...)",
+        )
+    for name, kind in _PARTS.items():
+        part = getattr(config, name)
+        if not isinstance(part, kind):
+            raise ConfigError(f"{name} must be a {kind.__name__}, not {type(part).__name__}")
+        for option in fields(kind):
+            _check(f"{name}.{option.name}", getattr(part, option.name), str(option.type))
+
+
+def _check(name: str, value: Any, kind: str) -> None:
+    if name.endswith("_secs"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+            raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
+    elif kind == "bool | None":
+        if not (value is None or isinstance(value, bool)):
+            raise ConfigError(f"{name} must be True, False or None, not {value!r}")
+    elif kind == "str | None":
+        if not (value is None or (isinstance(value, str) and value)):
+            raise ConfigError(f"{name} must be a text that is not empty, or None, not {value!r}")
+    elif not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name} must be a dict with text keys, not {value!r}")

@@ -1,0 +1,113 @@
+"""Values that are no native kind: a small pickle each, whose tensors are kept apart.
+
+Such a pickle is read through torch's restricted unpickler alone (``weights_only``), which runs no code
+but what torch and the user have allowed. Tensors inside it are numbered, and live in records of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import _weights_only_unpickler as restricted
+
+from milepost.errors import StateError
+
+__all__ = ["pickle_object", "storage_from", "unpickle_object"]
+
+Register = Callable[[torch.Tensor, Any], int]
+"""Called with a tensor, and the object that stands for it if it is another one; returns its number."""
+
+
+def pickle_object(value: Any, register: Register) -> bytes:
+    """Pickle one object, with the data of its tensors left out as numbered storages.
+
+    Raises:
+        StateError: It holds a meta tensor.
+        Exception: Whatever pickling it raises.
+    """
+    out = io.BytesIO()
+    _Pickler(out, register).dump(value)
+    return out.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, out: io.BytesIO, register: Register) -> None:
+        super().__init__(out, protocol=2)
+        self._register = register
+
+    def persistent_id(self, obj: Any) -> Any:
+        """Storages, and the stand-ins that `reducer_override` makes, become numbers."""
+        if isinstance(obj, _StorageOf):
+            number = self._register(obj.tensor, None)
+            kind: Any = torch.UntypedStorage
+            return ("storage", kind, str(number), str(obj.tensor.device), obj.tensor.nbytes)
+        if isinstance(obj, torch.storage.TypedStorage):
+            typed: Any = obj
+            kind = getattr(torch, typed._pickle_storage_type())  # noqa: SLF001 - as torch.save does
+            untyped = obj._untyped_storage  # noqa: SLF001
+        elif isinstance(obj, torch.UntypedStorage):
+            kind, untyped = torch.UntypedStorage, obj
+        else:
+            return None
+        data = torch.empty(0, dtype=torch.uint8, device=untyped.device).set_(untyped)
+        return ("storage", kind, str(self._register(data, untyped)), str(untyped.device), len(obj))
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Plain tensors are rebuilt over the numbered storage of their own elements."""
+        if (
+            type(obj) is not torch.Tensor
+            or obj.layout is not torch.strided
+            or obj.is_quantized
+            or obj.is_nested
+        ):
+            return NotImplemented
+        if obj.is_meta:
+            raise StateError("a meta tensor has no data to save")
+        bits = {name: True for name, has in (("conj", obj.is_conj()), ("neg", obj.is_neg())) if has}
+        arguments: tuple[Any, ...] = (
+            _StorageOf(obj), 0, tuple(obj.shape), obj.stride(), obj.requires_grad, OrderedDict(), obj.dtype,
+        )  # fmt: skip
+        return (torch._utils._rebuild_tensor_v3, (*arguments, bits) if bits else arguments)  # noqa: SLF001
+
+
+@dataclass
+class _StorageOf:
+    """Stands for the memory of one tensor, starting at its first element."""
+
+    tensor: torch.Tensor
+
+
+def unpickle_object(data: bytes, storage_of: Callable[[int], torch.UntypedStorage]) -> Any:
+    """Read one object through torch's restricted unpickler: no code in it runs."""
+
+    def persistent_load(identity: Any) -> Any:
+        _, kind, key, _, _ = identity
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        typed: Any = torch.storage.TypedStorage
+        return typed(wrap_storage=storage_of(int(key)), dtype=dtype, _internal=True)
+
+    unpickler: Any = restricted.Unpickler(io.BytesIO(data), encoding="utf-8")
+    unpickler.persistent_load = persistent_load
+    value = unpickler.load()
+    validate: Any = torch._utils._validate_loaded_sparse_tensors  # noqa: SLF001 - as torch.load does
+    validate()
+    return value
+
+
+def storage_from(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """A storage that starts at the tensor's first element, over the same memory where that can be."""
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    storage = tensor.untyped_storage()
+    if start == 0 or not tensor.is_cpu:
+        return storage
+    data = torch.empty(0, dtype=torch.uint8).set_(storage)[start:]
+    memory: Any = (ctypes.c_char * len(data)).from_address(data.data_ptr())
+    memory.keep = data  # frombuffer keeps `memory`
+    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()

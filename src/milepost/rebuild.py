@@ -1,0 +1,163 @@
+"""State dicts put together again: the values of an index over memory that holds its records."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from milepost.errors import CorruptCheckpointError
+from milepost.manifest import DTYPE_BYTES, Index
+from milepost.objects import storage_from, unpickle_object
+from milepost.tree import Node, TreeDecoder
+
+__all__ = ["DTYPE_NAMES", "NATIVE_LEAVES", "TensorBuilder", "dtype_of"]
+
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES if hasattr(torch, name)}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""The names in an index of the dtypes that this torch has."""
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of this name; `CorruptCheckpointError` if this torch has none."""
+    dtype = _DTYPES.get(name)
+    if dtype is None:
+        raise CorruptCheckpointError(
+            f"the checkpoint holds tensors of dtype {name}, which torch {torch.__version__} lacks",
+            hint="load it with a newer torch",
+        )
+    return dtype
+
+
+class TensorBuilder:
+    """Builds the values of an index over storages that hold its records.
+
+    Args:
+        index: A checked index.
+        storage_of: The storage that holds a record's bytes, on the device where it is to be.
+        bytes_of: The bytes of a record that is no tensor.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        storage_of: Callable[[int], torch.UntypedStorage],
+        bytes_of: Callable[[int], bytes],
+    ) -> None:
+        self._tensors = index.tensors
+        self._storage_of = storage_of
+        self._bytes_of = bytes_of
+        self._built: dict[int, Any] = {}
+        self._gradients = set(index.tensors.requires_grad)
+        self._conjugates = set(index.tensors.conj)
+        self._negatives = set(index.tensors.neg)
+        self._decoder = TreeDecoder(
+            {
+                **NATIVE_LEAVES,
+                "tensor": lambda node: self.value(node[1]),
+                "array": self._array,
+                "blob": lambda node: bytes_of(node[1]),
+                "object": self._object,
+            }
+        )
+
+    def decode(self, node: Node) -> Any:
+        """The value of a node; a tensor that occurs twice is one object, as it was when saved."""
+        return self._decoder.decode(node)
+
+    def value(self, number: int) -> Any:
+        """The tensor, parameter or array of this number."""
+        if number not in self._built:
+            self._built[number] = self._build(number)
+        return self._built[number]
+
+    def tensor(self, number: int) -> torch.Tensor:
+        """The plain tensor of this number, over its record's storage, without gradient."""
+        columns = self._tensors
+        dtype = dtype_of(columns.dtype[number])
+        storage = self._storage_of(columns.record[number])
+        tensor = torch.empty(0, dtype=dtype, device=storage.device)
+        offset = columns.byte_offset[number] // DTYPE_BYTES[columns.dtype[number]]
+        tensor.set_(storage, offset, columns.shape[number], columns.stride[number])
+        if number in self._conjugates or number in self._negatives:
+            bits = {"conj": number in self._conjugates, "neg": number in self._negatives}
+            set_metadata: Any = torch._utils.set_tensor_metadata  # noqa: SLF001 - as torch.load does
+            set_metadata(tensor, bits)
+        return tensor
+
+    def _build(self, number: int) -> Any:
+        tensor = self.tensor(number)
+        kind = self._tensors.kind[number]
+        if kind == "ndarray":
+            return tensor.numpy()
+        if kind == "parameter":
+            return torch.nn.Parameter(tensor, requires_grad=number in self._gradients)
+        return tensor.requires_grad_() if number in self._gradients else tensor
+
+    def _array(self, node: Node) -> Any:
+        dtype, data, shape = _numpy_dtype(node[2]), self._bytes_of(node[1]), node[3]
+        count = 1
+        for length in shape:
+            count *= length
+        if count * dtype.itemsize != len(data):
+            raise CorruptCheckpointError(
+                f"a numpy array of shape {shape} and dtype {dtype} has {len(data)} bytes"
+            )
+        return np.frombuffer(bytearray(data), dtype).reshape(shape) if data else np.zeros(shape, dtype)
+
+    def _object(self, node: Node) -> Any:
+        def storage(number: int) -> torch.UntypedStorage:
+            if not 0 <= number < len(self._tensors.record):
+                raise ValueError(f"there is no tensor {number}")
+            return storage_from(self.tensor(number))
+
+        try:
+            return unpickle_object(self._bytes_of(node[1]), storage)
+        except Exception as error:
+            raise CorruptCheckpointError(
+                f"an object of type {node[2]} could not be read: {str(error) or type(error).__name__}",
+                hint=f"if it is a type of yours, allow it: torch.serialization.add_safe_globals([{node[2]}])",
+            ) from error
+
+
+def _torch_value(name: str, kind: type) -> Any:
+    value = getattr(torch, name, None)
+    if not isinstance(value, kind):
+        raise CorruptCheckpointError(f"torch has no {kind.__name__} {name[:80]!r}")
+    return value
+
+
+def _torch_device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise CorruptCheckpointError(f"unknown device {name[:80]!r}") from error
+
+
+def _numpy_dtype(descr: str) -> np.dtype[Any]:
+    try:
+        parsed: Any = ast.literal_eval(descr) if descr.startswith("[") else descr
+        dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(parsed)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise CorruptCheckpointError(f"unknown numpy dtype {descr[:80]!r}") from error
+    if dtype.hasobject:
+        raise CorruptCheckpointError(f"a numpy dtype holds Python objects: {descr[:80]!r}")
+    return dtype
+
+
+def _numpy_scalar(node: Node) -> Any:
+    dtype, data = _numpy_dtype(node[1]), bytes.fromhex(node[2])
+    if len(data) != dtype.itemsize:
+        raise CorruptCheckpointError(f"a numpy scalar of dtype {dtype} has {len(data)} bytes")
+    return np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
+
+
+NATIVE_LEAVES: dict[str, Callable[[Node], Any]] = {
+    "size": lambda node: torch.Size(node[1]),
+    "dtype": lambda node: _torch_value(node[1], torch.dtype),
+    "device": lambda node: _torch_device(node[1]),
+    "scalar": _numpy_scalar,
+}

@@ -1,0 +1,298 @@
+"""A snapshot, and how it becomes one rank's part of a committed checkpoint. Torch-free.
+
+A `Snapshot` is all that a save needs: where the bytes lie, how to copy them, and every other value in
+encoded form. `save_snapshot` runs the phases of a save, in the trainer or in any other process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+import milepost
+from milepost.commit import PROCESS_ID, Attempt
+from milepost.errors import PostCommitError, StateError, error_context
+from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
+from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
+from milepost.storage import Storage
+from milepost.storage.writing import Ring, write_stream
+from milepost.tree import Node, TreeEncoder, UnencodableError, path_text
+
+__all__ = ["Labels", "SaveOptions", "Snapshot", "partial_directory", "save_snapshot"]
+
+logger = logging.getLogger(__name__)
+
+_partial: ContextVar[str] = ContextVar("milepost_partial_directory")
+
+
+def partial_directory() -> str:
+    """The folder where the files of the checkpoint being saved are, for use in ``pre_commit``.
+
+    Files that a hook adds there become attachments: the manifest lists them, and they are verified and
+    published with the checkpoint.
+
+    Raises:
+        RuntimeError: Called outside of ``pre_commit``.
+    """
+    try:
+        return _partial.get()
+    except LookupError:
+        raise RuntimeError("partial_directory() is only known during a hook's pre_commit") from None
+
+
+@dataclass
+class Snapshot:
+    """A state dict taken apart.
+
+    Attributes:
+        tree: The tree for the index.
+        tensors: The tensor columns for the index.
+        layout: Where the records lie in the file.
+        objects: The bytes of the records that follow the tensors' records.
+        pickle: The bytes of ``data.pkl``.
+        copy: Copies a piece of a record: ``copy(record, position, bytes, address)``.
+    """
+
+    tree: Node
+    tensors: Tensors
+    layout: Layout
+    objects: list[bytes]
+    pickle: bytes
+    copy: Callable[[int, int, int, int], None]
+
+
+@dataclass
+class Labels:
+    """What a save records beside the state: its step and the user's metadata, checked and encoded."""
+
+    step: int | None = None
+    metadata: Node | None = None
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> Labels:
+        """The labels among `save`'s keyword arguments (``step`` and ``metadata``).
+
+        Raises:
+            StateError: The step is no integer, or the metadata hold more than plain values.
+        """
+        step, metadata = arguments.get("step"), arguments.get("metadata")
+        if step is not None:
+            try:
+                step = step.__index__()
+            except (AttributeError, TypeError):
+                raise StateError(f"step must be an integer, not {step!r}") from None
+            if not -(1 << 63) <= step < 1 << 63:
+                raise StateError(f"step must fit 64 bits: {step}")
+        if metadata is None:
+            return cls(step)
+
+        def refuse(value: Any, path: tuple[Any, ...]) -> Node:
+            raise UnencodableError(f"metadata cannot hold a {type(value).__name__}", path)
+
+        try:
+            return cls(step, TreeEncoder(refuse).encode(metadata))
+        except UnencodableError as error:
+            raise StateError(
+                f"{error}: metadata{f' at {path_text(error.path)}' if error.path else ''}",
+                hint="metadata are plain values in dicts and lists; save tensors in the state dict",
+            ) from None
+
+
+class Hook(Protocol):
+    """What `WriterHook` offers, as this module uses it."""
+
+    def pre_commit(self, path: str, **kwargs: Any) -> None:
+        """Called when this rank's data are durable."""
+
+    def post_commit(self, path: str, **kwargs: Any) -> None:
+        """Called when the checkpoint is committed."""
+
+
+@dataclass
+class SaveOptions:
+    """How a save is carried out.
+
+    Attributes:
+        storage: Where to.
+        rank: This rank.
+        world_size: How many ranks save together.
+        attempt: The attempt's id.
+        timeout_seconds: How long to wait for other ranks.
+        ring: Memory for the bytes on their way.
+        barrier: Called once when all ranks have arrived; None if there is no barrier.
+        hook: The user's commit hook.
+        writer: Further facts about who writes, for the index.
+    """
+
+    storage: Storage
+    rank: int
+    world_size: int
+    attempt: str
+    timeout_seconds: float
+    ring: Ring
+    barrier: Callable[[], None] | None = None
+    hook: Hook | None = None
+    writer: dict[str, str] = field(default_factory=dict)
+
+
+def save_snapshot(
+    path: str, snapshot: Snapshot, options: SaveOptions, labels: Labels, arguments: dict[str, Any]
+) -> None:
+    """Save one rank's part and commit the checkpoint as soon as all ranks' parts are there.
+
+    Returns when this rank's part is durable; with one rank, with a barrier, and on the rank that
+    completes the set, when the checkpoint is committed and visible at `path`. If it raises, nothing new
+    is visible at `path`, what was there still is, and (with several ranks) the others are told. The one
+    exception is `PostCommitError`: the checkpoint is committed.
+
+    Args:
+        path: The checkpoint's folder, as the user gave it; hooks get it like that.
+        snapshot: What to save.
+        options: How.
+        labels: The step and metadata to record.
+        arguments: All keyword arguments of the save, for the hooks.
+    """
+    hook = options.hook
+    with error_context(path=path, rank=options.rank), _attempt(path, options) as attempt:
+        with _phase(attempt, "write"):
+            index = _write_data(attempt, snapshot, options)
+        if hook is not None:
+            with _phase(attempt, "pre_commit"), _directory(attempt.folder):
+                hook.pre_commit(path, **arguments)
+        with _phase(attempt, "commit"):
+            index.attachments = attempt.attachments()
+            index.step, index.metadata = labels.step, labels.metadata
+            attempt.mark(encode_index(index))
+            if options.barrier is not None:
+                attempt.wait_for_marks(options.timeout_seconds)
+        if options.barrier is not None:
+            with _phase(attempt, "barrier"):
+                options.barrier()
+        with _phase(attempt, "commit"):
+            committer = attempt.complete()
+            if options.barrier is not None:
+                attempt.wait_for_commit(options.timeout_seconds)
+    if hook is not None and (committer or options.barrier is not None):
+        try:
+            hook.post_commit(path, **arguments)
+        except Exception as error:
+            raise PostCommitError(
+                f"post_commit raised {type(error).__name__}: {error}; the checkpoint is committed",
+                path=path,
+                rank=options.rank,
+                phase="post_commit",
+                hint="the checkpoint loads; do by hand what the hook was to do, do not save again for it",
+            ) from error
+
+
+@contextmanager
+def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
+    """An attempt that is aborted if anything in the context raises, and closed in any case."""
+    attempt = Attempt.begin(
+        options.storage, path, attempt=options.attempt, rank=options.rank, world_size=options.world_size
+    )
+    try:
+        yield attempt
+    except BaseException as error:
+        attempt.abort(error)
+        raise
+    finally:
+        attempt.close()
+
+
+@contextmanager
+def _phase(attempt: Attempt, name: str) -> Iterator[None]:
+    attempt.progress(name)
+    with error_context(phase=name):
+        yield
+
+
+@contextmanager
+def _directory(folder: str) -> Iterator[None]:
+    token = _partial.set(folder)
+    try:
+        yield
+    finally:
+        _partial.reset(token)
+
+
+def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> Index:
+    """Write the data file; it is durable on return. The index describes it, without labels."""
+    identity = {"format": "milepost", "version": [1, 0], "attempt": options.attempt, "rank": options.rank}
+    image = Image(
+        snapshot.layout,
+        [
+            *((f"objects/{number}", data) for number, data in enumerate(snapshot.objects)),
+            (PICKLE_ENTRY, snapshot.pickle),
+            ("byteorder", b"little"),
+            ("version", b"3\n"),
+            (IDENTITY_ENTRY, msgspec.json.encode(identity)),
+        ],
+    )
+    ring = options.ring
+    written = 0
+
+    def report(count: int) -> None:
+        nonlocal written
+        written += count
+        attempt.progress("write", written)
+
+    file = options.storage.create(attempt.data_path, direct=True)
+    try:
+        write_stream(
+            file,
+            image.size,
+            lambda view, offset: image.fill(view, offset, ring.block_bytes, snapshot.copy),
+            ring,
+            report,
+        )
+    except BaseException:
+        file.discard()
+        raise
+    file.finish(image.size)
+    return Index(
+        attempt=options.attempt,
+        process=PROCESS_ID(),
+        rank=options.rank,
+        world_size=options.world_size,
+        time=time.time(),
+        files=[DataFile(data_name(options.rank), image.size, image.file_crc)],
+        writer=_writer_facts() | options.writer,
+        records=_records(snapshot, image),
+        tensors=snapshot.tensors,
+        tree=snapshot.tree,
+    )
+
+
+def _records(snapshot: Snapshot, image: Image) -> Records:
+    layout, objects = snapshot.layout, snapshot.objects
+    crcs = list(image.chunk_crcs)
+    for number in range(len(objects)):
+        crcs += image.entry_crcs(number)
+    count = len(layout.lengths) + len(objects)
+    return Records(
+        file=[0] * count,
+        offset=[*layout.offsets, *image.entry_offsets[: len(objects)]],
+        length=[*layout.lengths, *map(len, objects)],
+        encoding=["raw"] * count,
+        crcs=crcs,
+    )
+
+
+def _writer_facts() -> dict[str, str]:
+    return {
+        "milepost": milepost.__version__,
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "pid": str(os.getpid()),
+    }

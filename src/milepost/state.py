@@ -1,0 +1,369 @@
+"""State dicts on torch's side, taken apart into a tree, tensors and memory.
+
+`StateEncoder.encode` walks a state dict, finds which bytes of memory its tensors reach, and plans the
+file. What it keeps between calls is structure: dtypes, shapes, strides and how the tensors share memory,
+all of which it reads anew from the tensors at every call. Values are never kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from milepost.errors import StateError, UnsupportedTypeError
+from milepost.image import Layout
+from milepost.manifest import Tensors
+from milepost.objects import pickle_object, storage_from, unpickle_object
+from milepost.pickle_view import emit, tensor_fragments
+from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
+from milepost.snapshot import Snapshot
+from milepost.tree import Node, Path, TreeDecoder, TreeEncoder, UnencodableError, path_text
+
+__all__ = ["Parts", "StateEncoder"]
+
+BLOB_BYTES = 64 * 1024
+"""Longer ``bytes`` are kept out of the index, in a record of their own."""
+
+_KEPT_PLANS = 4
+_memmove = ctypes.memmove
+
+_NUMPY_KINDS = {
+    np.dtype(name)
+    for name in ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
+}
+"""The numpy dtypes that torch shares; arrays of others are kept as raw bytes."""
+
+
+@dataclass
+class _Plan:
+    """What depends on structure alone, with the description of the structure it holds for."""
+
+    structure: list[Any]
+    pointers: list[int]
+    partition: tuple[list[int], list[int], list[int]]
+    firsts: list[tuple[int, int]]
+    tensors: Tensors
+    layout: Layout
+    fragments: list[bytes]
+
+
+@dataclass
+class _Walk:
+    """What one walk over a state dict collects."""
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+    numbers: dict[int, int] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)
+    objects: list[bytes] = field(default_factory=list)
+    object_nodes: list[list[Any]] = field(default_factory=list)
+    object_values: list[Any] = field(default_factory=list)
+
+    def add(self, tensor: torch.Tensor, kind: str, path: Path, owner: Any = None) -> int:
+        """The number of a tensor; the same object gets the same number each time."""
+        identity = id(tensor if owner is None else owner)
+        number = self.numbers.get(identity)
+        if number is None:
+            number = self.numbers[identity] = len(self.tensors)
+            self.tensors.append(tensor)
+            self.kinds.append(kind)
+            self.paths.append(path)
+            self.kept.append(owner)
+        return number
+
+    def value(self, number: int) -> Any:
+        """What was found: the tensor or, for a numpy array, the array."""
+        return self.tensors[number] if self.kept[number] is None else self.kept[number]
+
+    def add_object(self, value: Any, tag: str, data: bytes, *rest: Any) -> Node:
+        """A node for a record that is no tensor; its number is known once all tensors are."""
+        self.object_values.append(value)
+        node = [tag, len(self.objects), *rest]
+        self.objects.append(data)
+        self.object_nodes.append(node)
+        return node
+
+
+@dataclass
+class Parts:
+    """A state dict taken apart, with the very objects that it held.
+
+    Attributes:
+        tree: Its tree.
+        walk: The tensors and objects that the tree refers to.
+        plan: What depends on structure alone.
+    """
+
+    tree: Node
+    walk: _Walk
+    plan: _Plan
+
+    def decode(self, node: Node) -> Any:
+        """The value of a node of `tree`: the tensors and objects are those that were taken apart."""
+        first = len(self.plan.layout.lengths)
+        decoder = TreeDecoder(
+            {
+                **NATIVE_LEAVES,
+                "tensor": lambda node: self.walk.value(node[1]),
+                **dict.fromkeys(
+                    ("array", "blob", "object"), lambda node: self.walk.object_values[node[1] - first]
+                ),
+            }
+        )
+        return decoder.decode(node)
+
+
+class StateEncoder:
+    """Takes state dicts apart. One instance serves one stream of saves; it is not thread-safe."""
+
+    def __init__(self) -> None:
+        self._plans: list[_Plan] = []
+        self._walk = _Walk()
+        self._encoder = TreeEncoder(
+            self._leaf,
+            {
+                bytes: self._bytes,
+                torch.Size: lambda value: ("size", list(value)),
+                torch.dtype: lambda value: ("dtype", str(value).removeprefix("torch.")),
+                torch.device: lambda value: ("device", str(value)),
+            },
+        )
+        self._bytes_node = TreeEncoder(self._leaf)
+
+    def encode(self, state_dict: Any) -> Snapshot:
+        """Take a state dict apart; tensors' memory is not read yet, all other values are.
+
+        Raises:
+            UnsupportedTypeError: A key or value has a type that could not be read back.
+            StateError: It is nested too deep, or holds meta tensors. Nothing has been changed.
+        """
+        parts = self.take_apart(state_dict)
+        plan, walk = parts.plan, parts.walk
+        first = len(plan.layout.lengths)
+        data = emit(parts.tree, plan.fragments, lambda record: walk.objects[record - first])
+        return Snapshot(parts.tree, plan.tensors, plan.layout, walk.objects, data, _copier(walk, plan))
+
+    def take_apart(self, state_dict: Any) -> Parts:
+        """The tree and the tensors of a state dict; raises as `encode`."""
+        if not isinstance(state_dict, dict):
+            kind = type(state_dict)
+            raise UnsupportedTypeError(
+                f"a state dict must be a dict, not {kind.__module__}.{kind.__qualname__}",
+                hint='wrap it: {"state": ...}',
+            )
+        walk = self._walk = _Walk()
+        try:
+            tree = self._encoder.encode(state_dict)
+        except UnencodableError as error:
+            raise UnsupportedTypeError(str(error), key=path_text(error.path) or None) from None
+        finally:
+            self._walk = _Walk()
+        plan = self._plan(walk)
+        for node in walk.object_nodes:
+            node[1] += len(plan.layout.lengths)
+        return Parts(tree, walk, plan)
+
+    # -- leaves ------------------------------------------------------------------------------------
+
+    def _bytes(self, value: bytes) -> Node:
+        if len(value) > BLOB_BYTES:
+            return self._walk.add_object(value, "blob", value)
+        return self._bytes_node.encode(value)
+
+    def _leaf(self, value: Any, path: Path) -> Node:
+        kind = type(value)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if value.is_meta:
+                raise StateError(
+                    "a meta tensor has no data to save",
+                    key=path_text(path),
+                    hint="materialise it first, for instance with module.to_empty()",
+                )
+            if value.layout is torch.strided and not (
+                value.is_quantized or value.is_nested or value.is_mkldnn or value.dtype not in DTYPE_NAMES
+            ):
+                return (
+                    "tensor",
+                    self._walk.add(value, "tensor" if kind is torch.Tensor else "parameter", path),
+                )
+        elif isinstance(value, np.generic) and kind.__module__ == "numpy":
+            return ("scalar", _descr(value.dtype, path), value.tobytes().hex())
+        elif kind is np.ndarray:
+            return self._array(value, path)
+        return self._object(value, path)
+
+    def _array(self, value: np.ndarray[Any, Any], path: Path) -> Node:
+        if value.dtype in _NUMPY_KINDS and value.dtype.isnative:
+            known = self._walk.numbers.get(id(value))
+            if known is not None:
+                return ("tensor", known)
+            strided = all(step >= 0 and step % value.itemsize == 0 for step in value.strides)
+            shared = value if strided and value.flags.writeable else value.copy()
+            return ("tensor", self._walk.add(torch.from_numpy(shared), "ndarray", path, owner=value))
+        if value.dtype.hasobject:
+            raise UnencodableError(
+                f"a numpy array of dtype {value.dtype} holds Python objects; convert it to a list", path
+            )
+        return self._walk.add_object(
+            value, "array", value.tobytes(), _descr(value.dtype, path), list(value.shape)
+        )
+
+    def _object(self, value: Any, path: Path) -> Node:
+        kind = type(value)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        walk = self._walk
+        try:
+            data = pickle_object(value, lambda tensor, owner: walk.add(tensor, "tensor", path, owner))
+            unpickle_object(data, lambda number: storage_from(walk.tensors[number]))
+        except StateError as error:
+            raise error.located(key=path_text(path)) from None
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UnencodableError(
+                f"a value has type {name}, which could not be read back safely: {reason}; convert it to "
+                "plain values and tensors (for instance with its state_dict() method, dict() or int())",
+                path,
+            ) from error
+        return walk.add_object(value, "object", data, name)
+
+    # -- planning ----------------------------------------------------------------------------------
+
+    def _plan(self, walk: _Walk) -> _Plan:
+        """The plan for these tensors: a kept one if the structure is the same, else a new one."""
+        tensors = walk.tensors
+        structure: list[Any] = [
+            (t.dtype, t.shape, t.stride(), t.device, t.requires_grad, t.is_conj(), t.is_neg(), kind)
+            for t, kind in zip(tensors, walk.kinds, strict=True)
+        ]
+        pointers = [t.data_ptr() for t in tensors]
+        offsets = [int(t.storage_offset()) for t in tensors]
+        partition = None
+        for position, plan in enumerate(self._plans):
+            if plan.structure != structure:
+                continue
+            if plan.pointers != pointers + offsets:
+                if partition is None:
+                    partition, firsts = _partition(tensors, pointers, offsets)
+                if partition != plan.partition:
+                    continue
+                plan.pointers, plan.firsts = pointers + offsets, firsts
+            self._plans.insert(0, self._plans.pop(position))
+            return plan
+        if partition is None:
+            partition, firsts = _partition(tensors, pointers, offsets)
+        record_of, byte_offsets, lengths = partition
+        columns = Tensors(
+            record=record_of,
+            byte_offset=byte_offsets,
+            dtype=[DTYPE_NAMES[t.dtype] for t in tensors],
+            shape=[list(t.shape) for t in tensors],
+            stride=[list(t.stride()) for t in tensors],
+            kind=list(walk.kinds),
+            device=[str(t.device) for t in tensors],
+            requires_grad=[n for n, t in enumerate(tensors) if t.requires_grad],
+            conj=[n for n, t in enumerate(tensors) if t.is_conj()],
+            neg=[n for n, t in enumerate(tensors) if t.is_neg()],
+        )
+        plan = _Plan(
+            structure,
+            pointers + offsets,
+            partition,
+            firsts,
+            columns,
+            Layout(lengths),
+            tensor_fragments(columns, lengths),
+        )
+        self._plans = [plan, *self._plans[: _KEPT_PLANS - 1]]
+        return plan
+
+
+def _partition(
+    tensors: list[torch.Tensor], pointers: list[int], offsets: list[int]
+) -> tuple[tuple[list[int], list[int], list[int]], list[tuple[int, int]]]:
+    """Which record each tensor lies in.
+
+    A record is a run of bytes that tensors reach in one storage; runs that overlap are one record.
+
+    Returns:
+        (record of each tensor, its byte offset in the record, length of each record), and for each
+        record a tensor in it and where the record starts, in bytes from that tensor's first element.
+    """
+    extents = []
+    for number, (tensor, pointer, offset) in enumerate(zip(tensors, pointers, offsets, strict=True)):
+        size = tensor.element_size()
+        if tensor.numel() == 0:
+            # One empty record for each empty tensor: the number makes the storage its own.
+            extents.append((str(tensor.device), -number - 1, 0, 0, size, number))
+            continue
+        reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        base = pointer - offset * size
+        start = pointer - base
+        extents.append((str(tensor.device), base, start, start + reach * size, size, number))
+    extents.sort()
+    runs: list[list[Any]] = []  # [device, base, start, end, largest element, tensors]
+    for device, base, start, end, size, number in extents:
+        if runs and runs[-1][0] == device and runs[-1][1] == base and start < runs[-1][3]:
+            run = runs[-1]
+            run[3], run[4] = max(run[3], end), max(run[4], size)
+            run[5].append((number, start))
+        else:
+            runs.append([device, base, start, end, size, [(number, start)]])
+    runs.sort(key=lambda run: min(run[5]))
+    record_of, byte_offsets = [0] * len(tensors), [0] * len(tensors)
+    lengths, firsts = [], []
+    for record, (_, _, first, end, largest, members) in enumerate(runs):
+        start = first - first % largest  # so that every member lies at a multiple of its element size
+        for number, position in members:
+            record_of[number], byte_offsets[number] = record, position - start
+        lengths.append(end - start)
+        firsts.append((members[0][0], start - members[0][1]))
+    return (record_of, byte_offsets, lengths), firsts
+
+
+def _copier(walk: _Walk, plan: _Plan) -> Callable[[int, int, int, int], None]:
+    """A function that copies a piece of a record to an address; it keeps the tensors alive."""
+    tensors = walk.tensors
+    sources = [plan.pointers[number] + position for number, position in plan.firsts]
+    devices = {
+        record: tensors[number]
+        for record, (number, _) in enumerate(plan.firsts)
+        if not tensors[number].is_cpu
+    }
+    if not devices:
+
+        def copy(record: int, position: int, size: int, address: int, _keep: object = tensors) -> None:
+            _memmove(address, sources[record] + position, size)
+
+        return copy
+
+    def copy_from_device(record: int, position: int, size: int, address: int) -> None:
+        if record in devices:
+            tensor = devices[record]
+            start = plan.firsts[record][1] + int(tensor.storage_offset()) * tensor.element_size()
+            _copy_from_device(tensor, start + position, size, address)
+        else:
+            _memmove(address, sources[record] + position, size)
+
+    return copy_from_device
+
+
+def _copy_from_device(tensor: torch.Tensor, start: int, size: int, address: int) -> None:
+    """Copy bytes of an accelerator's storage to host memory. Not run on a GPU by this project's tests."""
+    storage = tensor.untyped_storage()
+    source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (size,), (1,))
+    target = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.uint8)
+    target.copy_(source)
+
+
+def _descr(dtype: np.dtype[Any], path: Path) -> str:
+    """A numpy dtype as text: its ``str``, or for structured ones the repr of its description."""
+    if dtype.hasobject:
+        raise UnencodableError(f"a numpy value of dtype {dtype} holds Python objects", path)
+    descr: object = np.lib.format.dtype_to_descr(dtype)
+    return str(descr) if isinstance(descr, str) else repr(descr)

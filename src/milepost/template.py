@@ -1,0 +1,276 @@
+"""Templates: what of a checkpoint goes where in a state dict that is there already.
+
+`match` compares a template with a saved tree and finds everything that does not fit before anything is
+written. What it returns is a list of tensors to fill, and one function that puts all other values in place.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from milepost.manifest import Tensors
+from milepost.rebuild import dtype_of
+from milepost.tree import Item, Node, Path, path_text
+
+__all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]
+
+_LISTS = {"list": list, "tuple": tuple}
+_NUMBERS = {"int", "float", "bool", "none", "scalar"}
+_EXACT: dict[str, type] = {
+    "complex": complex,
+    "str": str,
+    "bytes": bytes,
+    "blob": bytes,
+    "set": set,
+    "size": torch.Size,
+    "dtype": torch.dtype,
+    "device": torch.device,
+    "array": np.ndarray,
+}
+
+
+@dataclass
+class Fill:
+    """A tensor of the template, and the number of the saved tensor that goes into it."""
+
+    target: torch.Tensor
+    number: int
+    key: str
+
+
+@dataclass
+class Match:
+    """How a template and a saved tree fit together.
+
+    Attributes:
+        fills: The tensors to fill.
+        missing: Topmost paths of the template that were not saved.
+        unexpected: Topmost saved paths that the template lacks.
+        misfits: What does not fit, a sentence each; nothing may be written while there are any.
+        finish: Puts all other values in place; to be called when the tensors are filled.
+    """
+
+    fills: list[Fill] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    finish: Callable[[], Any] = lambda: None
+
+
+def match(template: Any, node: Node, tensors: Tensors, decode: Callable[[Node], Any]) -> Match:
+    """Compare a template with a saved tree; neither is changed.
+
+    Args:
+        template: The state dict to load into. Only its keys are loaded; None stands for "whatever was
+            saved here".
+        node: The saved tree.
+        tensors: The tensors it refers to.
+        decode: Builds the values that are new to the template, and objects.
+    """
+    return _Matcher(tensors, decode).run(template, node)
+
+
+class _Matcher:
+    def __init__(self, tensors: Tensors, decode: Callable[[Node], Any]) -> None:
+        self._tensors = tensors
+        self._decode = decode
+        self._match = Match()
+
+    def run(self, template: Any, node: Node) -> Match:
+        self._match.finish = self._value(template, node, ())
+        return self._match
+
+    def _misfit(self, path: Path, expected: str, found: str) -> Callable[[], Any]:
+        self._match.misfits.append(
+            f"{path_text(path) or 'the state dict'}: expected {expected}, found {found}"
+        )
+        return lambda: None
+
+    def _value(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
+        """Match one value; the result puts it in place, and returns what its parent is to hold."""
+        tag = node[0]
+        if target is None:
+            return lambda: self._decode(node)
+        if tag == "tensor":
+            return self._tensor(target, node[1], path)
+        if tag in ("dict", "ordered", "default"):
+            if isinstance(target, dict):
+                return self._dict(target, node, path)
+        elif tag in _LISTS:
+            kind: Any = _LISTS[tag]
+            if type(target) is kind:
+                return self._list(target, node, path)
+        elif tag in _NUMBERS:
+            if isinstance(target, numbers.Number | np.generic):
+                return lambda: self._decode(node)
+        elif tag == "object":
+            return self._object(target, node, path)
+        elif type(target) is _EXACT[tag]:
+            return lambda: self._decode(node)
+        return self._misfit(path, _kind(target), _tag_text(node))
+
+    def _dict(self, target: dict[Any, Any], node: Node, path: Path) -> Callable[[], Any]:
+        saved = {self._decode(key): value for key, value in node[1]}
+        parts = []
+        for key, value in target.items():
+            where = (*path, key)
+            if key in saved:
+                parts.append((key, self._value(value, saved[key], where)))
+            else:
+                self._match.missing.append(path_text(where))
+        self._match.unexpected += [path_text((*path, key)) for key in saved if key not in target]
+
+        def put() -> dict[Any, Any]:
+            for key, part in parts:
+                target[key] = part()
+            return target
+
+        return put
+
+    def _list(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
+        saved = node[1]
+        if len(target) != len(saved):
+            if _holds_tensor(target) or _names_tensor(node):
+                return self._misfit(path, f"{len(target)} items", f"{len(saved)} items")
+            return lambda: self._decode(node)
+        parts = [
+            self._value(value, child, (*path, Item(i)))
+            for i, (value, child) in enumerate(zip(target, saved, strict=True))
+        ]
+        if isinstance(target, tuple):
+            return lambda: tuple([part() for part in parts])
+
+        def put() -> Any:
+            target[:] = [part() for part in parts]
+            return target
+
+        return put
+
+    def _tensor(self, target: Any, number: int, path: Path) -> Callable[[], Any]:
+        columns = self._tensors
+        if columns.kind[number] == "ndarray":
+            if type(target) is not np.ndarray:
+                return self._misfit(path, _kind(target), "a numpy array")
+            if not target.flags.writeable:
+                return self._misfit(
+                    path, "a numpy array that can be written to", "a read-only one in the template"
+                )
+            try:
+                destination = torch.from_numpy(target)
+            except (TypeError, ValueError):
+                return self._misfit(path, f"a numpy array of dtype {target.dtype}", columns.dtype[number])
+        elif isinstance(target, torch.Tensor):
+            destination = target.detach()
+        else:
+            return self._misfit(path, _kind(target), "a tensor")
+        dtype, shape = dtype_of(columns.dtype[number]), tuple(columns.shape[number])
+        if destination.layout is not torch.strided or destination.is_quantized or destination.is_meta:
+            return self._misfit(path, f"a dense tensor to fill, not {_kind(target)}", "a dense tensor")
+        if destination.dtype != dtype or tuple(destination.shape) != shape:
+            return self._misfit(
+                path, f"{destination.dtype} of shape {tuple(destination.shape)}", f"{dtype} of shape {shape}"
+            )
+        if _overlaps(destination) and not _same_steps(destination, columns.stride[number]):
+            return self._misfit(
+                path,
+                f"elements that share memory (strides {tuple(destination.stride())})",
+                f"strides {tuple(columns.stride[number])}",
+            )
+        self._match.fills.append(Fill(destination, number, path_text(path)))
+        if isinstance(target, torch.Tensor):
+
+            def touched() -> torch.Tensor:
+                torch.autograd.graph.increment_version(target)
+                return target
+
+            return touched
+        return lambda: target
+
+    def _object(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
+        # Objects are small: they are read now, so that a wrong one is found before anything is written.
+        value = self._decode(node)
+        fits = type(value) is type(target)
+        if fits and isinstance(value, torch.Tensor):
+            fits = (value.shape, value.dtype, value.layout) == (target.shape, target.dtype, target.layout)
+        if not fits:
+            return self._misfit(path, _kind(target), _kind(value))
+        return lambda: value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.layout} tensor of {value.dtype}, shape {tuple(value.shape)}"
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"a value of type {name}"
+
+
+def _tag_text(node: Node) -> str:
+    names = {"ordered": "an OrderedDict", "default": "a defaultdict", "none": "None", "blob": "bytes"}
+    return names.get(node[0], f"a value of type {node[0]}")
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensor, value))
+    return isinstance(value, torch.Tensor | np.ndarray)
+
+
+def _names_tensor(node: Node) -> bool:
+    if node[0] in ("dict", "ordered", "default"):
+        return any(_names_tensor(value) for _, value in node[1])
+    if node[0] in ("list", "tuple", "set"):
+        return any(map(_names_tensor, node[1]))
+    return node[0] in ("tensor", "array", "object")
+
+
+# -- geometry --------------------------------------------------------------------------------------
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a run of memory without gaps and without sharing any of it."""
+    return tensor.numel() > 0 and not _overlaps(tensor) and _reach(tensor) == tensor.numel()
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at the same place (never False for a tensor where they do)."""
+    reach = 1
+    for step, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if n > 1:
+            if step < reach:
+                return tensor.numel() > 0
+            reach += (n - 1) * step
+    return False
+
+
+def _same_steps(tensor: torch.Tensor, stride: list[int]) -> bool:
+    return all(a == b for a, b, n in zip(tensor.stride(), stride, tensor.shape, strict=True) if n > 1)
+
+
+def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between tensors of one shape; where the target's elements share memory, so must the source's."""
+    with torch.no_grad():
+        for dim, (n, step) in enumerate(zip(target.shape, target.stride(), strict=True)):
+            if step == 0 and n > 1:
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+        if not _overlaps(target):
+            target.copy_(source)
+            return
+        places = torch.zeros(1, dtype=torch.int64)
+        for n, step in zip(target.shape, target.stride(), strict=True):
+            places = (places[:, None] + torch.arange(n) * step).reshape(-1)
+        places = torch.unique(places).to(target.device)
+        flat = target.as_strided((_reach(target),), (1,))
+        flat[places] = source.as_strided((_reach(source),), (1,)).to(target.device)[places]
