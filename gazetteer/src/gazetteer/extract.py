@@ -14,7 +14,7 @@ import tree_sitter
 
 from gazetteer import grammars
 from gazetteer.model import FileFacts, Finding, Import, Kind, Status, Symbol
-from gazetteer.text import comment_text, first_line, is_licence, one_line, unquote
+from gazetteer.text import comment_text, first_line, is_licence, one_line, split_commas, split_scope, tidy, unquote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,6 +29,10 @@ _GENERATED = re.compile(
     re.IGNORECASE,
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_][\w]*(?:(?:\.|::|->)[A-Za-z_]\w*)*(?:\(\))?\Z")
+_ROLE = re.compile(r"^:[\w:+-]+:(?=`)")
+_BASE_WORDS = re.compile(r"^(?:(?:public|protected|private|virtual|extends|implements)\s+|:\s*)+")
+_TAIL = re.compile(r"(?:\s*=>|[ {:;=]+)$")
+_ADORNMENTS = {bytes([char]) for char in b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"}
 _SIGNATURE_MAX = 400
 _HEAD_LINES = 12
 
@@ -91,13 +95,11 @@ class _Tree:
             elif capture.startswith("import.module."):
                 self._add_import(rest.partition(".")[2], captures, capture)
             elif role == "decorated":
-                outer = captures.get("outer", nodes)[0]
+                decorators = captures.get("decorator", [])
                 known = self.decorators.get(node.start_byte)
-                if known is None or len(known[1]) <= len(captures.get("decorator", ())):
-                    self.decorators[node.start_byte] = (
-                        outer.start_point[0],
-                        captures.get("decorator", []),
-                    )
+                if known is None or len(known[1]) <= len(decorators):
+                    first = min((*captures.get("outer", nodes), *decorators), key=lambda n: n.start_byte)
+                    self.decorators[node.start_byte] = (first.start_point[0], decorators)
             elif role == "documented":
                 self.docs[node.start_byte] = captures["doc"][0]
             elif role == "heading":
@@ -189,6 +191,7 @@ def _symbols(found: _Tree, comments: _Comments, source: bytes, separator: str) -
         while stack and stack[-1][0] < item.end:
             stack.pop()
         name = one_line(_text(item.name))
+        scope, name = split_scope(name)
         key = (item.name.start_byte, item.kind if item.kind == "scope" else "")
         if not name or key in seen:
             continue
@@ -196,15 +199,17 @@ def _symbols(found: _Tree, comments: _Comments, source: bytes, separator: str) -
         outer = stack[-1][1] if stack else ""
         if item.outer:
             outer = one_line(_text(item.outer[0]))
+        if scope:
+            outer = f"{outer}{separator}{scope}" if outer else scope
         qualname = f"{outer}{separator}{name}" if outer else name
         class_like = item.kind == "class" or (item.kind == "scope" and item.label == "class")
-        inside_class = bool(item.outer) or bool(stack and stack[-1][2] == "class")
+        inside_class = bool(item.outer) or bool(scope) or bool(stack and stack[-1][2] == "class")
         if item.kind != "constant":
             stack.append((item.end, qualname, "class" if class_like else item.kind))
         if item.kind == "scope":
             continue
         out.append(_symbol(item, name, qualname, source, found, comments, inside_class=inside_class))
-    out.sort(key=lambda s: (s.line, s.qualname))
+    out.sort(key=lambda s: s.line)
     return out
 
 
@@ -219,14 +224,14 @@ def _symbol(
     inside_class: bool,
 ) -> Symbol:
     kind = _KINDS[item.kind]
-    if kind is Kind.FUNCTION and (inside_class or "::" in name):
+    if kind is Kind.FUNCTION and inside_class:
         kind = Kind.METHOD
     row, decorators = found.decorators.get(item.start, (item.node.start_point[0], []))
     doc = found.docs.get(item.start)
     text = unquote(_text(doc)) if doc is not None else comment_text(comments.above(row))
     end = item.body if item.body is not None else item.end
     signature = one_line(source[item.start : end].decode("utf-8", "replace"), _SIGNATURE_MAX)
-    bases = [one_line(_text(base)) for base in item.bases]
+    bases = [_BASE_WORDS.sub("", part) for base in item.bases for part in split_commas(one_line(_text(base)))]
     return Symbol(
         kind=kind,
         name=name,
@@ -234,9 +239,9 @@ def _symbol(
         line=item.line,
         end_line=item.node.end_point[0] + 1 - (item.node.end_point[1] == 0),
         label="" if item.label == kind.value else item.label,
-        signature=signature.rstrip(" {:;=") if item.body is not None else signature,
-        bases=tuple(b.strip("():, ") for b in bases if b.strip("():, ")),
-        decorators=tuple(one_line(_text(d)).lstrip("@") for d in decorators),
+        signature=tidy(_TAIL.sub("", signature) if item.body is not None else signature),
+        bases=tuple(base for base in bases if base),
+        decorators=tuple(one_line(_text(d)) for d in decorators),
         doc=first_line(text),
     )
 
@@ -264,7 +269,8 @@ def _counts(inside: str, node: Node, places: dict[str, list[tuple[int, int]]]) -
 
 def _overview(found: _Tree, comments: _Comments, first_code: int) -> tuple[str, int]:
     if found.overview is not None:
-        text = unquote(_text(found.overview))
+        raw = _text(found.overview)
+        text = unquote(raw) if found.overview.type == "string" else raw.strip()
         if text:
             return text, found.overview.start_point[0] + 1
     for start, end, raw in comments.groups():
@@ -278,30 +284,30 @@ def _overview(found: _Tree, comments: _Comments, first_code: int) -> tuple[str, 
     return "", 0
 
 
-def _headings(found: _Tree) -> list[tuple[int, str, int]]:
+def _headings(found: _Tree, source: bytes) -> list[tuple[int, str, int]]:
     out: list[tuple[int, str, int]] = []
     adornments: list[str] = []
+    rows = source.split(b"\n") if any(level == "adorned" for _, level in found.headings) else []
     for node, level in sorted(found.headings, key=lambda pair: pair[0].start_byte):
         text = one_line(_text(node).strip().strip("#").strip())
+        row = node.start_point[0]
         if level.isdigit():
             depth = int(level)
         else:  # reStructuredText: the order in which adornments first appear gives the level
-            sibling = node.next_named_sibling
-            before = node.prev_named_sibling
-            mark = _text(sibling)[:1] if sibling is not None else ""
-            mark += "^" if before is not None and before.type == "adornment" else ""
+            around = [rows[at][:1] for at in (row - 1, row + 1) if 0 <= at < len(rows)]
+            mark = b"".join(char for char in around if char in _ADORNMENTS).decode()
             if mark not in adornments:
                 adornments.append(mark)
             depth = adornments.index(mark) + 1
         if text:
-            out.append((depth, text, node.start_point[0] + 1))
+            out.append((depth, text, row + 1))
     return out
 
 
 def _identifiers(codes: Iterable[Node]) -> list[tuple[str, int]]:
     first: dict[str, int] = {}
     for node in codes:
-        name = _text(node).strip("` \n")
+        name = _ROLE.sub("", _text(node)).strip("` \n")
         if _IDENTIFIER.match(name):
             line = node.start_point[0] + 1
             first[name] = min(first.get(name, line), line)
@@ -361,7 +367,7 @@ def extract(path: str, source: bytes, language: str, *, size: int, with_names: b
         overview_line=overview_line,
         symbols=tuple(symbols),
         imports=tuple(imports),
-        headings=tuple(_headings(found)),
+        headings=tuple(_headings(found, source)),
         identifiers=tuple(_identifiers(found.codes)),
         findings=tuple(_findings(found)),
         names=_names(language, tree) if with_names else (),

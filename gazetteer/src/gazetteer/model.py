@@ -55,7 +55,7 @@ class Symbol(msgspec.Struct, frozen=True, array_like=True):
         label: The language's own word where it says more than the kind: struct, macro, key.
         signature: The definition's head on one line, without its body.
         bases: Base classes as written.
-        decorators: Decorators as written, without the ``@``.
+        decorators: Decorators, annotations and attributes as written.
         doc: First line of its docstring or of the comment above it; empty when there is none.
     """
 

@@ -12,11 +12,15 @@ __all__ = [
     "first_line",
     "is_licence",
     "one_line",
+    "plain_sentence",
     "sentence",
+    "split_commas",
+    "split_scope",
+    "tidy",
     "unquote",
 ]
 
-_PREFIX = re.compile(r"^\s*(?://[/!]?<?|/\*+!?|\*+/|\*(?!/)|#+!?|--|;+|\.\.(?=\s|$))[ \t]?")
+_PREFIX = re.compile(r"^\s*(?://[/!]?<?|/\*+!?|\*+/|\*(?!/)|#+|--|;+|\.\.(?=\s|$))[ \t]?")
 _STRING = re.compile(r"""^([rRuU]?)("{3}|'{3}|"|')(.*?)(?:\2)?$""", re.DOTALL)
 _LICENCE = re.compile(r"copyright|licen[cs]ed? under|spdx-|all rights reserved|permission is hereby", re.IGNORECASE)
 _NOISE = re.compile(
@@ -78,6 +82,50 @@ def sentence(text: str, limit: int = 300) -> str:
         paragraph.append(line.strip())
     joined = one_line(" ".join(paragraph))
     return one_line(_SENTENCE_END.split(joined, maxsplit=1)[0], limit)
+
+
+def plain_sentence(markup: str, limit: int = 300) -> str:
+    """Return the first sentence of Markdown or reStructuredText without its marks; badges are skipped."""
+    plain = re.sub(r"\[?!\[[^\]]*\]\([^)]*\)(?:\]\([^)]*\))?|<[^>]+>", "", markup)
+    plain = re.sub(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])", r"\1", plain)
+    plain = re.sub(r"`([^`<]+?)(?: <[^>]*>)?`_*", r"\1", plain)
+    plain = re.sub(r"``?|\*\*|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)", "", plain)
+    return sentence(plain, limit)
+
+
+def split_commas(text: str) -> list[str]:
+    """Split a list of bases at its own commas, not at those inside brackets."""
+    text = text.strip()
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1]
+    depth = 0
+    parts = [""]
+    for char in text:
+        depth += (char in "([{<") - (char in ")]}>")
+        if char == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def split_scope(name: str) -> tuple[str, str]:
+    """Split ``ns::Class::name`` into its scope and its last part; template arguments stay whole."""
+    depth = 0
+    cut = -1
+    for at, char in enumerate(name):
+        if name.startswith("operator", at):
+            break
+        depth += (char == "<") - (char == ">")
+        if depth == 0 and name.startswith("::", at):
+            cut = at
+    return ("", name) if cut < 0 else (name[:cut], name[cut + 2 :])
+
+
+def tidy(signature: str) -> str:
+    """Take out the spaces that breaking a signature over lines leaves behind its brackets."""
+    out = re.sub(r"([(\[]) ", r"\1", signature)
+    return re.sub(r",? ([)\]])", r"\1", out)
 
 
 def decode(data: bytes) -> tuple[str, str] | None:

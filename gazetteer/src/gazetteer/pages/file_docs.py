@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from gazetteer import grammars
 from gazetteer.markdown import Page, code, fence, link, text
 from gazetteer.model import FileFacts, Kind, Status, Symbol
-from gazetteer.paths import Places, docs_page, folder_page, href, kw_page, parent
-from gazetteer.text import sentence
+from gazetteer.paths import BOOK, Places, docs_page, folder_page, href, kw_page, parent
+from gazetteer.text import plain_sentence, sentence
 
 if TYPE_CHECKING:
     from gazetteer.relations import Context
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["docs", "purpose"]
 
 _SOURCE_LIMIT = 64 * 1024
+_CYCLE_LISTED = 20
+_NEIGHBOURS_LISTED = 40
 _SECTIONS = {"idiom": "Code Patterns & Idioms", "performance": "Performance Considerations", "security": "Security & Safety"}
 _KIND_WORDS = {Kind.CLASS: ("class", "classes"), Kind.FUNCTION: ("function", "functions"), Kind.METHOD: ("method", "methods"), Kind.CONSTANT: ("constant", "constants")}
 
@@ -32,7 +34,8 @@ def purpose(fact: FileFacts) -> str:
     It is the file's own first sentence or first heading; where there is none, what was counted in
     it. It is never guessed from a name.
     """
-    own = sentence(fact.overview)
+    language = grammars.languages().get(fact.language)
+    own = plain_sentence(fact.overview) if language and language.prose else sentence(fact.overview)
     if own:
         return text(own)
     if fact.headings:
@@ -130,7 +133,7 @@ def _entry(symbol: Symbol, places: Places, own: str, path: str) -> str:
     if symbol.label:
         parts[0] += f" ({symbol.label})"
     if symbol.decorators:
-        parts.append("decorated with " + ", ".join(code("@" + d) for d in symbol.decorators))
+        parts.append("decorated with " + ", ".join(code(d) for d in symbol.decorators))
     out = "; ".join(parts)
     return f"{out}: {text(symbol.doc)}" if symbol.doc else out
 
@@ -185,7 +188,7 @@ def _class(page: Page, symbol: Symbol, members: list[Symbol], taken: dict[str, t
             bases.append(link(code(base), href(own, docs_page(targets[0]))) if len(targets) == 1 else code(base))
         facts.append("bases " + ", ".join(bases))
     if symbol.decorators:
-        facts.append("decorated with " + ", ".join(code("@" + d) for d in symbol.decorators))
+        facts.append("decorated with " + ", ".join(code(d) for d in symbol.decorators))
     line = facts[0][0].upper() + facts[0][1:] + "".join("; " + f for f in facts[1:]) + "."
     page.add(line + (f" {text(symbol.doc)}" if symbol.doc else ""))
     page.items([_entry(s, places, own, path) for s in members])
@@ -198,14 +201,26 @@ def _architecture(page: Page, context: Context, own: str) -> None:
     below = len(context.imports)
     above = len(context.imported_by)
     page.heading(3, "Role in the Repository")
-    rows = [f"Layer {context.layer} of 0 to {context.layers - 1} in the import graph" + (" (it imports no other file of the repository)" if not below else "")]
+    rows = [_layer(context)]
     rows.append(f"Fan-in {above:,}, fan-out {below:,}")
     if not above and not context.test:
         rows.append("No file of the repository imports it: an entry point, or used from outside")
     if context.cycle:
-        others = ", ".join(link(code(p), href(own, docs_page(p))) for p in context.cycle)
-        rows.append(f"In an import cycle with {others}")
+        rows.append(_cycle(context, own))
     page.items(rows)
+
+
+def _layer(context: Context) -> str:
+    if not context.imports:
+        return f"Layer 0 of the import graph: it imports no other file of the repository (the top layer is {context.layers - 1})"
+    return f"Layer {context.layer} of the import graph (0 imports nothing of the repository, {context.layers - 1} is the top)"
+
+
+def _cycle(context: Context, own: str) -> str:
+    if len(context.cycle) > _CYCLE_LISTED:
+        whole = link("the book lists them", href(own, BOOK, "import-cycles"))
+        return f"In an import cycle with {len(context.cycle):,} other files; {whole}"
+    return "In an import cycle with " + ", ".join(link(code(p), href(own, docs_page(p))) for p in context.cycle)
 
 
 def _dependencies(page: Page, fact: FileFacts, context: Context, places: Places, own: str) -> None:
@@ -272,7 +287,10 @@ def _related(page: Page, context: Context, own: str) -> None:
 
     page.heading(3, "By Imports")
     both = tuple(sorted({*context.imports, *context.imported_by}))
-    page.items(files(both))
+    if len(both) <= _NEIGHBOURS_LISTED:
+        page.items(files(both))
+    else:
+        page.add(f"{len(both):,} files: see {link('Dependencies', '#dependencies')}.")
     page.heading(3, "By Tests")
     page.items(files(tuple(p for p, _ in context.tests)))
     page.heading(3, "By Commits")

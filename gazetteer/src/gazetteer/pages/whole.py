@@ -10,6 +10,7 @@ from gazetteer.markdown import Page, code, fence, link, text
 from gazetteer.model import Kind, Status
 from gazetteer.pages.file_docs import plural
 from gazetteer.pages.folder import keyword_lines, mermaid
+from gazetteer.pages.readme import readable
 from gazetteer.paths import BOOK, KEYWORDS, Places, docs_page, folder_page, href, parent
 
 if TYPE_CHECKING:
@@ -85,14 +86,14 @@ def book(tree: Tree, name: str, readme: str) -> Page:
     Args:
         tree: The repository.
         name: Its name.
-        readme: The text of its README, without its first heading.
+        readme: The text of its README, in Markdown; empty when there is none.
     """
     page = Page(f"The Book of {code(name)}")
     chapters = packages(tree)
     page.heading(2, "Overview")
     lead = tree.lead("")
-    if readme.strip():
-        page.add(fence(readme.strip(), "markdown"))
+    if readme:
+        page.add(readable(readme))
         page.add(f"From {link(code(lead), href(BOOK, docs_page(lead)))}.")
     elif lead:
         page.add(tree.purposes[lead])
@@ -125,7 +126,8 @@ def _architecture(page: Page, tree: Tree, chapters: Sequence[str]) -> None:
         rows.append(f"Layer {layer}: {plural(len(by_layer[layer]), 'file')} ({shown}{more})")
     page.items(rows)
     cycles = {context.cycle and tuple(sorted((*context.cycle, p))) for p, context in tree.relations.contexts.items()} - {()}
-    page.items([f"Import cycle of {len(c)} files: {', '.join(link(code(p), href(BOOK, docs_page(p))) for p in c)}" for c in sorted(cycles)])
+    page.heading(3, "Import Cycles")
+    page.items([f"{len(c)} files: {', '.join(link(code(p), href(BOOK, docs_page(p))) for p in c)}" for c in sorted(cycles)])
 
 
 def _reading_order(tree: Tree, chapters: Sequence[str]) -> list[str]:

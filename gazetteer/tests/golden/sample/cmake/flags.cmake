@@ -1,0 +1,2 @@
+# Flags for every target.
+set(FLAGS -Wall)

@@ -1,0 +1,4 @@
+package com.example;
+
+/** A plant. */
+public class Plant {}

@@ -1,0 +1,2 @@
+# Shared by all scripts.
+log() { echo "$1"; }

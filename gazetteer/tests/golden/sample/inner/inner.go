@@ -1,0 +1,5 @@
+// Package inner ends things.
+package inner
+
+// Done ends one.
+func Done() {}

@@ -1,0 +1,5 @@
+#pragma once
+// Declarations of shapes.
+namespace geo {
+double total_of(int count);
+}

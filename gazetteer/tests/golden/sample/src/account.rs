@@ -1,0 +1,6 @@
+//! Accounts.
+
+/// One account.
+pub struct Account {
+    pub id: u64,
+}
