@@ -1,0 +1,43 @@
+"""The commit: a checkpoint becomes visible whole, or not at all. No torch here.
+
+A save is an `Attempt`: data goes to a hidden folder beside the path; each rank's index, written last, is its
+*mark*; whoever sees all marks and no abort mark creates the manifest, which is the commit; then one rename
+publishes the folder. `locate` finds what to load, `roll_forward` and `clean_up` deal with what dead
+attempts left. ARCHITECTURE.md has the protocol.
+
+Modules, each importing only from those after it: `attempt`, `locate` | `recover`, `publish`, `hidden`.
+"""
+
+from __future__ import annotations
+
+from milepost.commit.attempt import (
+    Attempt,
+    Clock,
+    attempt_id,
+    environment_start_id,
+    new_attempt_id,
+    process_id,
+)
+from milepost.commit.locate import Entry, Explanation, Located, explain, locate, scan
+from milepost.commit.publish import Target, check_target, publish
+from milepost.commit.recover import clean_up, roll_forward
+
+__all__ = [
+    "Attempt",
+    "Clock",
+    "Entry",
+    "Explanation",
+    "Located",
+    "Target",
+    "attempt_id",
+    "check_target",
+    "clean_up",
+    "environment_start_id",
+    "explain",
+    "locate",
+    "new_attempt_id",
+    "process_id",
+    "publish",
+    "roll_forward",
+    "scan",
+]

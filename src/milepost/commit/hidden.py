@@ -1,0 +1,466 @@
+"""The hidden folders beside a checkpoint: how they are named, what lies in them, what that means.
+
+While it is made, a checkpoint ``name`` is the folder ``.<name>.<attempt>.partial`` beside it. Where an
+older one is exchanged out, that becomes ``.<name>.<attempt>.replaced``. What such a folder *is* follows from
+its content alone: with a manifest (or a full set of marks) of the attempt in its name it is that attempt's
+checkpoint; with a manifest of another attempt it is the one that was exchanged out.
+"""
+
+# Paths are str, here as in the storage package.
+# ruff: noqa: PTH100, PTH118, PTH119, PTH120
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from milepost.errors import (
+    CommitError,
+    CorruptCheckpointError,
+    EntryNotFoundError,
+    StorageError,
+    UnsupportedFormatError,
+)
+from milepost.manifest import (
+    MANIFEST_NAME,
+    MAX_INDEX_BYTES,
+    MAX_MANIFEST_BYTES,
+    FileDigest,
+    Manifest,
+    Mark,
+    decode_manifest,
+    decode_mark,
+    digest,
+    index_name,
+)
+from milepost.storage import Folder, Storage
+
+__all__ = [
+    "ABORTED_NAME",
+    "ARRIVED_NAME",
+    "NOTE_NAME",
+    "AbortMark",
+    "Beacon",
+    "Hidden",
+    "Note",
+    "abort_name",
+    "assemble",
+    "beacon_name",
+    "checked_manifest",
+    "data_rank",
+    "file_digest",
+    "index_rank",
+    "is_own",
+    "join_hidden",
+    "missing_files",
+    "names_of",
+    "ranks_in",
+    "read_abort_marks",
+    "read_beacons",
+    "read_manifest",
+    "read_note",
+    "shown",
+    "siblings",
+]
+
+NOTE_NAME = "attempt.json"
+ARRIVED_NAME = "arrived.json"
+ABORTED_NAME = "aborted.json"
+PARTIAL, REPLACED = ".partial", ".replaced"
+
+_MAX_SMALL_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
+_MAX_STEM_BYTES = 170  # the dots, an attempt of 64 characters and a suffix must fit into 255 bytes with it
+_NUMBER = "(0|[1-9][0-9]{0,8})"
+_OWN = re.compile(
+    rf"attempt\.json|arrived\.json|aborted\.json|manifest\.json|(?:state|abort)_{_NUMBER}\.json"
+)
+_ASIDE = re.compile(rf"\.(?:{_OWN.pattern}|index_{_NUMBER}\.json)\.[0-9a-f]{{16}}\.tmp")
+_DATA = re.compile(rf"checkpoint_{_NUMBER}\.pt")
+_INDEX = re.compile(rf"index_{_NUMBER}\.json")
+_ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HIDDEN = re.compile(r"\.(.+)\.([A-Za-z0-9_-]{1,64})(?:\.partial|\.replaced)", re.DOTALL)
+
+
+class Note(msgspec.Struct, kw_only=True):
+    """``attempt.json``: which folder this is, and who began it. Whoever works in it holds a lock on it.
+
+    Attributes:
+        name: The checkpoint's name, as `shown` gives it.
+        attempt: Id of the attempt.
+        world_size: How many ranks take part.
+        process: Random id of the process that wrote this.
+        private: The attempt's id is known to this process alone.
+        host: Where it ran.
+        pid: Its process id there.
+        time: When it began, seconds since the epoch.
+    """
+
+    format: str = "milepost.attempt"
+    name: str
+    attempt: str
+    world_size: int
+    process: str
+    private: bool = False
+    host: str = ""
+    pid: int = 0
+    time: float = 0.0
+
+
+class Beacon(msgspec.Struct, kw_only=True):
+    """``state_<rank>.json``: what a rank was doing when it last said so."""
+
+    rank: int
+    attempt: str
+    phase: str
+    bytes_done: int = 0
+    time: float = 0.0
+    process: str = ""
+
+
+class AbortMark(msgspec.Struct, kw_only=True):
+    """``abort_<rank>.json``: this rank failed; the attempt must not be committed any more."""
+
+    rank: int
+    type: str
+    message: str
+    phase: str | None = None
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A hidden folder: its path, and the attempt in its name."""
+
+    path: str
+    attempt: str
+
+
+def beacon_name(rank: int) -> str:
+    """The name of a rank's beacon."""
+    return f"state_{rank}.json"
+
+
+def abort_name(rank: int) -> str:
+    """The name of a rank's abort mark."""
+    return f"abort_{rank}.json"
+
+
+def is_own(name: str) -> bool:
+    """Whether an entry of a published folder can only be a leftover of ours (or the manifest)."""
+    return bool(_OWN.fullmatch(name) or _ASIDE.fullmatch(name))
+
+
+def data_rank(name: str) -> int | None:
+    """The rank in the name of a data file."""
+    match = _DATA.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def index_rank(name: str) -> int | None:
+    """The rank in the name of an index."""
+    match = _INDEX.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def ranks_in(names: Iterable[str]) -> set[int]:
+    """The ranks whose marks are among these names."""
+    return {rank for rank in map(index_rank, names) if rank is not None}
+
+
+def is_aborted(names: Iterable[str]) -> bool:
+    """Whether an abort mark is among these names."""
+    return any(name == ABORTED_NAME or name.startswith("abort_") for name in names)
+
+
+# ---------------------------------------------------------------------------- names
+
+
+def shown(name: str) -> str:
+    """A file name as text that JSON can hold, also where it is no valid UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _stem(name: str) -> str:
+    raw = os.fsencode(name)
+    if len(raw) <= _MAX_STEM_BYTES:
+        return name
+    kept = raw[: _MAX_STEM_BYTES - 17].decode("utf-8", "ignore")
+    return f"{kept}~{hashlib.sha256(raw).hexdigest()[:16]}"
+
+
+def join_hidden(path: str, attempt: str, suffix: str = PARTIAL) -> str:
+    """The path of the hidden folder of an attempt at `path`."""
+    if not _ATTEMPT.fullmatch(attempt):
+        raise ValueError(f"an attempt id has 1 to 64 characters of A-Z a-z 0-9 _ -, not {attempt!r}")
+    parent, name = os.path.split(path)
+    return os.path.join(parent, f".{_stem(name)}.{attempt}{suffix}")
+
+
+def siblings(storage: Storage, path: str) -> list[Hidden]:
+    """The hidden folders beside `path` that may belong to it, by their names alone."""
+    parent, name = os.path.split(path)
+    start = f".{_stem(name)}."
+    found = []
+    for entry in names_of(storage, parent) or ():
+        for suffix in (PARTIAL, REPLACED):
+            attempt = entry[len(start) : -len(suffix)]
+            if entry.startswith(start) and entry.endswith(suffix) and _ATTEMPT.fullmatch(attempt):
+                found.append(Hidden(os.path.join(parent, entry), attempt))
+    return found
+
+
+def looks_hidden(entry: str) -> tuple[str, str] | None:
+    """The stem and the attempt in a name of a hidden folder."""
+    match = _HIDDEN.fullmatch(entry)
+    return (match[1], match[2]) if match else None
+
+
+def names_of(storage: Storage, path: str) -> list[str] | None:
+    """The names in a folder, or None if there is no such folder."""
+    try:
+        folder = storage.open_folder(path)
+    except StorageError:
+        if storage.stat(path) is None:
+            return None
+        raise
+    try:
+        return list_names(folder)
+    finally:
+        folder.close()
+
+
+def list_names(folder: Folder) -> list[str]:
+    """The names in an open folder; none when it has been removed since."""
+    try:
+        return folder.names()
+    except EntryNotFoundError:
+        return []
+
+
+# ---------------------------------------------------------------------------- contents
+
+_T = TypeVar("_T", Note, Beacon, AbortMark)
+
+
+def _read_small(folder: Folder, name: str, kind: type[_T]) -> _T | None:
+    """A small file of ours; None if it is not there or was lost in a crash (nothing rests on it)."""
+    try:
+        return msgspec.json.decode(folder.read(name, _MAX_SMALL_BYTES), type=kind)
+    except (EntryNotFoundError, CorruptCheckpointError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def read_note(folder: Folder) -> Note | None:
+    """The folder's ``attempt.json``, if it can be read."""
+    return _read_small(folder, NOTE_NAME, Note)
+
+
+def read_beacons(folder: Folder, names: Iterable[str]) -> dict[int, Beacon]:
+    """The last words of each rank."""
+    found = (_read_small(folder, name, Beacon) for name in names if name.startswith("state_"))
+    return {beacon.rank: beacon for beacon in found if beacon}
+
+
+def read_abort_marks(folder: Folder, names: Iterable[str]) -> dict[int, AbortMark]:
+    """The abort marks, by rank."""
+    found = (_read_small(folder, name, AbortMark) for name in names if name.startswith("abort_"))
+    return {mark.rank: mark for mark in found if mark}
+
+
+def read_manifest(folder: Folder) -> Manifest | None:
+    """The folder's manifest, or None if it has none.
+
+    Raises:
+        CorruptCheckpointError: It is damaged (UnsupportedFormatError: of a later format).
+    """
+    try:
+        data = folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    except EntryNotFoundError:
+        return None
+    return decode_manifest(data, os.path.join(folder.path, MANIFEST_NAME))
+
+
+def file_digest(folder: Folder, name: str) -> FileDigest:
+    """Size and SHA-256 of a file, as it is read now."""
+    file = folder.open(name)
+    try:
+        sha, size, buffer = hashlib.sha256(), file.size, memoryview(bytearray(min(_READ_BYTES, file.size)))
+        for offset in range(0, size, _READ_BYTES):
+            view = buffer[: min(_READ_BYTES, size - offset)]
+            file.read_into(offset, [view])
+            sha.update(view)
+        return FileDigest(name, size, sha.hexdigest())
+    finally:
+        file.close()
+
+
+def missing_files(folder: Folder, manifest: Manifest) -> list[str]:
+    """What does not fit the manifest: files that are absent, no files, or of another size."""
+    listed: list[tuple[str, int]] = [(file.name, file.size) for file in manifest.indexes]
+    listed += [(file.name, file.size) for file in manifest.files]
+    listed += [(file.name, file.size) for file in manifest.attachments]
+    if manifest.shards:
+        listed.append((manifest.shards.name, manifest.shards.size))
+    problems = []
+    for name, size in listed:
+        try:
+            found = folder.stat(name)
+        except (CorruptCheckpointError, StorageError):
+            found = None
+        if found is None:
+            problems.append(f"{name} is missing")
+        elif found.kind != "file":
+            problems.append(f"{name} is a {found.kind}, not a file")
+        elif found.size_bytes != size:
+            problems.append(f"{name} has {found.size_bytes} bytes instead of {size}")
+    return problems
+
+
+def assemble(folder: Folder, attempt: str, ranks: set[int], *, live: bool) -> Manifest | None:
+    """The manifest of a full set of marks; None if it is not full, or a file of it is not there.
+
+    Everybody who assembles the same folder gets the same bytes.
+
+    Args:
+        folder: The attempt's folder.
+        attempt: Its id.
+        ranks: The ranks whose marks are there.
+        live: Nothing was lost since the marks were written (no power cut). Then an attachment that
+            is gone was a passing file of another rank's hook, and not one that was lost.
+
+    Raises:
+        CommitError: The marks contradict each other.
+        CorruptCheckpointError: A mark is damaged.
+    """
+    marks: list[Mark] = []
+    indexes: list[FileDigest] = []
+    for rank in range(len(ranks)):
+        if rank not in ranks:
+            return None
+        name = index_name(rank)
+        try:
+            data = folder.read(name, MAX_INDEX_BYTES)
+        except EntryNotFoundError:
+            return None
+        mark = decode_mark(data, os.path.join(folder.path, name))
+        if rank == 0 and mark.world_size > len(ranks):
+            return None
+        marks.append(mark)
+        indexes.append(digest(name, data))
+    if not marks:
+        return None
+    _check_agreement(folder.path, attempt, marks)
+    attachments = _attachments(folder, marks, live=live)
+    if attachments is None:
+        return None
+    manifest = Manifest(
+        requires=sorted({feature for mark in marks for feature in mark.requires}),
+        attempt=attempt,
+        world_size=len(marks),
+        time=max(mark.time for mark in marks),
+        step=marks[0].step,
+        metadata=marks[0].metadata,
+        writer=marks[0].writer,
+        indexes=indexes,
+        files=[file for mark in marks for file in mark.files],
+        attachments=attachments,
+    )
+    return None if missing_files(folder, manifest) else manifest
+
+
+def _check_agreement(path: str, attempt: str, marks: list[Mark]) -> None:
+    facts: Mapping[str, list[object]] = {
+        "attempt": [mark.attempt for mark in marks],
+        "world size": [mark.world_size for mark in marks],
+        "step": [mark.step for mark in marks],
+        "state they share": [mark.agreement for mark in marks],
+    }
+    for fact, values in facts.items():
+        expected = {"attempt": attempt, "world size": len(marks)}.get(fact, values[0])
+        other = [rank for rank, value in enumerate(values) if value != expected]
+        if other:
+            raise CommitError(
+                f"the ranks disagree on the {fact}: expected {expected!r}, "
+                f"rank {other[0]} has {values[other[0]]!r}"
+                + (f" (as have ranks {numbers(other[1:])})" if other[1:] else ""),
+                path=path,
+                rank=other[0],
+                phase="commit",
+                hint="all ranks must save the same step with the same arguments; look at these ranks' logs",
+            )
+    for rank, mark in enumerate(marks):
+        if mark.rank != rank:
+            raise CommitError(
+                f"the mark {index_name(rank)} says it is rank {mark.rank}'s",
+                path=path,
+                rank=rank,
+                phase="commit",
+            )
+    names = [file.name for mark in marks for file in mark.files]
+    if len(set(names)) != len(names):
+        raise CommitError("two ranks wrote a data file of the same name", path=path, phase="commit")
+
+
+def _attachments(folder: Folder, marks: list[Mark], *, live: bool) -> list[FileDigest] | None:
+    """Each attachment once. What several ranks saw differently is settled by the file itself."""
+    seen: dict[str, set[FileDigest]] = {}
+    for mark in marks:
+        for file in mark.attachments:
+            seen.setdefault(file.name, set()).add(file)
+    settled = []
+    for name, digests in sorted(seen.items()):
+        found = folder.stat(name)
+        if found is None:
+            if not live:
+                return None
+            continue
+        if len(digests) == 1:
+            settled.append(next(iter(digests)))
+            continue
+        actual = file_digest(folder, name)
+        if actual not in digests:
+            raise CommitError(
+                f"the attachment {name!r} was changed after pre_commit", path=folder.path, phase="commit"
+            )
+        settled.append(actual)
+    return settled
+
+
+def numbers(ranks: Iterable[int], limit: int = 10) -> str:
+    listed = sorted(ranks)
+    return ", ".join(map(str, listed[:limit])) + (
+        f" and {len(listed) - limit} more" if listed[limit:] else ""
+    )
+
+
+def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep: bool) -> Manifest | None:
+    """The manifest of a hidden folder that holds a whole checkpoint of `attempt`, else None.
+
+    It has a manifest of this attempt, or a full set of marks and no abort mark; and all files are there
+    with their sizes. After a power cut a mark or manifest may be there without them.
+
+    Args:
+        folder: The hidden folder.
+        attempt: The attempt in its name.
+        names: What is in it.
+        deep: Compare the indexes with the manifest's hashes as well.
+    """
+    names = set(names)
+    try:
+        if MANIFEST_NAME in names:
+            manifest = read_manifest(folder)
+            if manifest is None or manifest.attempt != attempt or missing_files(folder, manifest):
+                return None
+            whole = not deep or all(file_digest(folder, file.name) == file for file in manifest.indexes)
+            return manifest if whole else None
+        if is_aborted(names):
+            return None
+        return assemble(folder, attempt, ranks_in(names), live=False)
+    except (CommitError, CorruptCheckpointError, UnsupportedFormatError, EntryNotFoundError):
+        return None

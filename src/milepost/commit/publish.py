@@ -1,0 +1,437 @@
+"""Which paths a save may replace, and how a committed checkpoint takes its place there.
+
+Nothing is deleted in a published folder but what a manifest of ours lists, the plain
+``checkpoint_<n>.pt`` files that a save replaces, and our own passing files. Everything else belongs to the
+user, and moves along into the new checkpoint.
+"""
+
+# Paths are str, here as in the storage package.
+# ruff: noqa: PTH100, PTH118, PTH119, PTH120
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from milepost.commit.hidden import (
+    NOTE_NAME,
+    REPLACED,
+    data_rank,
+    index_rank,
+    is_own,
+    join_hidden,
+    list_names,
+    names_of,
+    read_manifest,
+)
+from milepost.errors import (
+    CorruptCheckpointError,
+    EntryExistsError,
+    EntryNotFoundError,
+    LoadError,
+    MilepostError,
+    StorageError,
+    TargetError,
+)
+from milepost.manifest import MANIFEST_NAME, Manifest
+from milepost.storage import Folder, Storage
+
+__all__ = ["Target", "check_target", "publish", "published_manifest", "remove_tree", "retire", "sweep"]
+
+_logger = logging.getLogger(__name__)
+_TRIES = 50
+_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+
+
+# ---------------------------------------------------------------------------- the target
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a save goes.
+
+    Attributes:
+        path: The absolute path of the checkpoint.
+        replaces: What is there now: "nothing", an "empty" folder, a "checkpoint", or a folder of "plain"
+            ``checkpoint_<n>.pt`` files.
+    """
+
+    path: str
+    replaces: Literal["nothing", "empty", "checkpoint", "plain"]
+
+
+def check_target(storage: Storage, path: str | os.PathLike[str]) -> Target:
+    """Check that a save may create or replace `path`; nothing is touched.
+
+    A relative path means the folder at the time of this call. Missing parents are created later.
+
+    Raises:
+        TargetError: It may not; the hint says what to do.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise TargetError(f"this is no path of a checkpoint: {text!r}", path=text, phase="check")
+    absolute = os.path.abspath(text)
+    try:
+        target = Target(absolute, _what_is_at(storage, absolute))
+        _check_parents(storage, absolute)
+    except StorageError as error:
+        raise TargetError(
+            f"cannot save to {absolute}: {error.message}",
+            path=absolute,
+            phase="check",
+            hint=error.hint or "save to another path",
+        ) from error
+    return target
+
+
+def _what_is_at(storage: Storage, path: str) -> Literal["nothing", "empty", "checkpoint", "plain"]:
+    found = storage.stat(path)
+    if found is None:
+        return "nothing"
+    if found.kind != "folder":
+        kind = {"symlink": "a symbolic link", "file": "a file"}.get(found.kind, "not a folder")
+        way_out = (
+            "save to the folder that it points to" if found.kind == "symlink" else "save to another path"
+        )
+        raise TargetError(
+            f"a checkpoint is a folder, but this is {kind}: {path}",
+            path=path,
+            phase="check",
+            hint=f"save to {way_out}",
+        )
+    if found.mount_point:
+        raise TargetError(
+            f"a mount point cannot be replaced by a checkpoint: {path}",
+            path=path,
+            phase="check",
+            hint=f"save to a folder in it, such as {os.path.join(path, 'checkpoint')}",
+        )
+    if not found.writable:
+        raise TargetError(
+            f"the checkpoint there is read-only: {path}",
+            path=path,
+            phase="check",
+            hint="save to another path, or make the folder writable",
+        )
+    for final in (False, True):
+        try:
+            return _content(storage, path)
+        except EntryNotFoundError:
+            return _what_is_at(storage, path)
+        except TargetError:
+            # A folder that is being replaced just now may look like anything.
+            if final:
+                raise
+    raise AssertionError
+
+
+def _content(storage: Storage, path: str) -> Literal["empty", "checkpoint", "plain"]:
+    folder = storage.open_folder(path)
+    try:
+        names = folder.names()
+        if MANIFEST_NAME in names:
+            try:
+                read_manifest(folder)
+            except LoadError as error:
+                raise TargetError(
+                    f"the checkpoint there has a manifest that cannot be read, so it is not replaced: {path}",
+                    path=path,
+                    phase="check",
+                    hint="look at it with `milepost verify`, and move or delete the folder yourself",
+                ) from error
+            return "checkpoint"
+        names = [name for name in names if not is_own(name)]
+        strangers = [name for name in names if data_rank(name) is None or _kind(folder, name) != "file"]
+    finally:
+        folder.close()
+    if strangers:
+        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+        raise TargetError(
+            f"the folder holds files that are no checkpoint ({', '.join(strangers[:5])}{more}): {path}",
+            path=path,
+            phase="check",
+            hint=f"save to a folder in it, such as {os.path.join(path, 'checkpoint')}, or move these files away",
+        )
+    return "plain" if names else "empty"
+
+
+def _kind(folder: Folder, name: str) -> str:
+    found = folder.stat(name)
+    return found.kind if found else "file"
+
+
+def _check_parents(storage: Storage, path: str) -> None:
+    """The nearest existing folder above must be one, and writable."""
+    above = os.path.dirname(path)
+    found = storage.stat(above)
+    while found is None and os.path.dirname(above) != above:
+        above = os.path.dirname(above)
+        found = storage.stat(above)
+    if found is not None and found.kind == "symlink":
+        found = storage.stat(os.path.join(above, "."))
+    if found is None or found.kind != "folder":
+        raise TargetError(
+            f"this is not a folder, so no checkpoint can be made in it: {above}",
+            path=path,
+            phase="check",
+            hint="save to another path",
+        )
+    if not found.writable:
+        raise TargetError(
+            f"no checkpoint can be made here, as the folder above is not writable: {above}",
+            path=path,
+            phase="check",
+            hint="check its permissions, or save to another path",
+        )
+
+
+# ---------------------------------------------------------------------------- publishing
+
+
+def publish(storage: Storage, path: str, attempt: str) -> None:
+    """Put a committed attempt (its manifest is durable) in its place; on return that is durable.
+
+    What it replaces goes: the user's own entries move into the new folder first, then the files that the
+    old manifest lists are removed. If only that clearing fails, there is a warning, and the next save does it.
+
+    Raises:
+        TargetError: Something that may not be replaced has appeared at `path`. The attempt stays beside
+            it, committed: `locate` finds it, and the next save publishes it when the way is free.
+    """
+    if not _move_in(storage, path, attempt):
+        return
+    storage.sync_folder(os.path.dirname(path))
+    try:
+        retire(storage, path, join_hidden(path, attempt, REPLACED), attempt)
+        sweep(storage, path)
+    except MilepostError as error:
+        _logger.warning("the checkpoint is saved, but clearing what it replaces failed: %s", error)
+
+
+def _move_in(storage: Storage, path: str, attempt: str) -> bool:
+    """The renames. Returns False if the attempt is nowhere: another process has published it."""
+    partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
+    for _ in range(_TRIES):
+        source = next((place for place in (partial, slot) if _holds(storage, place, attempt)), None)
+        if source is None:
+            return False
+        try:
+            if storage.stat(path) is None:
+                storage.rename(source, path, "create")
+                return True
+            _what_is_at(storage, path)
+            if source == partial:
+                # Slow ranks may still write to the partial's path: the old folder must not get that name.
+                if storage.stat(slot) is not None:
+                    retire(storage, path, slot, attempt)
+                storage.rename(partial, slot, "create")
+            _exchange(storage, path, partial, slot)
+        except (EntryExistsError, EntryNotFoundError):
+            continue  # another saver moved something: look again
+        return True
+    raise StorageError(
+        f"other processes replace this path all the time: {path}", path=path, operation="publish"
+    )
+
+
+def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
+    """Swap the new checkpoint (in `slot`) with the one at `path`."""
+    try:
+        storage.rename(slot, path, "exchange")
+    except StorageError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        # Until the last of these there is no checkpoint at the path itself, but `locate` finds the new one.
+        storage.rename(slot, partial, "create")
+        storage.rename(path, slot, "create")
+        storage.rename(partial, path, "create")
+
+
+def _holds(storage: Storage, place: str, attempt: str) -> bool:
+    found = published_manifest(storage, place)
+    return found is not None and found.attempt == attempt
+
+
+def published_manifest(storage: Storage, path: str) -> Manifest | None:
+    """The manifest of the checkpoint at `path`; None where there is none, or none that can be read."""
+    try:
+        folder = storage.open_folder(path)
+    except StorageError:
+        return None
+    try:
+        return read_manifest(folder)
+    except (LoadError, StorageError):
+        return None
+    finally:
+        folder.close()
+
+
+# ---------------------------------------------------------------------------- what was replaced
+
+
+def retire(storage: Storage, path: str, hidden: str, attempt: str | None) -> bool:
+    """Clear a hidden folder that holds what was replaced at `path`; True if it is gone.
+
+    Entries that its manifest does not list move into the checkpoint at `path`, then the listed files are
+    removed, the manifest last, so that every part of this can be taken up again. Any number of processes
+    may do it at once. Nothing happens where there is no checkpoint at `path`, or if the folder holds
+    the checkpoint of `attempt` itself.
+    """
+    for _ in range(_TRIES):
+        try:
+            folder = storage.open_folder(hidden)
+        except EntryNotFoundError:
+            return True
+        try:
+            manifest = read_manifest(folder)
+            if manifest is not None and manifest.attempt == attempt:
+                return False
+            if published_manifest(storage, path) is None:
+                return False
+            names = list_names(folder)
+            listed = manifest.names() if manifest else {name for name in names if _is_plain(name)}
+            with suppress(EntryNotFoundError):  # raced: look again
+                _move_unlisted(storage, hidden, path, "", listed)
+            _remove_listed(storage, folder, hidden, listed | {name for name in names if is_own(name)})
+        except CorruptCheckpointError:
+            return False
+        finally:
+            folder.close()
+        try:
+            storage.remove(hidden)
+        except EntryNotFoundError:
+            return True
+        except StorageError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+            continue
+        return True
+    return False
+
+
+def _is_plain(name: str) -> bool:
+    """An index without its manifest: a clearing that a power cut undid in part."""
+    return data_rank(name) is not None or index_rank(name) is not None
+
+
+def _move_unlisted(storage: Storage, source: str, target: str, prefix: str, listed: set[str]) -> None:
+    moved = False
+    for name in names_of(storage, source) or ():
+        inner = prefix + name
+        if inner in listed or (not prefix and is_own(name)):
+            continue
+        old = os.path.join(source, name)
+        found = storage.stat(old)
+        if found is None:
+            continue
+        if found.kind == "folder" and any(entry.startswith(f"{inner}/") for entry in listed):
+            if names_of(storage, old):
+                new = os.path.join(target, name)
+                if _has_unlisted(storage, old, f"{inner}/", listed):
+                    with suppress(EntryExistsError):
+                        storage.make_folder(new)
+                        moved = True
+                    _move_unlisted(storage, old, new, f"{inner}/", listed)
+            continue
+        _move_beside(storage, old, target, name)
+        moved = True
+    if moved:
+        # What is the user's must be durable in its new place before anything of the old is removed.
+        storage.sync_folder(target)
+
+
+def _has_unlisted(storage: Storage, folder: str, prefix: str, listed: set[str]) -> bool:
+    return any(prefix + name not in listed for name in names_of(storage, folder) or ())
+
+
+def _move_beside(storage: Storage, old: str, folder: str, name: str) -> None:
+    """Move an entry into a folder, under a name of its own if there is one of that name."""
+    for number in range(1000):
+        new = os.path.join(folder, f"{name}.{number}" if number else name)
+        try:
+            storage.rename(old, new, "create")
+        except EntryExistsError:
+            continue
+        if number:
+            _logger.warning("%s was in the replaced checkpoint as well: it is now %s", name, new)
+        return
+    raise StorageError(f"there are too many entries of this name: {name}", path=folder, operation="rename")
+
+
+def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str]) -> None:
+    """Remove files by their relative names, the manifest last, and the folders that they leave empty."""
+    inner = set()
+    for name in sorted(names - {MANIFEST_NAME}):
+        with suppress(CorruptCheckpointError):  # a link on the way: not ours
+            found = folder.stat(name)
+            if found is not None and found.kind == "file":
+                with suppress(EntryNotFoundError):
+                    storage.remove(os.path.join(path, name))
+            parts = name.split("/")[:-1]
+            inner |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
+    for name in sorted(inner, key=len, reverse=True):
+        with suppress(CorruptCheckpointError, StorageError):
+            found = folder.stat(name)
+            if found is not None and found.kind == "folder":
+                storage.remove(os.path.join(path, name))
+    with suppress(EntryNotFoundError):
+        storage.remove(os.path.join(path, MANIFEST_NAME))
+
+
+def sweep(storage: Storage, path: str) -> None:
+    """Remove our passing files (attempt.json, beacons, abort marks) from a published checkpoint."""
+    names = names_of(storage, path) or []
+    if MANIFEST_NAME not in names:
+        return
+    for name in names:
+        if is_own(name) and name != MANIFEST_NAME:
+            with suppress(EntryNotFoundError):
+                storage.remove(os.path.join(path, name))
+
+
+def remove_tree(storage: Storage, path: str) -> None:
+    """Remove an attempt's folder with everything in it. Only for folders that are known to be ours.
+
+    The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's.
+    """
+    for _ in range(_TRIES):
+        names = names_of(storage, path)
+        if names is None:
+            return
+        for name in sorted(names, key=_removal_order):
+            _remove_entry(storage, os.path.join(path, name))
+        try:
+            storage.remove(path)
+        except EntryNotFoundError:
+            return
+        except StorageError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+            continue
+        return
+
+
+def _removal_order(name: str) -> int:
+    ranks: tuple[Callable[[], bool], ...] = (
+        lambda: name == MANIFEST_NAME,
+        lambda: index_rank(name) is not None,
+        lambda: not name.startswith("abort") and name != NOTE_NAME,
+        lambda: name != NOTE_NAME,
+    )
+    return next((position for position, matches in enumerate(ranks) if matches()), len(ranks))
+
+
+def _remove_entry(storage: Storage, path: str) -> None:
+    found = storage.stat(path)
+    if found is None:
+        return
+    if found.kind == "folder":
+        for name in names_of(storage, path) or ():
+            _remove_entry(storage, os.path.join(path, name))
+    with suppress(EntryNotFoundError):
+        storage.remove(path)

@@ -1,0 +1,322 @@
+"""What attempts that died have left behind: finishing those that are whole, removing the rest.
+
+Both are safe beside live savers and may run any number of times, in any number of processes at once. Nothing
+is touched for its name alone: a folder must say itself that it is the attempt in its name, and nobody may
+hold the lock on its ``attempt.json``.
+"""
+
+# Paths are str, here as in the storage package.
+# ruff: noqa: PTH100, PTH118, PTH119, PTH120
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import msgspec
+
+from milepost.commit.hidden import (
+    NOTE_NAME,
+    Beacon,
+    Hidden,
+    Note,
+    beacon_name,
+    checked_manifest,
+    list_names,
+    ranks_in,
+    read_beacons,
+    read_manifest,
+    read_note,
+    shown,
+    siblings,
+)
+from milepost.commit.publish import publish, published_manifest, remove_tree, retire, sweep
+from milepost.errors import (
+    EntryExistsError,
+    EntryNotFoundError,
+    LoadError,
+    MilepostError,
+    StorageError,
+    TargetError,
+)
+from milepost.manifest import (
+    MANIFEST_NAME,
+    MAX_INDEX_BYTES,
+    Manifest,
+    decode_mark,
+    encode_manifest,
+    index_name,
+)
+from milepost.storage import Folder, Lock, Storage
+from milepost.storage.writing import publish_bytes
+
+__all__ = ["clean_up", "commit_manifest", "is_abandoned", "roll_forward"]
+
+_logger = logging.getLogger(__name__)
+NETWORK_PATIENCE_SECONDS = 24 * 3600.0
+"""On network file systems, where locks may lie, an attempt is taken for dead when unchanged for so long."""
+
+
+class _NoLock:
+    """Stands for the lock where the age of a folder decides."""
+
+    def release(self) -> None:
+        pass
+
+
+def roll_forward(storage: Storage, path: str) -> list[str]:
+    """Publish the newest attempt at `path` that is complete but was left unpublished.
+
+    It is left alone while somebody works on it, and never put over a newer checkpoint. Where the path is
+    empty and there is no such attempt, a replaced checkpoint that is still whole returns to its place.
+
+    Returns:
+        The hidden folders that were moved into place (one at most).
+    """
+    path = os.path.abspath(path)
+    whole: list[tuple[float, Hidden]] = []
+    replaced: list[tuple[float, Hidden]] = []
+    for hidden in siblings(storage, path):
+        with _opened(storage, hidden) as folder:
+            if folder is None:
+                continue
+            names = list_names(folder)
+            manifest = checked_manifest(folder, hidden.attempt, names, deep=True)
+            if manifest is not None:
+                whole.append((manifest.time, hidden))
+                continue
+            with suppress(LoadError, StorageError):
+                manifest = read_manifest(folder)
+                if manifest is not None and manifest.attempt != hidden.attempt:
+                    manifest = checked_manifest(folder, manifest.attempt, names, deep=True)
+                    if manifest is not None:
+                        replaced.append((manifest.time, hidden))
+    if whole:
+        moment, hidden = max(whole, key=lambda pair: pair[0])
+        published = published_manifest(storage, path)
+        if published is None or published.time <= moment:
+            return [hidden.path] if _finish(storage, path, hidden) else []
+    elif replaced and storage.stat(path) is None:
+        hidden = max(replaced, key=lambda pair: pair[0])[1]
+        with suppress(EntryExistsError, EntryNotFoundError):
+            storage.rename(hidden.path, path, "create")
+            storage.sync_folder(os.path.dirname(path))
+            return [hidden.path]
+    return []
+
+
+def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
+    """Commit and publish a complete attempt whose owners are gone."""
+    lock = _take_over(storage, path, hidden)
+    if lock is None:
+        return False
+    try:
+        with _opened(storage, hidden) as folder:
+            if folder is None:
+                return False
+            manifest = checked_manifest(folder, hidden.attempt, list_names(folder), deep=True)
+            published = published_manifest(storage, path)
+            if manifest is None or (published is not None and published.time > manifest.time):
+                return False
+            if not commit_manifest(storage, hidden.path, manifest):
+                # The names may be no more than what a killed process saw: they must be durable first.
+                storage.sync_folder(hidden.path)
+        publish(storage, path, hidden.attempt)
+    except TargetError as error:
+        _logger.warning("a complete checkpoint waits beside this path: %s", error)
+        return False
+    finally:
+        lock.release()
+    _logger.info("published the complete attempt %s at %s", hidden.attempt, path)
+    return True
+
+
+def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> bool:
+    """Create the manifest and make all names in the folder durable: the commit.
+
+    Returns:
+        False if there is one already; its names are then as durable as its creator made them.
+    """
+    storage.make_public(folder)
+    try:
+        publish_bytes(storage, os.path.join(folder, MANIFEST_NAME), encode_manifest(manifest), "create")
+    except EntryExistsError:
+        return False
+    storage.sync_folder(folder)
+    return True
+
+
+def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[str]:
+    """Remove what dead attempts at `path` left: partials, what was replaced, passing files.
+
+    A complete attempt is only removed when a newer checkpoint is published. What fails is logged.
+
+    Args:
+        storage: Where.
+        path: The checkpoint.
+        keep: An attempt that is left alone: other ranks may have done their part of it already.
+
+    Returns:
+        The hidden folders that were removed.
+    """
+    path = os.path.abspath(path)
+    removed = []
+    for hidden in siblings(storage, path):
+        try:
+            if hidden.attempt != keep and _clear(storage, path, hidden):
+                removed.append(hidden.path)
+        except MilepostError as error:
+            _logger.warning("could not clear what an earlier save left: %s", error)
+    try:
+        sweep(storage, path)
+    except StorageError as error:
+        _logger.warning("could not clear what an earlier save left: %s", error)
+    return removed
+
+
+def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
+    with _opened(storage, hidden) as folder:
+        if folder is None:
+            return False
+        judge = _judge(storage, path, hidden, folder)
+    if judge is None:
+        return False
+    if judge != "dead":
+        return (
+            _remove_empty(storage, hidden) if judge == "empty" else retire(storage, path, hidden.path, None)
+        )
+    lock = _take_over(storage, path, hidden)
+    if lock is None:
+        return False
+    try:
+        with _opened(storage, hidden) as folder:
+            if folder is None or _judge(storage, path, hidden, folder) != "dead":
+                return False
+            has_manifest = folder.stat(MANIFEST_NAME) is not None
+        if has_manifest and published_manifest(storage, path) is not None:
+            # It may be the former checkpoint of a job that reused its start id: the user's files move along.
+            return retire(storage, path, hidden.path, None)
+        remove_tree(storage, hidden.path)
+    finally:
+        lock.release()
+    return True
+
+
+def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str | None:
+    """What to do with a hidden folder: "empty", "replaced", "dead", or None: leave it alone."""
+    names = list_names(folder)
+    if not names:
+        return "empty"
+    try:
+        manifest = read_manifest(folder)
+    except LoadError:
+        return None
+    published = published_manifest(storage, path)
+    if manifest is not None and manifest.attempt != hidden.attempt:
+        return "replaced" if published is not None else None
+    if not _says_so(folder, path, hidden, names):
+        plain = manifest is None and NOTE_NAME not in names
+        return "replaced" if plain and published is not None and published.attempt == hidden.attempt else None
+    whole = checked_manifest(folder, hidden.attempt, names, deep=False)
+    if whole is not None and (published is None or published.time <= whole.time):
+        return None
+    return "dead"
+
+
+def _says_so(folder: Folder, path: str, hidden: Hidden, names: list[str]) -> bool:
+    """Whether the folder's content says that it is this attempt at this path.
+
+    ``attempt.json`` is not fsynced: after a power cut a beacon or a mark may have to speak for it.
+    """
+    note = read_note(folder)
+    if note is not None:
+        return note.attempt == hidden.attempt and note.name == shown(os.path.basename(path))
+    if any(beacon.attempt == hidden.attempt for beacon in read_beacons(folder, names).values()):
+        return True
+    for rank in sorted(ranks_in(names))[:1]:
+        with suppress(LoadError, StorageError):
+            mark = decode_mark(folder.read(index_name(rank), MAX_INDEX_BYTES), folder.path)
+            return mark.attempt == hidden.attempt
+    return False
+
+
+def _remove_empty(storage: Storage, hidden: Hidden) -> bool:
+    try:
+        storage.remove(hidden.path)
+    except StorageError:  # somebody has begun in it
+        return False
+    return True
+
+
+def is_abandoned(storage: Storage, path: str, hidden: Hidden) -> bool:
+    """Whether nobody works on this attempt any more."""
+    lock = _take_over(storage, path, hidden, create=False)
+    if lock is not None:
+        lock.release()
+    return lock is not None
+
+
+def _take_over(storage: Storage, path: str, hidden: Hidden, *, create: bool = True) -> Lock | None:
+    """The exclusive lock of an attempt whose owners are gone, or None."""
+    note_path = os.path.join(hidden.path, NOTE_NAME)
+    network = _on_network(storage, hidden.path)
+    try:
+        if network:
+            return _NoLock() if _unchanged(storage, hidden.path) else None
+        if create and storage.stat(note_path) is None:
+            publish_bytes(storage, note_path, encode_note(path, hidden.attempt), "create", sync=False)
+        return storage.lock(note_path, exclusive=True)
+    except (EntryExistsError, EntryNotFoundError):
+        return None
+
+
+def encode_note(
+    path: str, attempt: str, *, world_size: int = 0, process: str = "", private: bool = False
+) -> bytes:
+    """The bytes of an ``attempt.json``."""
+    note = Note(
+        name=shown(os.path.basename(path)),
+        attempt=attempt,
+        world_size=world_size,
+        process=process,
+        private=private,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        time=time.time(),
+    )
+    return msgspec.json.encode(note)
+
+
+def _on_network(storage: Storage, path: str) -> bool:
+    ask: Callable[[str], bool] | None = getattr(storage, "is_network", None)
+    return ask is not None and ask(path)
+
+
+def _unchanged(storage: Storage, path: str) -> bool:
+    with _opened(storage, Hidden(path, "")) as folder:
+        if folder is None:
+            return False
+        stats = [storage.stat(path), *(folder.stat(name) for name in list_names(folder))]
+    newest = max((found.modified_seconds for found in stats if found is not None), default=0.0)
+    return time.time() - newest > NETWORK_PATIENCE_SECONDS
+
+
+@contextmanager
+def _opened(storage: Storage, hidden: Hidden) -> Iterator[Folder | None]:
+    try:
+        folder = storage.open_folder(hidden.path)
+    except StorageError:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        folder.close()
+
+
+def encode_beacon(beacon: Beacon) -> tuple[str, bytes]:
+    """Name and bytes of a beacon."""
+    return beacon_name(beacon.rank), msgspec.json.encode(beacon)
