@@ -25,8 +25,11 @@ TORCH_MODULES = {
     "checkpointer",
     "integrations",
     "manager",
+    "objects",
+    "rebuild",
     "staging",
     "state",
+    "template",
     "testing",
 }
 """The modules that may import torch; every other one is torch-free, and listed in pyproject.toml."""

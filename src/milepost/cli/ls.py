@@ -1,0 +1,52 @@
+"""``milepost ls``."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict
+from pathlib import Path
+
+from milepost.cli.output import DAMAGED, OK, Session, moment, size
+from milepost.commit import scan
+from milepost.errors import CheckpointNotFoundError
+from milepost.storage import default_storage
+
+_STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red"}
+
+
+def run(session: Session, folder: str, *, exact: bool, as_json: bool) -> int:
+    """List the checkpoints in a folder; return 1 if one is damaged (a partial may be under way)."""
+    try:
+        entries = scan(default_storage(), folder)
+    except CheckpointNotFoundError as error:
+        error.hint = error.hint or _near(folder)
+        raise
+    if as_json:
+        session.json([asdict(entry) for entry in entries])
+    elif not entries:
+        session.message("no checkpoints in ", folder)
+    else:
+        rows: list[list[str | tuple[str, str]]] = [
+            [
+                entry.name,
+                "" if entry.step is None else str(entry.step),
+                size(entry.size_bytes, exact=exact),
+                (entry.state, _STYLES[entry.state]),
+                moment(entry.time),
+                entry.problem or "",
+            ]
+            for entry in entries
+        ]
+        session.table(("name", "step", "size", "state", "saved", ""), rows)
+    return DAMAGED if any(entry.state == "damaged" for entry in entries) else OK
+
+
+def _near(folder: str) -> str | None:
+    """The folder that may have been meant."""
+    path = Path(folder).absolute()
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return f"the folder above does not exist either: {path.parent}"
+    near = difflib.get_close_matches(path.name, names, n=3)
+    return f"did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else None

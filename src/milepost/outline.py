@@ -1,0 +1,172 @@
+"""What an index says, flattened for people: one line per value, with its path, type and size."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from milepost.manifest import DTYPE_BYTES, Index, tree_of
+from milepost.tree import Node, TreeDecoder
+
+__all__ = ["Line", "outline", "plain_value", "text_of"]
+
+_CONTAINERS = {
+    "dict": "dict",
+    "ordered": "OrderedDict",
+    "default": "defaultdict",
+    "list": "list",
+    "tuple": "tuple",
+    "set": "set",
+}
+_NUMBERS = dict(
+    zip(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"), "efdbhiqBHIQ", strict=True)
+)
+
+
+def _numpy_scalar(node: Node) -> str:
+    descr, data = str(node[1]), bytes.fromhex(node[2])
+    code = _NUMBERS.get(descr[1:])
+    if code is None or len(data) != struct.calcsize(code):
+        return f"numpy({descr}, 0x{node[2]})"
+    return str(struct.unpack(f"{'>' if descr[0] == '>' else '<'}{code}", data)[0])
+
+
+class _Literal:
+    """Shows as its text: for values that plain Python has no literal for."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+_decoder = TreeDecoder(
+    {
+        "size": lambda node: _Literal(f"torch.Size({list(node[1])})"),
+        "dtype": lambda node: _Literal(f"torch.{node[1]}"),
+        "device": lambda node: _Literal(f"device({node[1]!r})"),
+        "scalar": lambda node: _Literal(_numpy_scalar(node)),
+    }
+)
+
+
+def plain_value(node: Node) -> Any:
+    """The value of a node without tensors, arrays and objects; what is torch's or numpy's becomes text."""
+    return _decoder.decode(node)
+
+
+def text_of(value: Any) -> str:
+    """A value as Python writes it; integers that it refuses to write in decimal in hexadecimal."""
+    try:
+        return repr(value)
+    except ValueError:
+        return hex(value) if isinstance(value, int) else f"a {type(value).__name__} of very large integers"
+
+
+@dataclass(slots=True)
+class Line:
+    """One value of a state dict.
+
+    Attributes:
+        label: Its own key, or its position in brackets.
+        path: The whole path, as in ``model.layers[0].weight``.
+        depth: How many containers it is in.
+        parent: Number of the line of the container that it is in, -1 for the root.
+        kind: "dict", "tensor", "parameter", "array", "object", "int" and so on.
+        text: A tensor's dtype and shape, a container's number of entries, a plain value itself.
+        size_bytes: Bytes of the elements, in a container of all that is in it.
+        record: Number of the record that holds the bytes, -1 if none does.
+        start: First byte of the value in its record.
+        end: One more than the last.
+        facts: Further facts about it, for machines.
+    """
+
+    label: str
+    path: str
+    depth: int
+    parent: int
+    kind: str
+    text: str
+    size_bytes: int = 0
+    record: int = -1
+    start: int = 0
+    end: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def outline(index: Index) -> list[Line]:
+    """The lines of an index, containers before what they hold, in the order of the state dict."""
+    lines: list[Line] = []
+    stack: list[tuple[str, Node, int]] = [("", tree_of(index), -1)]
+    while stack:
+        label, node, parent = stack.pop()
+        line = _line(index, node)
+        line.label = line.path = label
+        if parent >= 0:
+            above = lines[parent]
+            line.parent, line.depth = parent, above.depth + 1
+            if above.path:
+                line.path = above.path + (label if label.startswith("[") else f".{label}")
+        lines.append(line)
+        if node[0] in _CONTAINERS:
+            here = len(lines) - 1
+            stack.extend(reversed([(text, child, here) for text, child in _children(node)]))
+    for line in reversed(lines):
+        if line.parent >= 0:
+            lines[line.parent].size_bytes += line.size_bytes
+    return lines
+
+
+def _children(node: Node) -> Iterator[tuple[str, Node]]:
+    if node[0] in ("list", "tuple", "set"):
+        for position, child in enumerate(node[1]):
+            yield f"[{position}]", child
+        return
+    for key, child in node[1]:
+        value = plain_value(key)
+        yield value if isinstance(value, str) else text_of(value), child
+
+
+def _line(index: Index, node: Node) -> Line:
+    tag = node[0]
+    line = Line("", "", 0, -1, tag, "")
+    if tag in _CONTAINERS:
+        line.kind = _CONTAINERS[tag]
+        line.text = f"{len(node[1]):,} {'entry' if len(node[1]) == 1 else 'entries'}"
+        line.facts = {"entries": len(node[1])}
+    elif tag == "tensor":
+        _describe_tensor(index, node[1], line)
+    elif tag in ("array", "blob", "object"):
+        line.record = node[1]
+        line.size_bytes = line.end = index.records.length[node[1]]
+        if tag == "array":
+            line.text = f"numpy {node[2]} {list(node[3])}"
+            line.facts = {"dtype": node[2], "shape": list(node[3])}
+        elif tag == "blob":
+            line.kind, line.text = "bytes", ""
+        else:
+            line.text = node[2]
+            line.facts = {"class": node[2]}
+    else:
+        value = plain_value(node)
+        line.text = text_of(value)
+        line.facts = {"value": value}
+    return line
+
+
+def _describe_tensor(index: Index, number: int, line: Line) -> None:
+    tensors = index.tensors
+    dtype, shape = tensors.dtype[number], tensors.shape[number]
+    line.kind = tensors.kind[number]
+    line.record = tensors.record[number]
+    if line.record >= 0:
+        line.start = tensors.byte_offset[number]
+        steps = zip(shape, tensors.stride[number], strict=True)
+        line.end = line.start + DTYPE_BYTES[dtype] * (1 + sum((length - 1) * step for length, step in steps))
+    line.size_bytes = prod(shape) * DTYPE_BYTES[dtype]
+    line.text = f"{dtype} {list(shape)}"
+    line.facts = {"dtype": dtype, "shape": list(shape), "device": tensors.device[number]}
