@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from milepost.barriers import Barrier
-from milepost.commit import attempt_id, check_target
+from milepost.commit import attempt_id, check_target, environment_start_id
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, error_context
 from milepost.manifest import data_name
@@ -117,6 +117,7 @@ class CheckpointWriter:
                     self._rank_info.global_world_size,
                     start_id=self._config.start_id,
                 ),
+                private=not (self._config.start_id or environment_start_id()),
                 timeout_seconds=self._config.write_barrier_timeout_secs,
                 ring=self._ring,
                 barrier=None if self._barrier is None else self._barrier.execute_barrier,

@@ -417,6 +417,10 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
         numbers: list[int] = getattr(tensors, name)
         check(all(0 <= n < count for n in numbers), f"{name} names a tensor that is not there")
         check(all(a < b for a, b in pairwise(numbers)), f"{name} is not ascending")
+    check(
+        all(tensors.dtype[n].startswith("complex") for n in tensors.conj),
+        "a tensor that is not complex has the conjugate bit",
+    )
     lengths = records.length
     for number, (record, start, dtype, shape, stride) in enumerate(
         zip(tensors.record, tensors.byte_offset, tensors.dtype, tensors.shape, tensors.stride, strict=True)

@@ -83,7 +83,11 @@ class TensorBuilder:
         offset = columns.byte_offset[number] // DTYPE_BYTES[columns.dtype[number]]
         tensor.set_(storage, offset, columns.shape[number], columns.stride[number])
         if number in self._conjugates or number in self._negatives:
-            bits = {"conj": number in self._conjugates, "neg": number in self._negatives}
+            bits = {
+                name: True
+                for name, numbers in (("conj", self._conjugates), ("neg", self._negatives))
+                if number in numbers
+            }
             set_metadata: Any = torch._utils.set_tensor_metadata  # noqa: SLF001 - as torch.load does
             set_metadata(tensor, bits)
         return tensor

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 import milepost
-from milepost.commit import PROCESS_ID, Attempt
+from milepost.commit import Attempt, process_id
 from milepost.errors import PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
 from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
@@ -127,6 +127,7 @@ class SaveOptions:
         rank: This rank.
         world_size: How many ranks save together.
         attempt: The attempt's id.
+        private: The attempt's id is known to this process alone.
         timeout_seconds: How long to wait for other ranks.
         ring: Memory for the bytes on their way.
         barrier: Called once when all ranks have arrived; None if there is no barrier.
@@ -140,6 +141,7 @@ class SaveOptions:
     attempt: str
     timeout_seconds: float
     ring: Ring
+    private: bool = False
     barrier: Callable[[], None] | None = None
     hook: Hook | None = None
     writer: dict[str, str] = field(default_factory=dict)
@@ -199,7 +201,12 @@ def save_snapshot(
 def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
     """An attempt that is aborted if anything in the context raises, and closed in any case."""
     attempt = Attempt.begin(
-        options.storage, path, attempt=options.attempt, rank=options.rank, world_size=options.world_size
+        options.storage,
+        path,
+        attempt=options.attempt,
+        rank=options.rank,
+        world_size=options.world_size,
+        private=options.private,
     )
     try:
         yield attempt
@@ -262,7 +269,7 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
     file.finish(image.size)
     return Index(
         attempt=options.attempt,
-        process=PROCESS_ID(),
+        process=process_id(),
         rank=options.rank,
         world_size=options.world_size,
         time=time.time(),

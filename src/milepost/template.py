@@ -197,15 +197,22 @@ class _Matcher:
         value = self._decode(node)
         fits = type(value) is type(target)
         if fits and isinstance(value, torch.Tensor):
-            fits = (value.shape, value.dtype, value.layout) == (target.shape, target.dtype, target.layout)
+            fits = _outline(value) == _outline(target)
         if not fits:
             return self._misfit(path, _kind(target), _kind(value))
         return lambda: value
 
 
+def _outline(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two tensors that are objects must have in common (a nested tensor has no shape)."""
+    shape = [part.shape for part in tensor.unbind()] if tensor.is_nested else tensor.shape
+    return (tensor.dtype, tensor.layout, tensor.is_nested, tensor.is_quantized, shape)
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a {value.layout} tensor of {value.dtype}, shape {tuple(value.shape)}"
+        shape = "nested" if value.is_nested else tuple(value.shape)
+        return f"a {value.layout} tensor of {value.dtype}, shape {shape}"
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"a value of type {name}"
