@@ -43,6 +43,8 @@ class LocalNewFile:
         self._descriptor = descriptor
         self._direct = False
         self._owner = os.getpid()
+        self._identity: os.stat_result | None = None
+        self._identity = os.fstat(descriptor)
 
     def go_direct(self) -> None:
         """Write round the page cache from now on, if the file system allows it."""
@@ -99,7 +101,6 @@ class LocalNewFile:
                 if sync:
                     with wrapped("fsync", self._path):
                         os.fsync(self._descriptor)
-                identity = os.fstat(self._descriptor)
             except BaseException:
                 self.discard()
                 raise
@@ -108,22 +109,21 @@ class LocalNewFile:
                 with wrapped("close", self._path):
                     os.close(descriptor)
             except BaseException:
-                self._remove(identity)
+                self._remove()
                 raise
 
     def discard(self) -> None:
         if self._owner != os.getpid() or self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1
-        with suppress(OSError):
-            self._remove(os.fstat(descriptor))
+        self._remove()
         with suppress(OSError):
             os.close(descriptor)
 
-    def _remove(self, identity: os.stat_result) -> None:
+    def _remove(self) -> None:
         """Remove the name, if it still is this file's."""
         with suppress(OSError):
-            if os.path.samestat(os.lstat(self._path), identity):
+            if self._identity and os.path.samestat(os.lstat(self._path), self._identity):
                 os.unlink(self._path)
 
     def __del__(self) -> None:

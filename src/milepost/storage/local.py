@@ -81,7 +81,7 @@ class _LocalFolder:
             raise
 
     def _join(self, name: str) -> str:
-        return f"{self.path}/{name}"
+        return f"{self.path.rstrip('/')}/{name}"
 
     @contextmanager
     def _parent(self, name: str) -> Iterator[tuple[int, str]]:
@@ -153,11 +153,15 @@ class _LocalLock:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._owner = os.getpid()
         _locks.add(self)
 
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
+            with suppress(OSError):
+                if self._owner == os.getpid():
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
             with suppress(OSError):
                 os.close(descriptor)
 

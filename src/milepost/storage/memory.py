@@ -140,7 +140,7 @@ class _MemoryFolder:
         return bytes(data)
 
     def open(self, name: str) -> _MemoryOpenFile:
-        path = f"{self.path}/{name}"
+        path = f"{self.path.rstrip('/')}/{name}"
         with self._node.guard:
             node = self._find(name, "open")
             if node is None:

@@ -11,7 +11,7 @@ from functools import partial
 from milepost.storage import ALIGNMENT, OpenFile
 from milepost.storage.writing import Ring, join
 
-__all__ = ["blocks_down", "blocks_up", "run_workers", "through_ring"]
+__all__ = ["blocks_down", "blocks_up", "cached_regions", "run_workers", "through_ring"]
 
 _WINDOWS = 8
 _READERS = 2
@@ -28,6 +28,19 @@ def blocks_down(position: int) -> int:
     return position // ALIGNMENT * ALIGNMENT
 
 
+def cached_regions(file: OpenFile, region_bytes: int) -> Callable[[int], bool]:
+    """Tells whether the region round an offset is in the page cache; asks once for each region."""
+    known: dict[int, bool] = {}
+
+    def cached(offset: int) -> bool:
+        region = offset // region_bytes
+        if region not in known:
+            known[region] = file.cached(region * region_bytes, region_bytes)
+        return known[region]
+
+    return cached
+
+
 def through_ring(
     file: OpenFile,
     extents: Sequence[tuple[int, int]],
@@ -35,13 +48,13 @@ def through_ring(
     ring: Ring | None,
     use: Callable[[int, memoryview], None],
     *,
-    probe: bool = False,
+    cached: Callable[[int], bool] = lambda _: False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Read ranges of the file into windows of the ring, round the page cache, and use them elsewhere.
 
-    `use` gets the index of a range and its bytes, from several threads, in no certain order. With
-    `probe`, ranges that are in the page cache are read from there.
+    `use` gets the index of a range and its bytes, from several threads, in no certain order. Ranges at whose
+    start `cached` is true are read from the page cache.
     """
     if ring is None or ring.block_bytes < window_bytes:
         ring = Ring(window_bytes, _WINDOWS)
@@ -62,7 +75,7 @@ def through_ring(
                 return
             start, end = extents[index]
             base = blocks_down(start)
-            if probe and file.cached(start, end - start):
+            if cached(start):
                 file.read_into(start, [buffer[start - base : end - base]])
             else:
                 file.read_direct(base, buffer[: blocks_up(end) - base])

@@ -27,7 +27,7 @@ from isal.isal_zlib import crc32, crc32_combine
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError
 from milepost.storage import ALIGNMENT, OpenFile
-from milepost.storage.parallel import blocks_down, blocks_up, run_workers, through_ring
+from milepost.storage.parallel import blocks_down, blocks_up, cached_regions, run_workers, through_ring
 from milepost.storage.writing import Ring
 
 __all__ = ["Damage", "Part", "ReadReport", "read_parts", "scan_file"]
@@ -226,7 +226,8 @@ def scan_file(
             piece += 1
 
     extents = [(start, min(start + _WINDOW_BYTES, end)) for start in range(0, end, _WINDOW_BYTES)]
-    through_ring(file, extents, _WINDOW_BYTES, ring, check, probe=True, progress=progress)
+    cached = cached_regions(file, _REGION_BYTES)
+    through_ring(file, extents, _WINDOW_BYTES, ring, check, cached=cached, progress=progress)
     for piece, _, length, crc in sorted(split):
         crcs[piece] = crc32_combine(crcs[piece], crc, length)
     return crcs.tolist()
@@ -241,7 +242,7 @@ def _plan(
     """The reads through the page cache, and those round it."""
     warm: list[_Operation] = []
     cold: list[_Operation] = []
-    regions: dict[int, bool] = {}
+    cached = cached_regions(file, _REGION_BYTES)
     for part in parts:
         if part.crcs is not None and len(part.crcs) != -(-part.length // chunk_bytes):
             raise ValueError(f"{len(part.crcs)} CRCs for {part.length} bytes in chunks of {chunk_bytes}")
@@ -249,10 +250,7 @@ def _plan(
             continue
         done = 0
         while done < part.length:
-            region = (part.offset + done) // _REGION_BYTES
-            if region not in regions:
-                regions[region] = file.cached(region * _REGION_BYTES, _REGION_BYTES)
-            if regions[region]:
+            if cached(part.offset + done):
                 done += _add_warm(warm, part, done, chunk_bytes)
             else:
                 done += _add_cold(cold, part, done, chunk_bytes, window_bytes)
