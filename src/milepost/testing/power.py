@@ -8,6 +8,7 @@ or not at all; across folders it is safe when both were fsynced.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -142,9 +143,13 @@ _Name = tuple[int, str]
 
 @dataclass
 class _Change:
-    """A change of names: each node goes to its new name, or nowhere. Durable when nothing is awaited."""
+    """A change of names: each node goes to its new name, or nowhere.
+
+    It concerns these nodes, and those that lose their names by it. Durable when no folder's fsync is awaited.
+    """
 
     moves: list[tuple[int, _Name | None]]
+    concerns: set[int]
     awaited: set[int]
 
 
@@ -223,8 +228,12 @@ class _Disk:
     def loose(self) -> list[tuple[int, int]]:
         """What may be lost: (-1, number of a change), or (node, number of a write)."""
         found = [(-1, number) for number, change in enumerate(self.changes) if change.awaited]
+        seen = set(self._names.values())
+        for change in self.changes:
+            seen |= change.concerns if change.awaited else set()
         for node, content in self.contents.items():
-            found += [(node, number) for number in range(content.durable, len(content.writes))]
+            if node in seen:
+                found += [(node, number) for number in range(content.durable, len(content.writes))]
         return found
 
     def state(self, kept: frozenset[tuple[int, int]]) -> MemoryStorage:
@@ -263,7 +272,8 @@ class _Disk:
         return self._nodes
 
     def _change(self, moves: list[tuple[int, _Name | None]], *names: _Name) -> None:
-        self.changes.append(_Change(moves, {folder for folder, _ in names}))
+        concerns = {node for node, _ in moves} | {self._names.get(name, _ROOT) for name in names}
+        self.changes.append(_Change(moves, concerns, {folder for folder, _ in names}))
         _move(self._names, {node: name for name, node in self._names.items()}, moves)
 
     def _name(self, path: str) -> _Name:
@@ -277,7 +287,7 @@ class _Disk:
             name = (node, part)
             if name not in self._names:
                 self._names[name] = self._new()
-                self.changes.append(_Change([(self._names[name], name)], set()))
+                self.changes.append(_Change([(self._names[name], name)], set(), set()))
             node = self._names[name]
         return node
 
@@ -297,10 +307,10 @@ def disk_states(
 ) -> Iterator[MemoryStorage]:
     """The disks that may be found after a power cut when the first `upto` events had happened.
 
-    Always among them: everything that may be lost is lost, or kept; all names kept and all data lost,
-    and the reverse; the data of each single file lost, or kept; each single change of names, or written
-    block, lost, or kept (as many of these as `limit` allows, chosen by `seed`); and random subsets.
-    Folders that the log uses but does not create were there before.
+    All of them, if there are no more than `limit`. Otherwise: everything that may be lost is lost, or kept;
+    all names kept and all data lost, and the reverse; the data of each single file lost, or kept; each
+    single change of names lost, or kept; and, as many as `limit` allows and chosen by `seed`, each single
+    block lost, or kept, and random subsets. Folders that the log uses but does not create were there before.
 
     Args:
         log: The events, as recorded.
@@ -326,6 +336,10 @@ def disk_states(
 def _subsets(
     loose: list[tuple[int, int]], choose: random.Random, limit: int
 ) -> Iterator[frozenset[tuple[int, int]]]:
+    if 2 ** min(len(loose), 30) <= limit:
+        for count in range(len(loose) + 1):
+            yield from map(frozenset, itertools.combinations(loose, count))
+        return
     everything = frozenset(loose)
     names = frozenset(item for item in loose if item[0] == -1)
     data = everything - names
