@@ -5,20 +5,22 @@ A save is an `Attempt`: data goes to a hidden folder beside the path; each rank'
 publishes the folder. `locate` finds what to load, `roll_forward` and `clean_up` deal with what dead
 attempts left. ARCHITECTURE.md has the protocol.
 
-Modules, each importing only from those after it: `attempt`, `locate` | `recover`, `publish`, `hidden`.
+Modules, each importing only from those below it:
+
+    attempt                                    a rank's part
+    waiting | attachments | recover            its tools, and what dead attempts left
+    publish | claim | listing                  taking a place; who works there; what is there
+    locate
+    hidden | ids                               names and contents
 """
 
 from __future__ import annotations
 
-from milepost.commit.attempt import (
-    Attempt,
-    Clock,
-    attempt_id,
-    environment_start_id,
-    new_attempt_id,
-    process_id,
-)
-from milepost.commit.locate import Entry, Explanation, Located, explain, locate, scan
+from milepost.commit.attempt import Attempt
+from milepost.commit.claim import Clock
+from milepost.commit.ids import attempt_id, environment_start_id, new_attempt_id, process_id
+from milepost.commit.listing import Entry, Explanation, explain, scan
+from milepost.commit.locate import Located, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
 

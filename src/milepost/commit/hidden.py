@@ -7,13 +7,15 @@ checkpoint; with a manifest of another attempt it is the one that was exchanged 
 """
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH100, PTH118, PTH119, PTH120
+# ruff: noqa: PTH118
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -43,6 +45,7 @@ from milepost.storage import Folder, Storage
 __all__ = [
     "ABORTED_NAME",
     "ARRIVED_NAME",
+    "MAX_SMALL_BYTES",
     "NOTE_NAME",
     "AbortMark",
     "Beacon",
@@ -59,6 +62,7 @@ __all__ = [
     "join_hidden",
     "missing_files",
     "names_of",
+    "opened",
     "ranks_in",
     "read_abort_marks",
     "read_beacons",
@@ -73,8 +77,9 @@ ARRIVED_NAME = "arrived.json"
 ABORTED_NAME = "aborted.json"
 PARTIAL, REPLACED = ".partial", ".replaced"
 
-_MAX_SMALL_BYTES = 1 << 20
+MAX_SMALL_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
+_NO_FOLDER = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES})
 _MAX_STEM_BYTES = 170  # the dots, an attempt of 64 characters and a suffix must fit into 255 bytes with it
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _OWN = re.compile(
@@ -221,18 +226,26 @@ def looks_hidden(entry: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def names_of(storage: Storage, path: str) -> list[str] | None:
-    """The names in a folder, or None if there is no such folder."""
+@contextmanager
+def opened(storage: Storage, path: str) -> Iterator[Folder | None]:
+    """An open folder; None where there is none, or something else."""
     try:
         folder = storage.open_folder(path)
-    except StorageError:
-        if storage.stat(path) is None:
-            return None
-        raise
+    except StorageError as error:
+        if not isinstance(error, EntryNotFoundError) and error.errno not in _NO_FOLDER:
+            raise
+        yield None
+        return
     try:
-        return list_names(folder)
+        yield folder
     finally:
         folder.close()
+
+
+def names_of(storage: Storage, path: str) -> list[str] | None:
+    """The names in a folder, or None if there is no such folder."""
+    with opened(storage, path) as folder:
+        return None if folder is None else list_names(folder)
 
 
 def list_names(folder: Folder) -> list[str]:
@@ -251,7 +264,7 @@ _T = TypeVar("_T", Note, Beacon, AbortMark)
 def _read_small(folder: Folder, name: str, kind: type[_T]) -> _T | None:
     """A small file of ours; None if it is not there or was lost in a crash (nothing rests on it)."""
     try:
-        return msgspec.json.decode(folder.read(name, _MAX_SMALL_BYTES), type=kind)
+        return msgspec.json.decode(folder.read(name, MAX_SMALL_BYTES), type=kind)
     except (EntryNotFoundError, CorruptCheckpointError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 

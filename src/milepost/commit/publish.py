@@ -6,7 +6,7 @@ user, and moves along into the new checkpoint.
 """
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH100, PTH118, PTH119, PTH120
+# ruff: noqa: PTH100, PTH118, PTH120
 from __future__ import annotations
 
 import errno
@@ -26,6 +26,7 @@ from milepost.commit.hidden import (
     join_hidden,
     list_names,
     names_of,
+    opened,
     read_manifest,
 )
 from milepost.errors import (
@@ -155,7 +156,7 @@ def _content(storage: Storage, path: str) -> Literal["empty", "checkpoint", "pla
             f"the folder holds files that are no checkpoint ({', '.join(strangers[:5])}{more}): {path}",
             path=path,
             phase="check",
-            hint=f"save to a folder in it, such as {os.path.join(path, 'checkpoint')}, or move these files away",
+            hint=f"save to a folder in it, such as {os.path.join(path, 'checkpoint')}, or move them away",
         )
     return "plain" if names else "empty"
 
@@ -196,8 +197,8 @@ def _check_parents(storage: Storage, path: str) -> None:
 def publish(storage: Storage, path: str, attempt: str) -> None:
     """Put a committed attempt (its manifest is durable) in its place; on return that is durable.
 
-    What it replaces goes: the user's own entries move into the new folder first, then the files that the
-    old manifest lists are removed. If only that clearing fails, there is a warning, and the next save does it.
+    What it replaces goes: the user's own entries move into the new folder first, then the files that the old
+    manifest lists are removed. If only that clearing fails, there is a warning, and the next save does it.
 
     Raises:
         TargetError: Something that may not be replaced has appeared at `path`. The attempt stays beside
@@ -259,16 +260,9 @@ def _holds(storage: Storage, place: str, attempt: str) -> bool:
 
 def published_manifest(storage: Storage, path: str) -> Manifest | None:
     """The manifest of the checkpoint at `path`; None where there is none, or none that can be read."""
-    try:
-        folder = storage.open_folder(path)
-    except StorageError:
-        return None
-    try:
-        return read_manifest(folder)
-    except (LoadError, StorageError):
-        return None
-    finally:
-        folder.close()
+    with suppress(LoadError, StorageError), opened(storage, path) as folder:
+        return None if folder is None else read_manifest(folder)
+    return None
 
 
 # ---------------------------------------------------------------------------- what was replaced

@@ -11,21 +11,15 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
-import msgspec
-
+from milepost.commit.claim import encode_note, take_over
 from milepost.commit.hidden import (
     NOTE_NAME,
-    Beacon,
     Hidden,
-    Note,
-    beacon_name,
     checked_manifest,
     list_names,
+    opened,
     ranks_in,
     read_beacons,
     read_manifest,
@@ -50,21 +44,12 @@ from milepost.manifest import (
     encode_manifest,
     index_name,
 )
-from milepost.storage import Folder, Lock, Storage
+from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
 
-__all__ = ["clean_up", "commit_manifest", "is_abandoned", "roll_forward"]
+__all__ = ["clean_up", "commit_manifest", "roll_forward"]
 
 _logger = logging.getLogger(__name__)
-NETWORK_PATIENCE_SECONDS = 24 * 3600.0
-"""On network file systems, where locks may lie, an attempt is taken for dead when unchanged for so long."""
-
-
-class _NoLock:
-    """Stands for the lock where the age of a folder decides."""
-
-    def release(self) -> None:
-        pass
 
 
 def roll_forward(storage: Storage, path: str) -> list[str]:
@@ -80,7 +65,7 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
     whole: list[tuple[float, Hidden]] = []
     replaced: list[tuple[float, Hidden]] = []
     for hidden in siblings(storage, path):
-        with _opened(storage, hidden) as folder:
+        with opened(storage, hidden.path) as folder:
             if folder is None:
                 continue
             names = list_names(folder)
@@ -110,11 +95,11 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
 
 def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
     """Commit and publish a complete attempt whose owners are gone."""
-    lock = _take_over(storage, path, hidden)
+    lock = take_over(storage, hidden, encode_note(path, hidden.attempt))
     if lock is None:
         return False
     try:
-        with _opened(storage, hidden) as folder:
+        with opened(storage, hidden.path) as folder:
             if folder is None:
                 return False
             manifest = checked_manifest(folder, hidden.attempt, list_names(folder), deep=True)
@@ -178,7 +163,7 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
 
 
 def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
-    with _opened(storage, hidden) as folder:
+    with opened(storage, hidden.path) as folder:
         if folder is None:
             return False
         judge = _judge(storage, path, hidden, folder)
@@ -188,11 +173,11 @@ def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
         return (
             _remove_empty(storage, hidden) if judge == "empty" else retire(storage, path, hidden.path, None)
         )
-    lock = _take_over(storage, path, hidden)
+    lock = take_over(storage, hidden, encode_note(path, hidden.attempt))
     if lock is None:
         return False
     try:
-        with _opened(storage, hidden) as folder:
+        with opened(storage, hidden.path) as folder:
             if folder is None or _judge(storage, path, hidden, folder) != "dead":
                 return False
             has_manifest = folder.stat(MANIFEST_NAME) is not None
@@ -249,74 +234,3 @@ def _remove_empty(storage: Storage, hidden: Hidden) -> bool:
     except StorageError:  # somebody has begun in it
         return False
     return True
-
-
-def is_abandoned(storage: Storage, path: str, hidden: Hidden) -> bool:
-    """Whether nobody works on this attempt any more."""
-    lock = _take_over(storage, path, hidden, create=False)
-    if lock is not None:
-        lock.release()
-    return lock is not None
-
-
-def _take_over(storage: Storage, path: str, hidden: Hidden, *, create: bool = True) -> Lock | None:
-    """The exclusive lock of an attempt whose owners are gone, or None."""
-    note_path = os.path.join(hidden.path, NOTE_NAME)
-    network = _on_network(storage, hidden.path)
-    try:
-        if network:
-            return _NoLock() if _unchanged(storage, hidden.path) else None
-        if create and storage.stat(note_path) is None:
-            publish_bytes(storage, note_path, encode_note(path, hidden.attempt), "create", sync=False)
-        return storage.lock(note_path, exclusive=True)
-    except (EntryExistsError, EntryNotFoundError):
-        return None
-
-
-def encode_note(
-    path: str, attempt: str, *, world_size: int = 0, process: str = "", private: bool = False
-) -> bytes:
-    """The bytes of an ``attempt.json``."""
-    note = Note(
-        name=shown(os.path.basename(path)),
-        attempt=attempt,
-        world_size=world_size,
-        process=process,
-        private=private,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        time=time.time(),
-    )
-    return msgspec.json.encode(note)
-
-
-def _on_network(storage: Storage, path: str) -> bool:
-    ask: Callable[[str], bool] | None = getattr(storage, "is_network", None)
-    return ask is not None and ask(path)
-
-
-def _unchanged(storage: Storage, path: str) -> bool:
-    with _opened(storage, Hidden(path, "")) as folder:
-        if folder is None:
-            return False
-        stats = [storage.stat(path), *(folder.stat(name) for name in list_names(folder))]
-    newest = max((found.modified_seconds for found in stats if found is not None), default=0.0)
-    return time.time() - newest > NETWORK_PATIENCE_SECONDS
-
-
-@contextmanager
-def _opened(storage: Storage, hidden: Hidden) -> Iterator[Folder | None]:
-    try:
-        folder = storage.open_folder(hidden.path)
-    except StorageError:
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        folder.close()
-
-
-def encode_beacon(beacon: Beacon) -> tuple[str, bytes]:
-    """Name and bytes of a beacon."""
-    return beacon_name(beacon.rank), msgspec.json.encode(beacon)

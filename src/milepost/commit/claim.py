@@ -1,0 +1,163 @@
+"""Who works on an attempt: everybody in its folder holds a shared lock on its ``attempt.json``.
+
+The lock ends with the process, so that whoever gets it exclusively knows that all the others are gone.
+"""
+
+from __future__ import annotations
+
+# Paths are str, here as in the storage package.
+# ruff: noqa: PTH118, PTH119, PTH120
+import os
+import secrets
+import socket
+import time as _time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from milepost.commit.hidden import MAX_SMALL_BYTES, NOTE_NAME, Hidden, Note, list_names, opened, shown
+from milepost.errors import CommitError, CorruptCheckpointError, EntryExistsError, EntryNotFoundError
+from milepost.storage import Lock, Storage
+from milepost.storage.writing import publish_bytes, write_bytes
+
+__all__ = ["Clock", "claim", "encode_note", "is_abandoned", "make_parents", "take_over"]
+
+NETWORK_PATIENCE_SECONDS = 24 * 3600.0
+"""On network file systems, where locks may lie, an attempt is taken for dead when unchanged for so long."""
+CLAIM_SECONDS = 60.0
+"""How long a claim waits for somebody who is just clearing a folder of this name."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where an attempt gets its time from."""
+
+    time: Callable[[], float] = _time.time
+    monotonic: Callable[[], float] = _time.monotonic
+    sleep: Callable[[float], None] = _time.sleep
+
+
+class _NoLock:
+    """Stands for the lock where the age of a folder decides."""
+
+    def release(self) -> None:
+        pass
+
+
+def encode_note(
+    path: str, attempt: str, *, world_size: int = 0, process: str = "", private: bool = False
+) -> bytes:
+    """The bytes of an ``attempt.json``."""
+    note = Note(
+        name=shown(os.path.basename(path)),
+        attempt=attempt,
+        world_size=world_size,
+        process=process,
+        private=private,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        time=_time.time(),
+    )
+    return msgspec.json.encode(note)
+
+
+def make_parents(storage: Storage, path: str) -> None:
+    """Create the folders above a path, durably."""
+    missing = []
+    above = os.path.dirname(path)
+    while storage.stat(above) is None and os.path.dirname(above) != above:
+        missing.append(above)
+        above = os.path.dirname(above)
+    for folder in reversed(missing):
+        with suppress(EntryExistsError):
+            storage.make_folder(folder)
+        storage.sync_folder(os.path.dirname(folder))
+
+
+def claim(storage: Storage, folder: str, note: bytes, clock: Clock) -> Lock:
+    """Make an attempt's folder, or enter the one that another rank made, and lock its ``attempt.json``.
+
+    Raises:
+        CommitError: Somebody clears the folder, and does not end.
+        StorageError: The folder cannot be made.
+    """
+    deadline = clock.monotonic() + CLAIM_SECONDS
+    while clock.monotonic() <= deadline:
+        with suppress(EntryExistsError):
+            storage.make_folder(folder, private=True)
+        with suppress(EntryNotFoundError):  # another saver removed the folder, as it was empty: again
+            lock = _lock_note(storage, folder, note)
+            if lock is not None:
+                return lock
+            clock.sleep(0.01)
+    raise CommitError(f"the folder of this attempt is being cleared, without an end: {folder}", path=folder)
+
+
+def _lock_note(storage: Storage, folder: str, note: bytes) -> Lock | None:
+    path = os.path.join(folder, NOTE_NAME)
+    if storage.stat(path) is None:
+        # Locked before it has its name: there is no moment in which it looks abandoned.
+        aside = os.path.join(folder, f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp")
+        write_bytes(storage, aside, note, sync=False)
+        lock = storage.lock(aside)
+        try:
+            storage.rename(aside, path, "create")
+        except EntryExistsError:
+            storage.remove(aside)
+        else:
+            return lock
+        if lock is not None:
+            lock.release()
+    before = _read_note(storage, folder)
+    lock = storage.lock(path)
+    if lock is not None and (before is None or _read_note(storage, folder) != before):
+        lock.release()  # of a file that is gone
+        return None
+    return lock
+
+
+def _read_note(storage: Storage, folder: str) -> bytes | None:
+    with opened(storage, folder) as found:
+        if found is not None:
+            with suppress(EntryNotFoundError, CorruptCheckpointError):
+                return found.read(NOTE_NAME, MAX_SMALL_BYTES)
+    return None
+
+
+def is_abandoned(storage: Storage, hidden: Hidden) -> bool:
+    """Whether nobody works on this attempt any more."""
+    lock = take_over(storage, hidden, None)
+    if lock is not None:
+        lock.release()
+    return lock is not None
+
+
+def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | None:
+    """The exclusive lock of an attempt whose owners are gone, or None.
+
+    Args:
+        storage: Where.
+        hidden: Its folder.
+        note: What to write into an ``attempt.json`` that a power cut has taken.
+    """
+    ask: Callable[[str], bool] | None = getattr(storage, "is_network", None)
+    if ask is not None and ask(hidden.path):
+        return _NoLock() if _is_old(storage, hidden.path) else None
+    path = os.path.join(hidden.path, NOTE_NAME)
+    try:
+        if note is not None and storage.stat(path) is None:
+            publish_bytes(storage, path, note, "create", sync=False)
+        return storage.lock(path, exclusive=True)
+    except (EntryExistsError, EntryNotFoundError):
+        return None
+
+
+def _is_old(storage: Storage, path: str) -> bool:
+    with opened(storage, path) as folder:
+        if folder is None:
+            return False
+        stats = [storage.stat(path), *(folder.stat(name) for name in list_names(folder))]
+    newest = max((found.modified_seconds for found in stats if found is not None), default=0.0)
+    return _time.time() - newest > NETWORK_PATIENCE_SECONDS

@@ -1,0 +1,67 @@
+"""What an attempt is called, so that all ranks of one save, and nobody else, find each other."""
+
+from __future__ import annotations
+
+# Paths are str, here as in the storage package.
+# ruff: noqa: PTH100
+import hashlib
+import os
+import secrets
+import threading
+
+__all__ = ["attempt_id", "environment_start_id", "new_attempt_id", "process_id"]
+
+_lock = threading.Lock()
+_process_id = secrets.token_hex(8)
+_private_start_id = secrets.token_hex(8)
+_counts: dict[tuple[str, int], int] = {}
+
+
+def _renew_ids() -> None:
+    global _lock, _process_id, _private_start_id  # noqa: PLW0603 - they belong to the process, as its pid does
+    _lock = threading.Lock()
+    _process_id, _private_start_id = secrets.token_hex(8), secrets.token_hex(8)
+    _counts.clear()
+
+
+os.register_at_fork(after_in_child=_renew_ids)
+
+
+def process_id() -> str:
+    """This process's random id; a forked child has its own."""
+    return _process_id
+
+
+def new_attempt_id() -> str:
+    """A random attempt id, for the only rank."""
+    return secrets.token_hex(8)
+
+
+def environment_start_id() -> str | None:
+    """The start id that the environment gives: MILEPOST_START_ID and the launchers' restart counts."""
+    start = os.environ.get("MILEPOST_START_ID")
+    if not start:
+        return None
+    counts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    return "-".join([start, *(count for count in counts if count)])
+
+
+def attempt_id(path: str, rank: int, world_size: int, start_id: str | None = None) -> str:
+    """The id of this rank's next attempt at `path`; all ranks of a save get the same one.
+
+    Args:
+        path: The checkpoint; a relative path means the folder at the time of this call.
+        rank: This rank.
+        world_size: The number of ranks; a single one always gets a random id.
+        start_id: What all ranks of this start of the job, and nobody else, have in common. Without it
+            the environment's is taken, else one of this process alone.
+    """
+    if world_size == 1:
+        return new_attempt_id()
+    path = os.path.abspath(path)
+    start = start_id or environment_start_id() or _private_start_id
+    if len(start) > 48 or not all(c.isascii() and (c.isalnum() or c in "-_") for c in start):
+        start = hashlib.sha256(start.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    with _lock:
+        number = _counts[path, rank] = _counts.get((path, rank), 0) + 1
+    return f"{start}-{number}"

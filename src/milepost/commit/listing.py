@@ -1,0 +1,220 @@
+"""All checkpoints in a folder, whole ones and parts, and what is known of an attempt that did not commit."""
+
+from __future__ import annotations
+
+# Paths are str, here as in the storage package.
+# ruff: noqa: PTH100, PTH118
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+from milepost.commit.hidden import (
+    AbortMark,
+    Beacon,
+    Note,
+    checked_manifest,
+    data_rank,
+    index_rank,
+    is_own,
+    list_names,
+    looks_hidden,
+    missing_files,
+    names_of,
+    numbers,
+    opened,
+    ranks_in,
+    read_abort_marks,
+    read_beacons,
+    read_manifest,
+    read_note,
+)
+from milepost.commit.locate import has_identity
+from milepost.errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError, StorageError
+from milepost.manifest import MANIFEST_NAME, Manifest
+from milepost.storage import Folder, Storage
+
+__all__ = ["Entry", "Explanation", "explain", "scan"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint, or part of one, in a folder.
+
+    Attributes:
+        name: Its name (also for a hidden folder: the name that it would have).
+        path: The folder that holds it now.
+        state: "committed": it loads. "partial": a save that is under way or died, or what one has not cleared
+            yet. "damaged": it does not load.
+        step: The training step, if it was given.
+        size_bytes: Bytes of its files.
+        time: When it was saved (or last changed), seconds since the epoch.
+        world_size: How many ranks wrote it.
+        problem: What is wrong with it, or worth knowing.
+    """
+
+    name: str
+    path: str
+    state: Literal["committed", "partial", "damaged"]
+    step: int | None = None
+    size_bytes: int = 0
+    time: float = 0.0
+    world_size: int | None = None
+    problem: str | None = None
+
+
+def scan(storage: Storage, folder: str) -> list[Entry]:
+    """All checkpoints in a folder, and parts of some, by time; what is none is left out.
+
+    Raises:
+        CheckpointNotFoundError: There is no such folder.
+    """
+    folder = os.path.abspath(folder)
+    names = names_of(storage, folder)
+    if names is None:
+        raise CheckpointNotFoundError(f"there is no such folder: {folder}", path=folder)
+    entries = []
+    for name in names:
+        with opened(storage, os.path.join(folder, name)) as inner:
+            if inner is None:
+                continue
+            hidden = looks_hidden(name)
+            entry = _hidden_entry(inner, *hidden) if hidden else _visible_entry(inner, name)
+            if entry is not None:
+                entries.append(entry)
+    return sorted(entries, key=lambda entry: (entry.time, entry.name))
+
+
+def _visible_entry(folder: Folder, name: str) -> Entry | None:
+    names = list_names(folder)
+    if MANIFEST_NAME in names:
+        try:
+            manifest = read_manifest(folder)
+        except LoadError as error:
+            size, moment = _measure(folder, names)
+            return Entry(name, folder.path, "damaged", size_bytes=size, time=moment, problem=error.message)
+        if manifest is not None:
+            return _manifest_entry(folder, name, manifest)
+    data = [entry for entry in names if data_rank(entry) is not None]
+    if not data:
+        return None
+    size, moment = _measure(folder, names)
+    ours = [entry for entry in names if index_rank(entry) is not None] or [
+        entry for entry in data if has_identity(folder, entry)
+    ]
+    if ours:
+        problem = "the manifest is missing"
+        return Entry(name, folder.path, "damaged", size_bytes=size, time=moment, problem=problem)
+    return Entry(
+        name, folder.path, "committed", size_bytes=size, time=moment, world_size=len(data),
+        problem="plain files without a manifest: they cannot be verified",
+    )  # fmt: skip
+
+
+def _manifest_entry(folder: Folder, name: str, manifest: Manifest) -> Entry:
+    problems = missing_files(folder, manifest)
+    return Entry(
+        name=name,
+        path=folder.path,
+        state="damaged" if problems else "committed",
+        step=manifest.step,
+        size_bytes=manifest.size_bytes,
+        time=manifest.time,
+        world_size=manifest.world_size,
+        problem="; ".join(problems[:5]) or None,
+    )
+
+
+def _hidden_entry(folder: Folder, stem: str, attempt: str) -> Entry | None:
+    names = list_names(folder)
+    note = read_note(folder)
+    name = note.name if note is not None and note.attempt == attempt else stem
+    size, moment = _measure(folder, names)
+    manifest = None
+    with suppress(LoadError):
+        manifest = read_manifest(folder)
+    if manifest is not None and manifest.attempt != attempt:
+        problem = "replaced by a later save, which has not cleared it yet"
+        return Entry(name, folder.path, "partial", manifest.step, size, moment, manifest.world_size, problem)
+    whole = checked_manifest(folder, attempt, names, deep=False)
+    if whole is not None:
+        problem = "complete, but not published: it loads, and the next save or `doctor --repair` publishes it"
+        return Entry(
+            name,
+            folder.path,
+            "committed",
+            whole.step,
+            whole.size_bytes,
+            whole.time,
+            whole.world_size,
+            problem,
+        )
+    if note is None and not any(is_own(entry) or index_rank(entry) is not None for entry in names):
+        return None
+    told = explain_folder(folder)
+    return Entry(name, folder.path, "partial", None, size, moment, told.world_size, told.problem)
+
+
+def _measure(folder: Folder, names: list[str]) -> tuple[int, float]:
+    """The size of the files directly in a folder, and the last change of one."""
+    size, moment = 0, 0.0
+    for name in names:
+        with suppress(StorageError, CorruptCheckpointError):
+            found = folder.stat(name)
+            if found is not None:
+                size, moment = size + found.size_bytes, max(moment, found.modified_seconds)
+    return size, moment
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is known of an attempt that has not committed.
+
+    Attributes:
+        note: Its ``attempt.json``, if it can be read.
+        world_size: How many ranks take part, if that is known.
+        arrived: The ranks whose marks are there.
+        aborted: The ranks that failed, with their errors.
+        beacons: The last words of each rank.
+        problem: All this in one line.
+    """
+
+    note: Note | None
+    world_size: int | None
+    arrived: list[int]
+    aborted: dict[int, AbortMark] = field(default_factory=dict)
+    beacons: dict[int, Beacon] = field(default_factory=dict)
+    problem: str = ""
+
+
+def explain(storage: Storage, path: str) -> Explanation:
+    """What is known of the attempt in this hidden folder (an Entry's `path`)."""
+    folder = storage.open_folder(path)
+    try:
+        return explain_folder(folder)
+    finally:
+        folder.close()
+
+
+def explain_folder(folder: Folder) -> Explanation:
+    """As `explain`, for an open folder."""
+    names = list_names(folder)
+    note = read_note(folder)
+    world_size = note.world_size if note is not None and note.world_size > 0 else None
+    arrived = sorted(ranks_in(names))
+    aborted, beacons = read_abort_marks(folder, names), read_beacons(folder, names)
+    parts = []
+    if aborted:
+        parts += [
+            f"rank {rank} failed: {mark.type}: {mark.message}" for rank, mark in sorted(aborted.items())[:5]
+        ]
+    if world_size is not None:
+        parts.append(f"{len(arrived)} of {world_size} ranks arrived")
+        missing = [rank for rank in range(world_size) if rank not in arrived]
+        silent = [rank for rank in missing if rank not in beacons and rank not in aborted]
+        parts += [f"rank {rank}: {beacons[rank].phase}" for rank in missing[:10] if rank in beacons]
+        if silent:
+            parts.append(f"ranks {numbers(silent)} never began")
+    return Explanation(
+        note, world_size, arrived, aborted, beacons, "; ".join(parts) or "no rank has left a word"
+    )

@@ -1,0 +1,115 @@
+"""Waiting for other ranks: the pauses, the deadline, the watch on rank 0, and what the errors say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from milepost.commit.claim import Clock
+from milepost.commit.hidden import (
+    MAX_SMALL_BYTES,
+    beacon_name,
+    is_aborted,
+    numbers,
+    ranks_in,
+    read_abort_marks,
+    read_beacons,
+)
+from milepost.errors import AbortedError, CommitTimeoutError, CorruptCheckpointError, EntryNotFoundError
+from milepost.manifest import MANIFEST_NAME
+from milepost.storage import Folder
+
+__all__ = ["Wait", "raise_if_aborted", "timeout_error"]
+
+HEARTBEAT_SECONDS = 5.0
+STALL_SECONDS = 30.0
+_FIRST_PAUSE_SECONDS = 0.005
+
+
+class Wait:
+    """One wait of one rank.
+
+    Args:
+        clock: Where time comes from.
+        folder: The attempt's folder.
+        rank: The rank that waits.
+        timeout_seconds: How long it does.
+        poll_seconds: The longest pause between two looks; the first ones are shorter.
+        heartbeat: Called every few seconds: shows the others that this rank lives.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        folder: Folder,
+        *,
+        rank: int,
+        timeout_seconds: float,
+        poll_seconds: float,
+        heartbeat: Callable[[], None],
+    ) -> None:
+        now = clock.monotonic()
+        self._clock, self._folder, self._rank, self._heartbeat = clock, folder, rank, heartbeat
+        self._deadline = now + timeout_seconds
+        self._longest = poll_seconds
+        self._pause = min(_FIRST_PAUSE_SECONDS, poll_seconds)
+        self._beat_at = self._listen_at = self._heard_at = now
+        self._heard: bytes | None = None
+
+    def leads(self) -> bool:
+        """Whether this rank has to look for itself: it is rank 0, or rank 0's beacon stands still."""
+        now = self._clock.monotonic()
+        if self._rank and now >= self._listen_at:
+            self._listen_at = now + HEARTBEAT_SECONDS
+            word = b""
+            with suppress(EntryNotFoundError, CorruptCheckpointError):
+                word = self._folder.read(beacon_name(0), MAX_SMALL_BYTES)
+            if word != self._heard:
+                self._heard, self._heard_at = word, now
+        return self._rank == 0 or now - self._heard_at > STALL_SECONDS
+
+    def pause(self) -> bool:
+        """Sleep a little; False when the time is over."""
+        now = self._clock.monotonic()
+        if now >= self._deadline:
+            return False
+        if now >= self._beat_at:
+            self._beat_at = now + HEARTBEAT_SECONDS
+            self._heartbeat()
+        self._clock.sleep(min(self._pause, self._deadline - now))
+        self._pause = min(self._pause * 1.5, self._longest)
+        return True
+
+
+def raise_if_aborted(folder: Folder, names: list[str]) -> None:
+    """Raise the error of the first rank that failed, unless the checkpoint was committed before."""
+    if not is_aborted(names) or MANIFEST_NAME in names:
+        return
+    marks = read_abort_marks(folder, names)
+    if not marks:
+        raise AbortedError("another rank failed", hint="look at the logs of the ranks")
+    first = min(marks.values(), key=lambda mark: mark.time)
+    also = set(marks) - {first.rank}
+    raise AbortedError(
+        f"rank {first.rank} failed in {first.phase or 'its save'} with {first.type}: {first.message}"
+        + (f" (so did ranks {numbers(also)})" if also else ""),
+        rank=first.rank,
+        phase=first.phase,
+        hint="look at that rank's log; the next save starts a new attempt",
+    )
+
+
+def timeout_error(folder: Folder, names: list[str], world_size: int, seconds: float) -> CommitTimeoutError:
+    """The error that names the missing ranks and what they did last."""
+    hint = "look at these ranks' logs; write_barrier_timeout_secs allows more time"
+    missing = sorted(set(range(world_size)) - ranks_in(names))
+    if not missing:
+        return CommitTimeoutError(f"all ranks arrived, but none committed within {seconds:g} s", hint=hint)
+    beacons = read_beacons(folder, names)
+    said = []
+    for rank in missing[:10]:
+        word = beacons.get(rank)
+        said.append(f"rank {rank}: {f'{word.phase}, {word.bytes_done} bytes' if word else 'never began'}")
+    return CommitTimeoutError(
+        f"ranks {numbers(missing)} did not arrive within {seconds:g} s ({'; '.join(said)})", hint=hint
+    )
