@@ -161,6 +161,11 @@ def is_own(name: str) -> bool:
     return bool(_OWN.fullmatch(name) or _ASIDE.fullmatch(name))
 
 
+def is_note_aside(name: str) -> bool:
+    """Whether this is an ``attempt.json`` that has not got its name yet."""
+    return bool(_ASIDE.fullmatch(name)) and name.startswith(f".{NOTE_NAME}.")
+
+
 def data_rank(name: str) -> int | None:
     """The rank in the name of a data file."""
     match = _DATA.fullmatch(name)

@@ -18,7 +18,9 @@ from milepost.commit.hidden import (
     NOTE_NAME,
     Hidden,
     checked_manifest,
+    is_note_aside,
     list_names,
+    names_of,
     opened,
     ranks_in,
     read_beacons,
@@ -169,10 +171,10 @@ def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
         judge = _judge(storage, path, hidden, folder)
     if judge is None:
         return False
-    if judge != "dead":
-        return (
-            _remove_empty(storage, hidden) if judge == "empty" else retire(storage, path, hidden.path, None)
-        )
+    if judge == "unborn":
+        return _remove_unborn(storage, hidden.path)
+    if judge == "replaced":
+        return retire(storage, path, hidden.path, None)
     lock = take_over(storage, hidden, encode_note(path, hidden.attempt))
     if lock is None:
         return False
@@ -191,10 +193,10 @@ def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
 
 
 def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str | None:
-    """What to do with a hidden folder: "empty", "replaced", "dead", or None: leave it alone."""
+    """What a hidden folder is: "unborn", "replaced", "dead", or None: to be left alone."""
     names = list_names(folder)
-    if not names:
-        return "empty"
+    if all(is_note_aside(name) for name in names):
+        return "unborn"
     try:
         manifest = read_manifest(folder)
     except LoadError:
@@ -228,9 +230,18 @@ def _says_so(folder: Folder, path: str, hidden: Hidden, names: list[str]) -> boo
     return False
 
 
-def _remove_empty(storage: Storage, hidden: Hidden) -> bool:
+def _remove_unborn(storage: Storage, path: str) -> bool:
+    """Remove a folder that died before it had an attempt.json. A live one makes itself again."""
+    for name in names_of(storage, path) or ():
+        inner = os.path.join(path, name)
+        with suppress(EntryNotFoundError):
+            lock = storage.lock(inner, exclusive=True)
+            if lock is None:
+                return False
+            storage.remove(inner)
+            lock.release()
     try:
-        storage.remove(hidden.path)
+        storage.remove(path)
     except StorageError:  # somebody has begun in it
         return False
     return True
