@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from gazetteer.analyze import analyze, read_text
+from gazetteer.analyze import read_text
+from gazetteer.collect import checked_root, digest_all, gather, nothing, still_holding
 from gazetteer.errors import OutputError, UsageError
-from gazetteer.history import head_of, read_history
+from gazetteer.history import History, head_of, read_history
+from gazetteer.index import index_json
 from gazetteer.markdown import Page
 from gazetteer.model import FileFacts, Status
 from gazetteer.pages.file_docs import docs, purpose
@@ -27,14 +29,16 @@ from gazetteer.paths import BOOK, INDEX_JSON, KEYWORDS, STATE, Places, docs_page
 from gazetteer.relations import Context, Relations, relate
 from gazetteer.resolve import Resolver
 from gazetteer.runs import test_runs
-from gazetteer.scan import Found, Scan, digest_file, scan
-from gazetteer.state import PageRecord, State, facts_of, fingerprint, load_facts, pack, save_facts, write_atomic
+from gazetteer.scan import Found, Scan, scan
+from gazetteer.state import PageRecord, State, facts_of, fingerprint, load_facts, save_facts, write_atomic
 from gazetteer.workers import Workers, default_jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["Summary", "build", "read_repository"]
+    from gazetteer.collect import Progress
+
+__all__ = ["Summary", "build"]
 
 _INTRODUCTIONS = ("readme.md", "readme.rst", "readme.txt", "readme")
 
@@ -52,6 +56,8 @@ class Summary:
         written: Pages written in this run.
         removed: Stale pages removed.
         excluded: Files and folders left out.
+        site_pages: Pages of the site, when one was asked for.
+        site_rendered: Pages of the site rendered in this run.
         seconds: Wall-clock time.
         statuses: Number of files of each status other than parsed.
     """
@@ -64,6 +70,8 @@ class Summary:
     written: int = 0
     removed: int = 0
     excluded: int = 0
+    site_pages: int = 0
+    site_rendered: int = 0
     seconds: float = 0.0
     statuses: dict[str, int] = field(default_factory=dict)
 
@@ -78,16 +86,6 @@ class _RenderTask(msgspec.Struct, frozen=True):
 
 
 _context_decoder = msgspec.msgpack.Decoder(Context)
-
-
-def _analyze_packed(found: Found) -> bytes:
-    return pack(analyze(found))
-
-
-def _crashed(found: Found) -> bytes:
-    return pack(FileFacts(
-        found.path, found.size, 0, "", Status.FAILED, note="The parser crashed on it; nothing in it is listed.", encoding=""
-    ))
 
 
 def _render(task: _RenderTask) -> list[tuple[str, PageRecord]]:
@@ -142,7 +140,7 @@ def _go_modules(files: dict[str, Found]) -> dict[str, str]:
 
 
 class _Build:
-    def __init__(self, root: Path, out: Path, jobs: int, progress: Callable[[str, int, int], None]) -> None:
+    def __init__(self, root: Path, out: Path, jobs: int, progress: Progress) -> None:
         self.root = root
         self.out = out
         self.jobs = jobs
@@ -152,11 +150,12 @@ class _Build:
         self.pages: dict[str, PageRecord] = {}
         self.summary = Summary()
         self.packed: dict[str, bytes] = {}
+        self.files: dict[str, Found] = {}
 
     def run(self, *, json_index: bool) -> Summary:
         found = scan(self.root, out=self.out)
-        files = {f.path: f for f in found.files}
-        digests = self._digest(files)
+        files = self.files = {f.path: f for f in found.files}
+        digests = digest_all(files, self.progress)
         head = head_of(self.root)
         inputs = self._inputs(found, digests, head, json_index=json_index)
         if inputs == self.state.inputs and all(_intact(self.out, n, r) for n, r in self.state.pages.items()):
@@ -170,15 +169,6 @@ class _Build:
         self._save(digests, inputs)
         return self.summary
 
-    def _digest(self, files: dict[str, Found]) -> dict[str, bytes]:
-        self.progress("Reading", 0, len(files))
-        out = {}
-        for number, (path, file) in enumerate(files.items(), 1):
-            out[path] = digest_file(file)
-            if not number & 255:
-                self.progress("Reading", number, len(files))
-        return out
-
     def _inputs(self, found: Scan, digests: dict[str, bytes], head: str, *, json_index: bool) -> bytes:
         whole = (fingerprint(), self.root.name, self.base, found.excluded, digests, head, json_index, _root_package(self.root))
         return hashlib.sha256(msgspec.msgpack.encode(whole)).digest()
@@ -190,22 +180,11 @@ class _Build:
         )
         return self.summary
 
-    def _facts(self, files: dict[str, Found], digests: dict[str, bytes], workers: Workers[Found]) -> dict[str, FileFacts]:
-        old = load_facts(self.out) if self.state.digests else {}
-        self.packed = {p: old[p] for p, d in digests.items() if self.state.digests.get(p) == d and p in old}
-        todo = [file for path, file in files.items() if path not in self.packed]
-        self.summary.parsed = len(todo)
-        self.progress("Parsing", 0, len(todo))
-        for number, (file, packed) in enumerate(zip(todo, workers.run(_analyze_packed, todo, _crashed)), 1):
-            self.packed[file.path] = packed
-            if not number & 63:
-                self.progress("Parsing", number, len(todo))
-        self.progress("Parsing", len(todo), len(todo))
-        return {path: facts_of(self.packed[path]) for path in files}
-
     def _whole(self, found: Scan, files: dict[str, Found], digests: dict[str, bytes], head: str, *, json_index: bool) -> None:
         with Workers[Found](self.jobs) as workers:
-            facts = self._facts(files, digests, workers)
+            known = still_holding(self.out, self.state, digests)
+            self.summary.parsed = gather(files, known, self.packed, workers, self.progress)
+            facts = {path: facts_of(self.packed[path]) for path in files}
             history = self.state.history if self.state.history.head == head else read_history(self.root, head)
             self.state.history = history
             relations = _relations(facts, files, self.root, history)
@@ -213,8 +192,6 @@ class _Build:
         tree = Tree(facts, relations, {path: purpose(fact) for path, fact in facts.items()})
         self._render_folders(tree, found, files)
         if json_index:
-            from gazetteer.index import index_json
-
             self._page(INDEX_JSON, index_json(self.root.name, facts, relations))
         counted = self.summary
         counted.files, counted.folders, counted.excluded = len(files), len(tree.files), len(found.excluded)
@@ -290,9 +267,9 @@ class _Build:
         State(fingerprint(), inputs, done, pages, counted, self.state.history).save(self.out)
 
 
-def _relations(facts: dict[str, FileFacts], files: dict[str, Found], root: Path, history: object) -> Relations:
+def _relations(facts: dict[str, FileFacts], files: dict[str, Found], root: Path, history: History) -> Relations:
     resolver = Resolver(facts, root_package=_root_package(root), go_modules=_go_modules(files))
-    return relate(facts, resolver, history, test_runs(files))  # type: ignore[arg-type]
+    return relate(facts, resolver, history, test_runs(files))
 
 
 @contextmanager
@@ -307,8 +284,7 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _checked(repository: Path, out: Path) -> tuple[Path, Path]:
-    root = Path(os.path.realpath(repository))
+def _checked(root: Path, out: Path) -> tuple[Path, Path]:
     target = Path(os.path.realpath(out))
     if target == root or target in root.parents:
         msg = f"{out}: the output folder must not be the repository or a folder around it. Name another one."
@@ -328,7 +304,8 @@ def build(
     *,
     jobs: int = 0,
     json_index: bool = False,
-    progress: Callable[[str, int, int], None] = lambda _phase, _done, _total: None,
+    site: bool = False,
+    progress: Progress = nothing,
 ) -> Summary:
     """Document a repository in Markdown.
 
@@ -337,6 +314,7 @@ def build(
         out: Where the pages go; made if missing. Inside the repository it is never documented.
         jobs: Processes to use; 0 means one per processor.
         json_index: Whether to write ``index.json`` as well.
+        site: Whether to make the static site as well, in ``_site``.
         progress: Called with a phase, what is done, and how much there is.
 
     Returns:
@@ -347,33 +325,22 @@ def build(
         UsageError: ``out`` is the repository or around it.
         OutputError: ``out`` holds something else, or another build is writing there.
         RepositoryError: ``repository`` is not a folder that can be listed.
+        SiteError: The site could not be made; the Markdown pages are whole.
 
     When it raises later than that, or is interrupted, every page is whole, old or new, and the
     next build goes on from there.
     """
     began = time.monotonic()
-    root, target = _checked(Path(repository), Path(out))
-    scan_root_must_exist(root)
+    root, target = _checked(checked_root(repository), Path(out))
     with _locked(target):
-        summary = _Build(root, target, jobs or default_jobs(), progress).run(json_index=json_index)
+        work = _Build(root, target, jobs or default_jobs(), progress)
+        summary = work.run(json_index=json_index)
+        if site:
+            from gazetteer.site import build_site  # only who wants a site needs its programs
+
+            state = State.load(target)
+            facts = {path: facts_of(data) for path, data in load_facts(target).items()}
+            made = build_site(target, root, facts, work.files, state, progress)
+            summary.site_pages, summary.site_rendered = made.pages, made.rendered
     summary.seconds = round(time.monotonic() - began, 3)
     return summary
-
-
-def scan_root_must_exist(root: Path) -> None:
-    """Raise RepositoryError unless the root can be listed, before anything is written."""
-    from gazetteer.errors import RepositoryError
-
-    if not root.is_dir():
-        msg = f"{root}: not a folder. Name the root of a repository."
-        raise RepositoryError(msg)
-
-
-def read_repository(repository: Path | str, *, jobs: int = 0) -> dict[str, FileFacts]:
-    """Return every file's facts without writing anything."""
-    root = Path(os.path.realpath(repository))
-    scan_root_must_exist(root)
-    files = scan(root).files
-    with Workers[Found](jobs or default_jobs()) as workers:
-        packed = list(workers.run(_analyze_packed, files, _crashed))
-    return {file.path: facts_of(data) for file, data in zip(files, packed)}

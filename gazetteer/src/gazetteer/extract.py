@@ -33,6 +33,7 @@ _ROLE = re.compile(r"^:[\w:+-]+:(?=`)")
 _BASE_WORDS = re.compile(r"^(?:(?:public|protected|private|virtual|extends|implements)\s+|:\s*)+")
 _TAIL = re.compile(r"(?:\s*=>|[ {:;=]+)$")
 _ADORNMENTS = {bytes([char]) for char in b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"}
+_ELSEWHERE = re.compile(r"<?(?:[a-zA-Z][\w+.-]*:|#|//)")  # other hosts, and places in the same document
 _SIGNATURE_MAX = 400
 _HEAD_LINES = 12
 
@@ -349,6 +350,7 @@ def extract(path: str, source: bytes, language: str, *, size: int, with_names: b
                 style=style,
             )
             for style, module, name in found.imports
+            if not (entry.prose and _ELSEWHERE.match(_text(module)))
         },
         key=lambda i: (i.line, i.module, i.name),
     )

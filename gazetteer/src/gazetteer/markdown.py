@@ -16,7 +16,8 @@ _STARTS = re.compile(r"^(\d+)([.)])")
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufeff\ufffe\uffff]"
 )
-_INNER = re.compile(r"([\\`*_\[\]<>&~|$^:@{}])")
+# What Markdown, and GitHub's additions to it, could take for marks inside a line of words.
+_INNER = re.compile(r"([\\`*\[\]<>&~$]|(?<!\w)_|_(?!\w)|:(?=//)|@(?=\w)|\|)")
 _TICKS = re.compile(r"`+")
 _SLUG_DROP = re.compile(r"[^\w\- ]")
 

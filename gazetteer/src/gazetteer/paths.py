@@ -25,6 +25,7 @@ __all__ = [
     "href",
     "kw_page",
     "parent",
+    "source_page",
 ]
 
 STATE = ".gazetteer"
@@ -34,7 +35,8 @@ BOOK = "comprehensive_book.md"
 INDEX_JSON = "index.json"
 
 _NAME_BYTES_MAX = 235
-_RESERVED = {STATE, SITE, INDEX_JSON}
+_SOURCE_NAME_MAX = 200
+_RESERVED = {STATE, SITE, INDEX_JSON, "_source", "_symbols", "_assets", "_pagefind"}
 _RAW = re.compile(r"\\x([0-9a-f]{2})")
 
 
@@ -122,3 +124,14 @@ def _on_disk(path: str) -> str:
         f"%{part.upper()}" if index % 2 else _quoted(part)
         for index, part in enumerate(_RAW.split(path))
     )
+
+
+def source_page(path: str) -> str:
+    """Return the name that the site gives to the page of a file's source."""
+    folder = parent(path)
+    name = _on_disk(path.rpartition("/")[2])
+    if len(name) > _SOURCE_NAME_MAX:
+        name = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()
+    else:
+        name = path.rpartition("/")[2]
+    return posixpath.join("_source", folder, name + ".md")

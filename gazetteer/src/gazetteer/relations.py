@@ -49,6 +49,7 @@ class Context(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         dependencies: Its imports, resolved.
         imported_by: Files that import it.
+        linked_from: Documents that link to it.
         tests: Tests that import it or name what it defines, with how.
         layer: Longest way down the import graph; 0 imports nothing of the repository.
         layers: Number of layers.
@@ -58,11 +59,11 @@ class Context(msgspec.Struct, frozen=True, array_like=True):
         module: Dotted name, for Python.
         test: Whether it is a test.
         runs: How this repository runs its tests: command, file and line that say so.
-        shared_names: Symbols of it that other files define too: name, file, line.
     """
 
     dependencies: tuple[Dependency, ...] = ()
     imported_by: tuple[str, ...] = ()
+    linked_from: tuple[str, ...] = ()
     tests: tuple[tuple[str, str], ...] = ()
     layer: int = 0
     layers: int = 0
@@ -80,7 +81,7 @@ class Context(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Relations(msgspec.Struct, frozen=True):
-    """The import graph and every file's context."""
+    """The import graph and every file's context. Links from documents are no imports."""
 
     contexts: dict[str, Context]
     imports: dict[str, tuple[str, ...]]
@@ -151,6 +152,7 @@ def relate(
     dependencies: dict[str, tuple[Dependency, ...]] = {}
     imports: dict[str, tuple[str, ...]] = {}
     backwards: dict[str, list[str]] = defaultdict(list)
+    links: dict[str, list[str]] = defaultdict(list)
     for path, fact in facts.items():
         found = []
         for item in fact.imports:
@@ -159,8 +161,11 @@ def relate(
             found.append(Dependency(item.line, item.module, item.name, targets, outside))
         dependencies[path] = tuple(found)
         imports[path] = tuple(sorted({t for d in found for t in d.targets}))
+        prose = grammars.languages()[fact.language].prose if fact.language else True
         for target in imports[path]:
-            backwards[target].append(path)
+            (links if prose else backwards)[target].append(path)
+        if prose:
+            imports[path] = ()
     imported_by = {path: tuple(backwards.get(path, ())) for path in facts}
     layers, cycles = _layers(imports)
     count = max(layers.values(), default=-1) + 1
@@ -176,6 +181,7 @@ def relate(
         contexts[path] = Context(
             dependencies=dependencies[path],
             imported_by=imported_by[path],
+            linked_from=tuple(links.get(path, ())),
             tests=tuple(sorted(tests.items())),
             layer=layers[path] if linked else 0,
             layers=count if linked else 0,

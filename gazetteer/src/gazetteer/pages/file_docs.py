@@ -249,6 +249,8 @@ def _dependencies(page: Page, fact: FileFacts, context: Context, places: Places,
     page.items(unknown)
     page.heading(3, "Imported By")
     page.items([link(code(p), href(own, docs_page(p))) for p in context.imported_by])
+    page.heading(3, "Linked From")
+    page.items([link(code(p), href(own, docs_page(p))) for p in context.linked_from])
 
 
 def _findings(page: Page, fact: FileFacts, places: Places, own: str, section: str) -> None:

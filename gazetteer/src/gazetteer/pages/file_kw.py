@@ -67,7 +67,7 @@ def keywords(fact: FileFacts, sections: Sequence[str], places: Places) -> Page:
     page.heading(3, "Imports")
     page.items([
         f"**{code(i.name or i.module)}**" + (f" from {code(i.module)}" if i.name else "") + f": {at(i.line)}"
-        for i in fact.imports
+        for i in fact.imports if not (language and language.prose)
     ])
     page.heading(3, "Headings")
     page.items([f"**{text(title)}**: {at(line)}" for _, title, line in fact.headings])
