@@ -37,6 +37,7 @@ from milepost.storage.reading import Damage, Part, default_threads, read_parts
 from milepost.template import Fill, Match, copy_into, is_dense, match
 from milepost.tree import paths_of_tensors
 from milepost.types import STATE_DICT, RankInfo
+from milepost.utils import gc_paused
 
 __all__ = ["CheckpointReader"]
 
@@ -112,14 +113,16 @@ class CheckpointReader:
                 if located.manifest is None:
                     source: _Plain | _Ours = _Plain(self._open_plain(located), map_location)
                 else:
-                    index, file = self._open(located)
+                    with gc_paused():
+                        index, file = self._open(located)
                     source = _Ours(index, file, map_location, verify)
             finally:
                 located.folder.close()
             with source:
                 if state_dict is None:
                     return source.whole(), []
-                found = source.match(state_dict)
+                with gc_paused():
+                    found = source.match(state_dict)
                 if found.misfits or (strict and found.missing):
                     raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
                 source.fill(found.fills)
@@ -315,6 +318,26 @@ class _Ours:
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """Read the tensors into their targets; verified as asked."""
+        with gc_paused():
+            direct, copies, aside = self._sort(fills)
+            parts = [self._part(record, direct[record].target.data_ptr()) for record in sorted(direct)]
+        if self._verify == "first":
+            self._read([self._part(record, None) for record in sorted({*direct, *aside})])
+        self._filling = True
+        self._read(parts)
+        for fill, source in copies:
+            copy_into(fill.target, source.target)
+        for records in self._batches(sorted(aside)):
+            self._read_records(records)
+            for record in records:
+                for fill in aside[record]:
+                    copy_into(fill.target, self._builder.tensor(fill.number))
+                del self._storages[record]
+
+    def _sort(
+        self, fills: Sequence[Fill]
+    ) -> tuple[dict[int, Fill], list[tuple[Fill, Fill]], dict[int, list[Fill]]]:
+        """By record: what is read straight into place, what is copied from that, what is read aside."""
         direct: dict[int, Fill] = {}
         copies: list[tuple[Fill, Fill]] = []
         aside: dict[int, list[Fill]] = {}
@@ -327,18 +350,7 @@ class _Ours:
                     copies.append((fill, direct[record]))
             else:
                 direct[record] = fill
-        if self._verify == "first":
-            self._read([self._part(record, None) for record in sorted({*direct, *aside})])
-        self._filling = True
-        self._read([self._part(record, direct[record].target.data_ptr()) for record in sorted(direct)])
-        for fill, source in copies:
-            copy_into(fill.target, source.target)
-        for records in self._batches(sorted(aside)):
-            self._read_records(records)
-            for record in records:
-                for fill in aside[record]:
-                    copy_into(fill.target, self._builder.tensor(fill.number))
-                del self._storages[record]
+        return direct, copies, aside
 
     def _lands_directly(self, fill: Fill) -> bool:
         """Whether a record's bytes are the target's memory: they can be read straight into it."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -308,7 +308,11 @@ class _Checker:
 
     def __call__(self, condition: object, message: str) -> None:
         if not condition:
-            raise CorruptCheckpointError(f"{message}: {self.path}", path=self.path)
+            self.fail(message)
+
+    def fail(self, message: str) -> NoReturn:
+        """Raise; loops call it themselves, so that no message is made up for what is right."""
+        raise CorruptCheckpointError(f"{message}: {self.path}", path=self.path)
 
 
 _T = TypeVar("_T", Manifest, Mark, Index)
@@ -379,14 +383,17 @@ def _check_records(records: Records, files: list[DataFile], check: _Checker) -> 
         len(records.file) == len(records.offset) == len(records.encoding) == count,
         "the columns of the records differ in length",
     )
-    ends = [0] * len(files)
+    ends, sizes = [0] * len(files), [file.size for file in files]
     for number, (file, offset, length) in enumerate(
         zip(records.file, records.offset, records.length, strict=True)
     ):
-        check(0 <= file < len(files), f"record {number} lies in file {file} of {len(files)}")
-        check(length >= 0 and offset >= ends[file], f"record {number} overlaps the one before it")
+        if not 0 <= file < len(files):
+            check.fail(f"record {number} lies in file {file} of {len(files)}")
+        if length < 0 or offset < ends[file]:
+            check.fail(f"record {number} overlaps the one before it")
         ends[file] = offset + length
-        check(ends[file] <= files[file].size, f"record {number} reaches beyond {files[file].name}")
+        if ends[file] > sizes[file]:
+            check.fail(f"record {number} reaches beyond {files[file].name}")
     unknown = set(records.encoding) - {"raw"}
     check(not unknown, f"unknown encoding {sorted(unknown)}")
     check(len(records.crcs) == records.chunks()[-1], "the number of chunk CRCs does not fit the records")
@@ -428,17 +435,17 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
         size = DTYPE_BYTES[dtype]
         reach = size
         empty = False
-        fits = len(shape) == len(stride) <= 64
-        for length, step in zip(shape, stride, strict=False):
-            fits = fits and 0 <= length <= MAX_INT and 0 <= step <= MAX_INT
+        if len(shape) != len(stride) or len(shape) > 64:
+            check.fail(f"tensor {number} has shape {shape} and stride {stride}")
+        for length, step in zip(shape, stride, strict=True):
+            if not (0 <= length <= MAX_INT and 0 <= step <= MAX_INT):
+                check.fail(f"tensor {number} has shape {shape} and stride {stride}")
             empty = empty or length == 0
             reach += (length - 1) * step * size
-        check(fits, f"tensor {number} has shape {shape} and stride {stride}")
-        check(-1 < record < len(lengths), f"tensor {number} lies in record {record} of {len(lengths)}")
-        check(
-            start >= 0 and start % size == 0 and start + (0 if empty else reach) <= lengths[record],
-            f"tensor {number} reaches beyond its record",
-        )
+        if not -1 < record < len(lengths):
+            check.fail(f"tensor {number} lies in record {record} of {len(lengths)}")
+        if start < 0 or start % size or start + (0 if empty else reach) > lengths[record]:
+            check.fail(f"tensor {number} reaches beyond its record")
 
 
 def tree_of(index: Index) -> Node:

@@ -81,9 +81,16 @@ class _Matcher:
         self._tensors = tensors
         self._decode = decode
         self._match = Match()
+        self._filled: list[torch.Tensor] = []
 
     def run(self, template: Any, node: Node) -> Match:
-        self._match.finish = self._value(template, node, ())
+        put = self._value(template, node, ())
+
+        def finish() -> Any:
+            torch.autograd.graph.increment_version(self._filled)
+            return put()
+
+        self._match.finish = finish
         return self._match
 
     def _misfit(self, path: Path, expected: str, found: str) -> Callable[[], Any]:
@@ -166,7 +173,7 @@ class _Matcher:
             except (TypeError, ValueError):
                 return self._misfit(path, f"a numpy array of dtype {target.dtype}", columns.dtype[number])
         elif isinstance(target, torch.Tensor):
-            destination = target.detach()
+            destination = target.detach() if target.requires_grad else target
         else:
             return self._misfit(path, _kind(target), "a tensor")
         dtype, shape = dtype_of(columns.dtype[number]), tuple(columns.shape[number])
@@ -184,12 +191,7 @@ class _Matcher:
             )
         self._match.fills.append(Fill(destination, number, path_text(path)))
         if isinstance(target, torch.Tensor):
-
-            def touched() -> torch.Tensor:
-                torch.autograd.graph.increment_version(target)
-                return target
-
-            return touched
+            self._filled.append(target)
         return lambda: target
 
     def _object(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
@@ -244,7 +246,9 @@ def _names_tensor(node: Node) -> bool:
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill a run of memory without gaps and without sharing any of it."""
-    return tensor.numel() > 0 and not _overlaps(tensor) and _reach(tensor) == tensor.numel()
+    if tensor.numel() == 0 or tensor.is_contiguous():
+        return tensor.numel() > 0
+    return not _overlaps(tensor) and _reach(tensor) == tensor.numel()
 
 
 def _reach(tensor: torch.Tensor) -> int:
@@ -253,6 +257,8 @@ def _reach(tensor: torch.Tensor) -> int:
 
 def _overlaps(tensor: torch.Tensor) -> bool:
     """Whether two elements may lie at the same place (never False for a tensor where they do)."""
+    if tensor.is_contiguous():
+        return False
     reach = 1
     for step, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if n > 1:

@@ -304,15 +304,24 @@ def check_tree(node: Node, *, tensors: int, records: int) -> None:
             for pair in node[1]:
                 if not isinstance(pair, list | tuple) or len(pair) != 2:
                     raise ValueError("an entry of a dictionary is no pair")
-                stack.append((pair[0], depth + 1, True))
-                stack.append((pair[1], depth + 1, False))
-                seen.add(_frozen(pair[0], depth))
+                key_node, child = pair
+                if _is_plain_text(key_node):
+                    seen.add(key_node[1])
+                else:
+                    stack.append((key_node, depth + 1, True))
+                    seen.add(_frozen(key_node, depth))
+                stack.append((child, depth + 1, False))
             if len(seen) != len(node[1]):
                 raise ValueError("a dictionary has the same key twice")
             if tag == "ordered" and node[2] is not None:
                 if not isinstance(node[2], list | tuple) or node[2][:1] not in (["dict"], ("dict",)):
                     raise ValueError("the attributes of an OrderedDict are no dictionary")
                 stack.append((node[2], depth + 1, False))
+
+
+def _is_plain_text(node: Node) -> bool:
+    """Whether a node is ["str", text]: nearly every key is, so this is the fast way past them."""
+    return type(node) is list and len(node) == 2 and node[0] == "str" and type(node[1]) is str
 
 
 def _frozen(node: Node, depth: int) -> Any:

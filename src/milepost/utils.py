@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["wrap_future"]
+__all__ = ["gc_paused", "wrap_future"]
 
 
 def wrap_future(original_result: Any) -> Future[None]:
@@ -33,3 +36,20 @@ def wrap_future(original_result: Any) -> Future[None]:
 
     original_result.add_done_callback(finish)
     return wrapped
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """No cyclic garbage collection inside, for stretches that make many containers and no cycles.
+
+    The collector would walk the whole heap again and again meanwhile: of a checkpoint of 20,000 tensors
+    it took two thirds of the time to load it.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
