@@ -70,7 +70,16 @@ def index_of(attempt: Attempt, step: int, **fields) -> Index:
 
 
 def arrive(
-    storage: Storage, path: str, step: int, *, attempt=None, rank=0, world_size=1, hook=None, fields=None, **kwargs
+    storage: Storage,
+    path: str,
+    step: int,
+    *,
+    attempt=None,
+    rank=0,
+    world_size=1,
+    hook=None,
+    fields=None,
+    **kwargs,
 ) -> Attempt:
     """One rank's part of a save, up to its mark."""
     target = check_target(storage, path)

@@ -438,7 +438,7 @@ def _attachments(folder: Folder, marks: list[Mark], *, live: bool) -> list[FileD
             if not live:
                 return None
             continue
-        if len(digests) == 1:
+        if len(digests) == 1 and live:
             settled.append(next(iter(digests)))
             continue
         actual = file_digest(folder, name)
@@ -467,7 +467,7 @@ def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep
         folder: The hidden folder.
         attempt: The attempt in its name.
         names: What is in it.
-        deep: Compare the indexes with the manifest's hashes as well.
+        deep: Compare indexes and attachments with the manifest's hashes as well.
     """
     names = set(names)
     try:
@@ -475,8 +475,8 @@ def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep
             manifest = read_manifest(folder)
             if manifest is None or manifest.attempt != attempt or missing_files(folder, manifest):
                 return None
-            whole = not deep or all(file_digest(folder, file.name) == file for file in manifest.indexes)
-            return manifest if whole else None
+            hashed = (*manifest.indexes, *manifest.attachments) if deep else ()
+            return manifest if all(file_digest(folder, file.name) == file for file in hashed) else None
         if is_aborted(names):
             return None
         return assemble(folder, attempt, ranks_in(names), live=False)

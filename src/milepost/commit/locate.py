@@ -151,7 +151,7 @@ def _open_hidden(storage: Storage, hidden: Hidden, *, replaced: bool) -> Located
             with suppress(LoadError):
                 old = read_manifest(folder)
                 attempt = old.attempt if old else attempt
-        manifest = checked_manifest(folder, attempt, list_names(folder), deep=False)
+        manifest = checked_manifest(folder, attempt, list_names(folder), deep=True)
     finally:
         if manifest is None:
             folder.close()

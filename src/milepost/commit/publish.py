@@ -247,9 +247,13 @@ def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
     except StorageError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-        # Until the last of these there is no checkpoint at the path itself, but `locate` finds the new one.
+        # Until the last of these there is no checkpoint at the path itself, but `locate` finds the new one. Each
+        # must be durable before the next, or a power cut could let one folder take another's name.
+        parent = os.path.dirname(path)
         storage.rename(slot, partial, "create")
+        storage.sync_folder(parent)
         storage.rename(path, slot, "create")
+        storage.sync_folder(parent)
         storage.rename(partial, path, "create")
 
 
@@ -337,6 +341,7 @@ def _move_unlisted(storage: Storage, source: str, target: str, prefix: str, list
     if moved:
         # What is the user's must be durable in its new place before anything of the old is removed.
         storage.sync_folder(target)
+        storage.sync_folder(source)
 
 
 def _has_unlisted(storage: Storage, folder: str, prefix: str, listed: set[str]) -> bool:
