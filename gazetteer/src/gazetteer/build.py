@@ -140,8 +140,9 @@ def _go_modules(files: dict[str, Found]) -> dict[str, str]:
 
 
 class _Build:
-    def __init__(self, root: Path, out: Path, jobs: int, progress: Progress) -> None:
+    def __init__(self, root: Path, out: Path, name: str, jobs: int, progress: Progress) -> None:
         self.root = root
+        self.name = name
         self.out = out
         self.jobs = jobs
         self.progress = progress
@@ -170,7 +171,7 @@ class _Build:
         return self.summary
 
     def _inputs(self, found: Scan, digests: dict[str, bytes], head: str, *, json_index: bool) -> bytes:
-        whole = (fingerprint(), self.root.name, self.base, found.excluded, digests, head, json_index, _root_package(self.root))
+        whole = (fingerprint(), self.name, self.base, found.excluded, digests, head, json_index, _root_package(self.root))
         return hashlib.sha256(msgspec.msgpack.encode(whole)).digest()
 
     def _unchanged(self) -> Summary:
@@ -181,7 +182,7 @@ class _Build:
         return self.summary
 
     def _whole(self, found: Scan, files: dict[str, Found], digests: dict[str, bytes], head: str, *, json_index: bool) -> None:
-        with Workers[Found](self.jobs) as workers:
+        with Workers(self.jobs) as workers:
             known = still_holding(self.out, self.state, digests)
             self.summary.parsed = gather(files, known, self.packed, workers, self.progress)
             facts = {path: facts_of(self.packed[path]) for path in files}
@@ -192,7 +193,7 @@ class _Build:
         tree = Tree(facts, relations, {path: purpose(fact) for path, fact in facts.items()})
         self._render_folders(tree, found, files)
         if json_index:
-            self._page(INDEX_JSON, index_json(self.root.name, facts, relations))
+            self._page(INDEX_JSON, index_json(self.name, facts, relations))
         counted = self.summary
         counted.files, counted.folders, counted.excluded = len(files), len(tree.files), len(found.excluded)
         counted.symbols = sum(len(f.symbols) for f in facts.values())
@@ -223,7 +224,7 @@ class _Build:
 
     def _render_folders(self, tree: Tree, found: Scan, files: dict[str, Found]) -> None:
         places = Places(self.base)
-        name = self.root.name
+        name = self.name
         folders = tree.all_folders
         for number, folder in enumerate(folders, 1):
             extra = [] if folder else root_sections(tree, found.excluded)
@@ -302,6 +303,7 @@ def build(
     repository: Path | str,
     out: Path | str,
     *,
+    name: str = "",
     jobs: int = 0,
     json_index: bool = False,
     site: bool = False,
@@ -312,6 +314,7 @@ def build(
     Args:
         repository: Its root folder.
         out: Where the pages go; made if missing. Inside the repository it is never documented.
+        name: What the pages call the repository; its folder's name if empty.
         jobs: Processes to use; 0 means one per processor.
         json_index: Whether to write ``index.json`` as well.
         site: Whether to make the static site as well, in ``_site``.
@@ -333,14 +336,14 @@ def build(
     began = time.monotonic()
     root, target = _checked(checked_root(repository), Path(out))
     with _locked(target):
-        work = _Build(root, target, jobs or default_jobs(), progress)
+        work = _Build(root, target, name or root.name, jobs or default_jobs(), progress)
         summary = work.run(json_index=json_index)
         if site:
             from gazetteer.site import build_site  # only who wants a site needs its programs
 
             state = State.load(target)
             facts = {path: facts_of(data) for path, data in load_facts(target).items()}
-            made = build_site(target, root, facts, work.files, state, progress)
+            made = build_site(target, root, work.name, facts, work.files, state, progress)
             summary.site_pages, summary.site_rendered = made.pages, made.rendered
     summary.seconds = round(time.monotonic() - began, 3)
     return summary

@@ -203,7 +203,7 @@ def check(out: Path | str, *, jobs: int = 0, progress: Progress = nothing) -> Re
         raise OutputError(msg)
     names = _pages(root)
     read: list[_Read] = []
-    with Workers[tuple[str, str]](jobs or default_jobs()) as workers:
+    with Workers(jobs or default_jobs()) as workers:
         tasks = [(str(root), name) for name in names]
         for number, page in enumerate(workers.run(_read, tasks, lambda task: _Read(task[1], (), frozenset())), 1):
             read.append(page)

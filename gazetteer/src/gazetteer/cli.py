@@ -63,7 +63,7 @@ def _print_json(value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
 
 def _say(summary: Summary, out: Path, *, site: bool) -> None:
     done = f"{summary.parsed:,} parsed, {summary.written:,} pages written" if summary.parsed or summary.written else "nothing had changed"
-    _messages.print(f"{summary.files:,} files in {summary.folders:,} folders, {summary.symbols:,} symbols, {summary.pages:,} pages; {done} in {summary.seconds:.1f} s", markup=False)
+    _messages.print(f"{summary.files:,} files in {summary.folders:,} folders, {summary.symbols:,} symbols, {summary.pages:,} pages; {done} in {summary.seconds:.1f} s", markup=False, soft_wrap=True)
     words = {"partial": "parsed with errors", "huge": "too large to parse", "failed": "crashed the parser", "link": "symbolic links", "text": "in no known language"}
     notes = [f"{count:,} {words.get(status, status)}" for status, count in sorted(summary.statuses.items())]
     if summary.excluded:
@@ -71,8 +71,8 @@ def _say(summary: Summary, out: Path, *, site: bool) -> None:
     if summary.removed:
         notes.append(f"{summary.removed:,} stale pages removed")
     if notes:
-        _messages.print("  " + ", ".join(notes), markup=False)
-    _messages.print(f"Read {out / 'index.md'}" + (f", or: gazetteer serve {out}" if site else ""), markup=False)
+        _messages.print("  " + ", ".join(notes), markup=False, soft_wrap=True)
+    _messages.print(f"Read {out / 'index.md'}" + (f", or: gazetteer serve {out}" if site else ""), markup=False, soft_wrap=True)
 
 
 @app.callback()
@@ -93,6 +93,7 @@ def _top(
 def build(
     repository: Annotated[Path, typer.Argument(help="Root folder of the repository.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the pages go.", show_default=False)],
+    name: Annotated[str, typer.Option(help="What the pages call the repository; empty: its folder's name.", show_default=False)] = "",
     site: Annotated[bool, typer.Option("--site", help="Make the static site as well.")] = False,  # noqa: FBT002 - a flag
     as_json: Annotated[bool, typer.Option("--json", help="Write OUT/index.json as well, and the summary to stdout as JSON.")] = False,  # noqa: FBT002 - a flag
     jobs: _Jobs = 0,
@@ -100,7 +101,7 @@ def build(
 ) -> None:
     """Document a repository; only what changed is parsed and written."""
     with _progress(quiet=quiet) as report:
-        summary = build_pages(repository, out, jobs=jobs, json_index=as_json, site=site, progress=report)
+        summary = build_pages(repository, out, name=name, jobs=jobs, json_index=as_json, site=site, progress=report)
     if as_json:
         _print_json(asdict(summary))
     if not quiet:
@@ -127,7 +128,7 @@ def search(
             tail = f"  {hit.doc}" if hit.doc else ""
             sys.stdout.write(f"{hit.path}:{hit.line}: {hit.kind} {hit.signature or hit.name}{tail}\n")
     if not hits:
-        _messages.print(f"Nothing is named like {term!r}.", markup=False)
+        _messages.print(f"Nothing is named like {term!r}.", markup=False, soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -146,7 +147,7 @@ def check(
     else:
         for item in report.broken:
             sys.stdout.write(f"{item.page}: {item.link}: {item.why}\n")
-    _messages.print(f"{report.pages:,} pages, {report.links:,} links, {len(report.broken):,} broken", markup=False)
+    _messages.print(f"{report.pages:,} pages, {report.links:,} links, {len(report.broken):,} broken", markup=False, soft_wrap=True)
     if report.broken:
         raise typer.Exit(1)
 
@@ -162,7 +163,7 @@ def serve(
     try:
         server = make_server(out, port)
     except OSError as error:
-        _messages.print(f"Port {port} cannot be used: {error.strerror}. Name another with --port.", markup=False)
+        _messages.print(f"Port {port} cannot be used: {error.strerror}. Name another with --port.", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     url = f"http://127.0.0.1:{server.server_address[1]}/"
     if as_json:
@@ -181,8 +182,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except GazetteerError as error:
-        _messages.print(f"error: {error}", markup=False)
+        _messages.print(f"error: {error}", markup=False, soft_wrap=True)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        _messages.print("Interrupted. Every page is whole; the next build goes on from here.", markup=False)
+        _messages.print("Interrupted. Every page is whole; the next build goes on from here.", markup=False, soft_wrap=True)
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""A small drawing of a directed graph: layered, left to right, as SVG that needs no script."""
+"""A small drawing of a directed graph: layered, top down, as SVG that needs no script."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import networkx as nx
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    _Edge = tuple[str, str]
+
 __all__ = ["draw", "read_mermaid"]
 
 _NODE = re.compile(r'^  (n\d+)\["(.*)"\]$')
 _EDGE = re.compile(r"^  (n\d+) -->(?:\|(\d+)\|)? (n\d+)$")
 _ENTITY = re.compile(r"#(\d+);")
-_CHAR, _HIGH, _ROW, _GAP, _PAD = 7.3, 26, 40, 76, 12
+_CHAR, _HIGH, _ROW, _GAP, _PAD, _THREAD = 7.3, 26, 74, 14, 12, 10
+_SWEEPS = 8
 
 
 def read_mermaid(block: str) -> tuple[dict[str, str], dict[tuple[str, str], int]]:
@@ -34,20 +37,79 @@ def read_mermaid(block: str) -> tuple[dict[str, str], dict[tuple[str, str], int]
     return nodes, edges
 
 
-def _ranks(nodes: Mapping[str, str], edges: Mapping[tuple[str, str], int]) -> tuple[dict[str, int], set[tuple[str, str]]]:
-    """Give each node its column; edges that would close a cycle point back and count for nothing."""
+def _ranks(nodes: Mapping[str, str], edges: Mapping[_Edge, int]) -> tuple[dict[str, int], set[_Edge]]:
+    """Give each node its row; edges that would close a cycle point back and count for nothing."""
     graph = nx.DiGraph()
     graph.add_nodes_from(nodes)
-    back: set[tuple[str, str]] = set()
+    back: set[_Edge] = set()
     for edge in sorted(edges, key=lambda e: (-edges[e], e)):
-        graph.add_edge(*edge)
         if nx.has_path(graph, edge[1], edge[0]):
-            graph.remove_edge(*edge)
             back.add(edge)
+        else:
+            graph.add_edge(*edge)
     ranks: dict[str, int] = {}
     for node in nx.lexicographical_topological_sort(graph):
         ranks[node] = max((ranks[p] + 1 for p in graph.predecessors(node)), default=0)
     return ranks, back
+
+
+class _Rows:
+    """Nodes in rows, with a thread through each row that an edge passes."""
+
+    def __init__(self, nodes: Mapping[str, str], edges: Mapping[_Edge, int]) -> None:
+        self.ranks, self.back = _ranks(nodes, edges)
+        self.labels = dict(nodes)
+        self.paths: dict[_Edge, list[str]] = {}
+        self.rows: dict[int, list[str]] = defaultdict(list)
+        for node in sorted(nodes, key=lambda n: (self.ranks[n], nodes[n])):
+            self.rows[self.ranks[node]].append(node)
+        self.near: dict[str, list[str]] = defaultdict(list)
+        for edge in sorted(edges):
+            self._thread(edge)
+        for sweep in range(_SWEEPS):
+            self._order(down=sweep % 2 == 0)
+        self.places = self._places()
+
+    def _thread(self, edge: _Edge) -> None:
+        top, bottom = edge if edge not in self.back else (edge[1], edge[0])
+        path = [top]
+        for rank in range(self.ranks[top] + 1, self.ranks[bottom]):
+            point = f"{edge[0]}>{edge[1]}@{rank}"
+            self.rows[rank].append(point)
+            path.append(point)
+        path.append(bottom)
+        for one, other in zip(path, path[1:], strict=False):
+            self.near[one].append(other)
+            self.near[other].append(one)
+        self.paths[edge] = path if edge not in self.back else path[::-1]
+
+    def _order(self, *, down: bool) -> None:
+        """Sort each row by the mean place of its neighbours in the row before, which crosses fewer lines."""
+        ranks = sorted(self.rows, reverse=not down)
+        for before, rank in zip(ranks, ranks[1:], strict=False):
+            place = {node: at / max(1, len(self.rows[before]) - 1) for at, node in enumerate(self.rows[before])}
+            row = self.rows[rank]
+            old = {node: at / max(1, len(row) - 1) for at, node in enumerate(row)}
+            means = {}
+            for node in row:
+                found = [place[n] for n in self.near[node] if n in place]
+                means[node] = sum(found) / len(found) if found else old[node]
+            row.sort(key=lambda n: (means[n], old[n]))  # noqa: B023 - used before the next round
+
+    def width(self, node: str) -> float:
+        """Return how wide a node, or a thread, is drawn."""
+        return len(self.labels[node]) * _CHAR + 18 if node in self.labels else _THREAD
+
+    def _places(self) -> dict[str, tuple[float, float]]:
+        wide = {rank: sum(self.width(n) + _GAP for n in row) for rank, row in self.rows.items()}
+        self.wide = max(wide.values(), default=0.0) + 2 * _PAD
+        out = {}
+        for rank, row in self.rows.items():
+            left = (self.wide - wide[rank] + _GAP) / 2
+            for node in row:
+                out[node] = (left + self.width(node) / 2, _PAD + rank * _ROW)
+                left += self.width(node) + _GAP
+        return out
 
 
 def draw(nodes: Mapping[str, str], edges: Mapping[tuple[str, str], int], links: Mapping[str, str]) -> str:
@@ -61,60 +123,38 @@ def draw(nodes: Mapping[str, str], edges: Mapping[tuple[str, str], int], links: 
     Returns:
         One ``<svg>`` element in which every label is escaped; the same for the same arguments.
     """
-    ranks, back = _ranks(nodes, edges)
-    columns: dict[int, list[str]] = defaultdict(list)
-    for node in sorted(nodes, key=lambda n: (ranks[n], nodes[n])):
-        columns[ranks[node]].append(node)
-    _untangle(columns, edges)
-    places: dict[str, tuple[float, float, float]] = {}
-    left = float(_PAD)
-    tall = max((len(column) for column in columns.values()), default=0) * _ROW
-    for rank in sorted(columns):
-        column = columns[rank]
-        wide = max(len(nodes[n]) for n in column) * _CHAR + 18
-        top = _PAD + (tall - len(column) * _ROW) / 2
-        for row, node in enumerate(column):
-            places[node] = (left, top + row * _ROW, wide)
-        left += wide + _GAP
-    parts = [_edge(places[a], places[b], back=(a, b) in back, count=count) for (a, b), count in sorted(edges.items())]
+    rows = _Rows(nodes, edges)
+    parts = [_line(rows, edge, count) for edge, count in sorted(edges.items())]
     for node, label in nodes.items():
-        x, y, wide = places[node]
-        shown = html.escape(label)
+        x, y = rows.places[node]
+        left = x - rows.width(node) / 2
         parts.append(
-            f'<a href="{html.escape(links[node])}"><rect x="{x:.0f}" y="{y:.0f}" width="{wide:.0f}" height="{_HIGH}" rx="5"/>'
-            f'<text x="{x + 9:.0f}" y="{y + 17:.0f}">{shown}</text></a>'
+            f'<a href="{html.escape(links[node])}"><rect x="{left:.0f}" y="{y:.0f}" width="{rows.width(node):.0f}" height="{_HIGH}" rx="5"/>'
+            f'<text x="{left + 9:.0f}" y="{y + 17:.0f}">{html.escape(label)}</text></a>'
         )
-    size = f'width="{left - _GAP + _PAD:.0f}" height="{tall + _PAD:.0f}"'
+    tall = len(rows.rows) * _ROW - _ROW + _HIGH + 2 * _PAD
     return (
-        f'<svg {size} role="img" aria-label="Import graph" xmlns="http://www.w3.org/2000/svg">'
-        '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto"><path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
+        f'<svg width="{rows.wide:.0f}" height="{tall:.0f}" role="img" aria-label="Import graph" xmlns="http://www.w3.org/2000/svg">'
+        '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto" markerUnits="userSpaceOnUse"><path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
         + "".join(parts) + "</svg>"
     )
 
 
-def _untangle(columns: dict[int, list[str]], edges: Mapping[tuple[str, str], int]) -> None:
-    """Order each column by the mean place of its neighbours to the left, which crosses fewer lines."""
-    for rank in sorted(columns)[1:]:
-        before = {node: place for place, node in enumerate(columns[rank - 1])}
-        column = columns[rank]
-
-        def mean(node: str, before: Mapping[str, int] = before, column: list[str] = column) -> float:
-            found = [before[a] for a, b in edges if b == node and a in before]
-            return sum(found) / len(found) if found else column.index(node)
-
-        columns[rank] = sorted(column, key=lambda n: (mean(n), n))
-
-
-def _edge(one: tuple[float, float, float], other: tuple[float, float, float], *, back: bool, count: int) -> str:
-    x1, y1 = one[0] + one[2], one[1] + _HIGH / 2
-    x2, y2 = other[0], other[1] + _HIGH / 2
-    if back:
-        x1, x2 = one[0], other[0] + other[2]
-    bend = max(24.0, abs(x2 - x1) / 2) * (-1 if back else 1)
-    width = min(1 + count / 8, 4)
-    looks = ' class="back"' if back else ""
+def _line(rows: _Rows, edge: tuple[str, str], count: int) -> str:
+    path = rows.paths[edge]
+    up = edge in rows.back
+    points = [rows.places[node] for node in path]
+    x, y = points[0]
+    drawn = f"M{x:.0f},{y + (0 if up else _HIGH):.0f}"
+    y += 0 if up else _HIGH
+    for node, (x2, top) in zip(path[1:], points[1:], strict=True):
+        thread = node not in rows.labels
+        enter, leave = (top + _HIGH, top) if up else (top, top + _HIGH)
+        bend = (enter - y) / 2
+        drawn += f" C{x:.0f},{y + bend:.0f} {x2:.0f},{enter - bend:.0f} {x2:.0f},{enter:.0f}"
+        if thread:
+            drawn += f" L{x2:.0f},{leave:.0f}"
+        x, y = x2, leave
+    looks = ' class="back"' if up else ""
     words = f"{count} import" + ("" if count == 1 else "s")
-    return (
-        f'<path{looks} d="M{x1:.0f},{y1:.0f} C{x1 + bend:.0f},{y1:.0f} {x2 - bend:.0f},{y2:.0f} {x2:.0f},{y2:.0f}" '
-        f'stroke-width="{width:.1f}" marker-end="url(#tip)"><title>{words}</title></path>'
-    )
+    return f'<path{looks} d="{drawn}" stroke-width="{min(1 + count / 10, 3):.1f}" marker-end="url(#tip)"><title>{words}</title></path>'

@@ -35,9 +35,11 @@ class Language:
         query: File name of the query.
         title: How pages name the language.
         fence: Word after the opening fence of a code block.
+        highlight: Name that the site's highlighter knows it by, where that is not ``fence``.
         separator: Between the parts of a qualified name.
         resolver: How imports become files.
         prose: Whether headings and identifiers are its keywords.
+        data: Whether it holds data, not code.
         inline_grammar: A second grammar for the ranges that ``@inline`` captures.
         inline_query: The query of that grammar.
         extensions: File extensions, with their dot.
@@ -52,9 +54,11 @@ class Language:
     query: str
     title: str
     fence: str
+    highlight: str = ""
     separator: str = "."
     resolver: str = "none"
     prose: bool = False
+    data: bool = False
     inline_grammar: str = ""
     inline_query: str = ""
     extensions: tuple[str, ...] = ()

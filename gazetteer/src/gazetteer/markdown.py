@@ -10,7 +10,7 @@ import re
 
 from gazetteer.text import one_line
 
-__all__ = ["Page", "clean", "code", "fence", "link", "slug", "text"]
+__all__ = ["Page", "clean", "code", "fence", "link", "slug", "text", "words"]
 
 _STARTS = re.compile(r"^(\d+)([.)])")
 _UNPRINTABLE = re.compile(
@@ -18,6 +18,8 @@ _UNPRINTABLE = re.compile(
 )
 # What Markdown, and GitHub's additions to it, could take for marks inside a line of words.
 _INNER = re.compile(r"([\\`*\[\]<>&~$]|(?<!\w)_|_(?!\w)|:(?=//)|@(?=\w)|\|)")
+# ``x``, `x` and :role:`x`; the ticks of a run are alike and hold none.
+_CODE_RUN = re.compile(r"(?::[\w:+-]+:)?(``[^`]+``|`[^`]+`)(?!`)_*")
 _TICKS = re.compile(r"`+")
 _SLUG_DROP = re.compile(r"[^\w\- ]")
 
@@ -33,6 +35,19 @@ def text(value: str) -> str:
     if flat[:1] in {"#", "+", "-", "=", "!"}:
         return "\\" + flat
     return _STARTS.sub(r"\1\\\2", flat)
+
+
+def words(value: str) -> str:
+    """Return a sentence of a docstring: what it sets as code stays code, all else is plain words."""
+    out: list[str] = []
+    for index, part in enumerate(_CODE_RUN.split(one_line(value))):
+        if index % 2:
+            out.append(code(part.strip("`").removeprefix("~")))
+        elif part:
+            lead = " " if part[0] == " " else ""
+            tail = " " if len(part) > 1 and part[-1] == " " else ""
+            out.append(lead + text(part) + tail)
+    return "".join(out)
 
 
 def code(value: str) -> str:

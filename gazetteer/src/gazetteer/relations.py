@@ -172,7 +172,8 @@ def relate(
     naming = _tests_naming(facts)
     contexts: dict[str, Context] = {}
     for path, fact in facts.items():
-        code = bool(fact.language) and not grammars.languages()[fact.language].prose
+        language = grammars.languages().get(fact.language)
+        code = language is not None and not language.prose and not language.data
         tests = {other: "imports it" for other in imported_by[path] if is_test(other)}
         for other, names in naming.get(path, ()):
             tests[other] = f"{tests[other]}; names {names}" if other in tests else f"names {names}"

@@ -244,12 +244,22 @@ def _shard(name: str) -> str:
 def build_site(
     out: Path,
     repository: Path,
+    name: str,
     facts: Mapping[str, FileFacts],
     files: Mapping[str, Found],
     state: State,
     progress: Callable[[str, int, int], None],
 ) -> SiteSummary:
     """Make or renew the site of an output folder whose pages are built.
+
+    Args:
+        out: The output folder.
+        repository: The repository's root.
+        name: What the pages call it.
+        facts: Every file's facts by path.
+        files: The files as the scan saw them.
+        state: The state of the build that wrote the pages.
+        progress: Told how far it is.
 
     Returns:
         What was done. Every page then has its HTML page under ``_site``, pages of what is gone
@@ -260,7 +270,7 @@ def build_site(
     """
     folders = sorted({""} | {p for path in facts for p in _above(path)})
     base = os.path.relpath(repository, out)
-    return _Site(out, repository.name, base, progress).run(facts, folders, files, state)
+    return _Site(out, name, base, progress).run(facts, folders, files, state)
 
 
 def _above(path: str) -> Iterator[str]:

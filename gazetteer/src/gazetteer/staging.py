@@ -130,7 +130,7 @@ def stage_source(info: PageInfo, found: Found) -> str:
         words = "Empty." if not found.size else f"Not text that can be shown: {found.size:,} bytes."
         return head + title + words + "\n"
     language = grammars.languages().get(grammars.detect(info.path.rpartition("/")[2], text[:256].encode("utf-8", "replace")))
-    word = language.fence if language and len(text) <= _PLAIN_BYTES else "text"
+    word = (language.highlight or language.fence) if language and len(text) <= _PLAIN_BYTES else "text"
     block = fence(text, word)
     ticks, _, rest = block.partition("\n")
     return head + title + _guarded(f"{ticks} {{lineNos=inline}}\n{rest}")

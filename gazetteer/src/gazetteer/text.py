@@ -88,8 +88,8 @@ def plain_sentence(markup: str, limit: int = 300) -> str:
     """Return the first sentence of Markdown or reStructuredText without its marks; badges are skipped."""
     plain = re.sub(r"\[?!\[[^\]]*\]\([^)]*\)(?:\]\([^)]*\))?|<[^>]+>", "", markup)
     plain = re.sub(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])", r"\1", plain)
-    plain = re.sub(r"`([^`<]+?)(?: <[^>]*>)?`_*", r"\1", plain)
-    plain = re.sub(r"``?|\*\*|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)", "", plain)
+    plain = re.sub(r"`([^`<]+?) <[^>]*>`_+", r"\1", plain)
+    plain = re.sub(r"\*\*|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)", "", plain)
     return sentence(plain, limit)
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from gazetteer import grammars
-from gazetteer.markdown import Page, code, fence, link, text
+from gazetteer.markdown import Page, code, fence, link, text, words
 from gazetteer.model import FileFacts, Kind, Status, Symbol
 from gazetteer.paths import BOOK, Places, docs_page, folder_page, href, kw_page, parent
 from gazetteer.text import plain_sentence, sentence
@@ -37,7 +37,7 @@ def purpose(fact: FileFacts) -> str:
     language = grammars.languages().get(fact.language)
     own = plain_sentence(fact.overview) if language and language.prose else sentence(fact.overview)
     if own:
-        return text(own)
+        return words(own)
     if fact.headings:
         return text(fact.headings[0][1])
     return _counted(fact)
@@ -51,13 +51,13 @@ def _counted(fact: FileFacts) -> str:
         if not count:
             continue
         label = {s.label for s in fact.symbols if s.kind is kind}
-        words = _KIND_WORDS[kind]
+        named = _KIND_WORDS[kind]
         if len(label) == 1 and "" not in label:
             word = label.pop()
-            words = (word, word + ("es" if word.endswith("s") else "s"))
+            named = (word, word + ("es" if word.endswith("s") else "s"))
         shown = names[kind] if 0 < len(names[kind]) <= 3 and len(names[kind]) == count else []
         tail = " (" + ", ".join(code(n) for n in shown) + ")" if shown else ""
-        parts.append(plural(count, *words) + tail)
+        parts.append(plural(count, *named) + tail)
     if parts:
         return "Defines " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] + "."
     if fact.imports and fact.language:
@@ -135,7 +135,7 @@ def _entry(symbol: Symbol, places: Places, own: str, path: str) -> str:
     if symbol.decorators:
         parts.append("decorated with " + ", ".join(code(d) for d in symbol.decorators))
     out = "; ".join(parts)
-    return f"{out}: {text(symbol.doc)}" if symbol.doc else out
+    return f"{out}: {words(symbol.doc)}" if symbol.doc else out
 
 
 def _structure(page: Page, fact: FileFacts, context: Context, places: Places, own: str) -> None:
@@ -190,7 +190,7 @@ def _class(page: Page, symbol: Symbol, members: list[Symbol], taken: dict[str, t
     if symbol.decorators:
         facts.append("decorated with " + ", ".join(code(d) for d in symbol.decorators))
     line = facts[0][0].upper() + facts[0][1:] + "".join("; " + f for f in facts[1:]) + "."
-    page.add(line + (f" {text(symbol.doc)}" if symbol.doc else ""))
+    page.add(line + (f" {words(symbol.doc)}" if symbol.doc else ""))
     page.items([_entry(s, places, own, path) for s in members])
 
 
@@ -272,8 +272,8 @@ def _testing(page: Page, context: Context, places: Places, own: str) -> None:
         page.heading(3, "Tests")
         rows = []
         for path, how in context.tests:
-            words, _, names = how.partition("names ")
-            shown = words + "names " + ", ".join(code(n) for n in names.split(",")) if names else how
+            lead, _, names = how.partition("names ")
+            shown = lead + "names " + ", ".join(code(n) for n in names.split(",")) if names else how
             rows.append(f"{link(code(path), href(own, docs_page(path)))} {shown}")
         page.items(rows)
     if context.runs and (context.test or context.tests):

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from gazetteer import grammars
-from gazetteer.markdown import Page, code, fence, link, text
+from gazetteer.markdown import Page, code, fence, link, words
 from gazetteer.model import Kind
 from gazetteer.pages.file_docs import plural
 from gazetteer.paths import BOOK, KEYWORDS, Places, docs_page, folder_page, href, kw_page, parent
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["description", "index", "keyword_lines", "mermaid", "subtree_keywords"]
 
 _GRAPH_NODES_MAX = 24
+_CONCEPTS = 15
+_CONCEPTS_OF_A_FILE = 4
+_IMPORTANT = 20
 
 
 def _title(folder: str, name: str) -> str:
@@ -107,12 +110,12 @@ def description(tree: Tree, folder: str, name: str) -> Page:
     graph, left = mermaid(tree, folder)
     page.add(graph)
     if left:
-        page.add(f"The graph shows the best connected; {plural(left, 'more')} with fewer imports {'is' if left == 1 else 'are'} in the {link('index', href(own, folder_page(folder, 'index.md')))}.")
+        page.add(f"The graph shows the best connected; {left:,} more with fewer imports {'is' if left == 1 else 'are'} in the {link('index', href(own, folder_page(folder, 'index.md')))}.")
     page.heading(2, "Important Files")
     ranked = sorted(((tree.fan_in(p), p) for p in tree.subtree(folder)), key=lambda pair: (-pair[0], pair[1]))
     page.items([
         f"{link(code(p[len(folder) + 1 if folder else 0 :]), href(own, docs_page(p)))}: imported by {plural(n, 'file')}. {tree.purposes[p]}".rstrip()
-        for n, p in ranked[:20] if n
+        for n, p in ranked[:_IMPORTANT] if n
     ])
     page.heading(2, "Workflow")
     page.items(_workflow(tree, folder, own))
@@ -140,18 +143,14 @@ def _contents(tree: Tree, folder: str) -> list[str]:
 
 
 def _concepts(tree: Tree, folder: str, own: str) -> list[str]:
-    """List the documented classes and functions of the files most used, best first."""
-    ranked = sorted(tree.subtree(folder), key=lambda p: (-tree.fan_in(p), p))
+    """List the documented classes and functions that are imported most, at most four of a file."""
+    taken: Counter[str] = Counter()
     rows: list[str] = []
-    for path in ranked:
-        if tree.relations.contexts[path].test:
-            continue
-        for symbol in tree.facts[path].symbols:
-            if symbol.doc and symbol.kind in (Kind.CLASS, Kind.FUNCTION) and symbol.name == symbol.qualname and not symbol.name.startswith("_"):
-                rows.append(f"{link(code(symbol.name), href(own, docs_page(path)))}: {text(symbol.doc)}")
-        if len(rows) >= 15:
-            break
-    return rows[:15]
+    for _, symbol, path in tree.most_used(tree.subtree(folder)):
+        taken[path] += 1
+        if taken[path] <= _CONCEPTS_OF_A_FILE and len(rows) < _CONCEPTS:
+            rows.append(f"{link(code(symbol.name), href(own, docs_page(path)))}: {words(symbol.doc)}")
+    return rows
 
 
 def _workflow(tree: Tree, folder: str, own: str) -> list[str]:

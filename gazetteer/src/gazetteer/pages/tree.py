@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+from gazetteer.model import Kind
 from gazetteer.paths import parent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from gazetteer.model import FileFacts, Symbol
     from gazetteer.relations import Relations
@@ -34,6 +35,11 @@ class Tree:
         self.below: Counter[str] = Counter()
         self.lines: Counter[str] = Counter()
         self.files[""] = []
+        self.uses: Counter[tuple[str, str]] = Counter()
+        for context in relations.contexts.values():
+            for item in context.dependencies:
+                if item.name and len(item.targets) == 1 and not context.test:
+                    self.uses[item.targets[0], item.name] += 1
         for path, fact in facts.items():
             folder = parent(path)
             self._add_folder(folder)
@@ -64,6 +70,18 @@ class Tree:
     def fan_in(self, path: str) -> int:
         """Return how many files import a file."""
         return len(self.relations.imported_by[path])
+
+    def most_used(self, paths: Iterable[str]) -> list[tuple[int, Symbol, str]]:
+        """Return documented top-level classes and functions of some files, most imported first."""
+        found = []
+        for path in paths:
+            if self.relations.contexts[path].test:
+                continue
+            for symbol in self.facts[path].symbols:
+                if symbol.doc and symbol.kind in (Kind.CLASS, Kind.FUNCTION) and symbol.name == symbol.qualname and symbol.name[0] != "_":
+                    found.append((self.uses[path, symbol.name], symbol, path))
+        found.sort(key=lambda item: (-item[0], -self.fan_in(item[2]), item[2], item[1].line))
+        return found
 
     def lead(self, folder: str) -> str:
         """Return the file that introduces a folder: its README or package file, or ``""``."""

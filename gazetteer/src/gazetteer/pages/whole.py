@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from gazetteer import grammars
-from gazetteer.markdown import Page, code, fence, link, text
+from gazetteer.markdown import Page, code, fence, link, text, words
 from gazetteer.model import Kind, Status
 from gazetteer.pages.file_docs import plural
 from gazetteer.pages.folder import keyword_lines, mermaid
@@ -35,14 +35,14 @@ def all_keywords(tree: Tree, name: str, places: Places) -> Page:
 
 
 def packages(tree: Tree) -> list[str]:
-    """Return the folders that hold code themselves and are not inside another such folder's tests."""
+    """Return the folders that hold code of their own, not only documents and data."""
     known = grammars.languages()
-    found = []
-    for folder in tree.all_folders:
-        code_files = [p for p in tree.files[folder] if tree.facts[p].symbols and tree.facts[p].language and not known[tree.facts[p].language].prose]
-        if code_files:
-            found.append(folder)
-    return found
+
+    def is_code(path: str) -> bool:
+        language = known.get(tree.facts[path].language)
+        return bool(language and not language.prose and not language.data and tree.facts[path].symbols)
+
+    return [folder for folder in tree.all_folders if any(map(is_code, tree.files[folder]))]
 
 
 def _figures(tree: Tree, excluded: Sequence[tuple[str, str]]) -> list[str]:
@@ -162,17 +162,9 @@ def _chapter(page: Page, tree: Tree, folder: str, number: int) -> None:
 
 def _glossary(tree: Tree) -> list[str]:
     """List the symbols that most files import by name, with what they say of themselves."""
-    uses: Counter[tuple[str, str]] = Counter()
-    for context in tree.relations.contexts.values():
-        for item in context.dependencies:
-            if item.name and len(item.targets) == 1:
-                uses[item.name, item.targets[0]] += 1
     rows = []
-    for (name, path), count in sorted(uses.items(), key=lambda pair: (-pair[1], pair[0])):
-        symbol = next((s for s in tree.facts[path].symbols if s.name == name and s.name == s.qualname), None)
-        if symbol:
-            says = f": {text(symbol.doc)}" if symbol.doc else ""
-            rows.append(f"**{code(name)}**, {symbol.label or symbol.kind.value} in {link(code(path), href(BOOK, docs_page(path)))}, imported {plural(count, 'time')}{says}")
-        if len(rows) == _GLOSSARY:
-            break
+    for count, symbol, path in tree.most_used(tree.facts)[:_GLOSSARY]:
+        where = link(code(path), href(BOOK, docs_page(path)))
+        imported = f", imported {plural(count, 'time')}" if count else ""
+        rows.append(f"**{code(symbol.name)}**, {symbol.label or symbol.kind.value} in {where}{imported}: {words(symbol.doc)}")
     return sorted(rows, key=str.lower)
