@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-STEPS, SAVE_EVERY = 60, 10
+STEPS, SAVE_EVERY = 50, 10
 SAVES_BEFORE_THE_KILL = 2
 FEWEST, MOST = 0.1, 0.9
 POLL_SECONDS = 0.0005

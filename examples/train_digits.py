@@ -31,7 +31,7 @@ TEST_IMAGES = 297
 class Trainer:
     """Everything that a training run consists of, and its state dict."""
 
-    def __init__(self, seed: int, steps: int) -> None:
+    def __init__(self, seed: int, steps: int, hidden: int = HIDDEN) -> None:
         random.seed(seed)
         torch.manual_seed(seed)
         self.noise = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ class Trainer:
         self.images = torch.from_numpy(digits.images.astype(np.float32) / 16.0)
         self.labels = torch.from_numpy(digits.target)
         self.model = torch.nn.Sequential(
-            torch.nn.Linear(64, HIDDEN), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(HIDDEN, 10)
+            torch.nn.Linear(64, hidden), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(hidden, 10)
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
@@ -128,12 +128,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width of the hidden layer")
     options = parser.parse_args()
     torch.set_num_threads(2)  # sums depend on how they are split
     torch.use_deterministic_algorithms(True)
 
     options.folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(options.seed, options.steps)
+    trainer = Trainer(options.seed, options.steps, options.hidden)
     checkpointer = milepost.make_sync_checkpointer()
     resume(trainer, checkpointer, options.folder)
     while trainer.step < options.steps:

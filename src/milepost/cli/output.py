@@ -93,6 +93,7 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
+            sys.stdout.flush()  # while an error of it can still be reported
             raise typer.Exit(self.exit_code)
 
     def line(self, *parts: str | tuple[str, str]) -> None:
@@ -137,7 +138,11 @@ def _text(parts: Sequence[str | tuple[str, str]]) -> Text:
 
 
 def _console(stream: Any) -> Console:
-    from rich.console import Console
+    from rich import console
+
+    class Console(console.Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # `reported` deals with it
 
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 

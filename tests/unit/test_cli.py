@@ -1,0 +1,422 @@
+"""The command line: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import milepost
+from milepost.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+MILEPOST = [str(Path(sys.executable).with_name("milepost"))]
+EVIL = "evil\x1b[31m\x9bkey\u202e\r\n\x07"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the checkpoints step-5 and step-10."""
+    folder = tmp_path_factory.mktemp("run")
+    checkpointer = milepost.make_sync_checkpointer()
+    for step in (5, 10):
+        state = {
+            "model": {
+                "weight": torch.full((32, 8), float(step)),
+                "bias": torch.zeros(32, dtype=torch.bfloat16),
+            },
+            "lr": 0.5,
+            "order": list(range(100)),
+            "betas": (0.9, math.inf),
+            (1, None): True,
+            "device": torch.device("cpu"),
+            "big": 1 << 20_000,
+            EVIL: EVIL,
+        }
+        metadata = {"loss": math.nan, EVIL: [EVIL, b"\0"]}
+        checkpointer.save(str(folder / f"step-{step}"), state, step=step, metadata=metadata)
+    checkpointer.close()
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def rows(output):
+    """The lines of a table as lists of cells."""
+    return [re.split(r" {2,}", line.strip()) for line in output.splitlines()]
+
+
+def damage(path):
+    """Flip a byte of the weight in a checkpoint of `saved`."""
+    data = path / "checkpoint_0.pt"
+    content = bytearray(data.read_bytes())
+    content[content.find(torch.full((32, 8), 5.0).numpy().tobytes())] ^= 1
+    data.write_bytes(content)
+
+
+# ---------------------------------------------------------------------------- starting
+
+
+def test_help_loads_no_heavy_module():
+    """`milepost --help` imports neither torch nor numpy, nor msgspec or any part that reads checkpoints."""
+    code = (
+        "import sys; from milepost.cli import main; sys.argv = ['milepost', '--help']\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, *sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code, *modules = output.splitlines()[-1].split()
+    assert code == "0"
+    assert {name.partition(".")[0] for name in modules} & {"torch", "numpy", "msgspec", "isal"} == set()
+    ours = {name for name in modules if name.startswith("milepost.")}
+    assert ours == {"milepost.cli", "milepost.cli.output"}
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "ls"])
+def test_no_command_loads_torch(saved, command):
+    """Every command does its work without torch and numpy."""
+    code = (
+        "import sys; from milepost.cli import main\n"
+        f"sys.argv = ['milepost', {command!r}, {str(saved if command == 'ls' else saved / 'step-5')!r}]\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, *sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code, *modules = output.splitlines()[-1].split()
+    assert code == "0"
+    assert {name.partition(".")[0] for name in modules} & {"torch", "numpy"} == set()
+
+
+def test_version():
+    """`milepost --version` prints the version of the package."""
+    assert invoke("--version").stdout == f"milepost {milepost.__version__}\n"
+
+
+def test_each_command_and_exit_code_is_documented():
+    """docs/cli.md has a section for each command, and help and document list the same exit codes."""
+    document = (ROOT / "docs" / "cli.md").read_text()
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert sorted(names) == ["ls", "show", "verify"]
+    for name in names:
+        assert f"## `milepost {name} --help`" in document
+    in_help = re.findall(
+        r"(\d+) (?:all|a|wrong|there|it|interrupted)", " ".join(invoke("--help").stdout.split())
+    )
+    in_document = re.findall(r"^\| (\d+) \|", document, re.MULTILINE)
+    assert in_help == in_document == ["0", "1", "2", "3", "4", "130"]
+
+
+# ---------------------------------------------------------------------------- show
+
+
+def test_show_prints_values_with_types_and_sizes(run):
+    """`show` tells each value's key, dtype, shape and bytes, and the checkpoint's step and writer."""
+    result = invoke("show", run / "step-5")
+    assert (result.exit_code, result.stderr) == (0, "")
+    head, table = result.stdout.split("\n\n")
+    assert "step 5" in head
+    assert f"process {os.getpid()}" in head
+    assert f"torch {torch.__version__}" in head
+    found = rows(table)
+    assert ["model", "dict, 2 entries", "1.1 KiB"] in found
+    assert ["weight", "float32 [32, 8]", "1.0 KiB"] in found
+    assert ["bias", "bfloat16 [32]", "64 B"] in found
+    assert ["lr", "0.5"] in found
+    assert ["order", "list, 100 entries: 0, 1, 2, 3, 4, 5, 6, 7, …"] in found
+    assert ["betas", "tuple, 2 entries: 0.9, inf"] in found
+    assert ["(1, None)", "True"] in found
+    assert ["device", "device('cpu')"] in found
+
+
+def test_show_as_json_has_every_value(run):
+    """`show --json` is valid JSON that lists every path with its facts, and the step, time and metadata."""
+    data = json.loads(invoke("show", run / "step-5", "--json").stdout, parse_constant=pytest.fail)
+    values = {value["path"]: value for value in data["values"]}
+    weight = {
+        "kind": "tensor",
+        "dtype": "float32",
+        "shape": [32, 8],
+        "size_bytes": 1024,
+        "device": "cpu",
+        "depth": 2,
+    }
+    assert weight.items() <= values["model.weight"].items()
+    assert values["order[99]"]["value"] == 99
+    assert values["betas[1]"]["value"] == "inf"
+    assert values["big"]["value"] == hex(1 << 20_000)
+    assert values[EVIL]["value"] == EVIL
+    assert (data["step"], data["world_size"], data["published"]) == (5, 1, True)
+    assert data["metadata"] == {"loss": "nan", EVIL: [EVIL, "AA=="]}
+    assert data["size_bytes"] == sum(
+        file.stat().st_size for file in (run / "step-5").iterdir() if file.name != "manifest.json"
+    )
+
+
+def test_show_depth_and_filter(run):
+    """--depth cuts nesting off, --filter takes part of a path or a whole pattern, --bytes is exact."""
+    shallow = invoke("show", run / "step-5", "--depth", 1, "--bytes").stdout
+    assert ["model", "dict, 2 entries", "1088"] in rows(shallow)
+    assert "weight" not in shallow
+    part = rows(invoke("show", run / "step-5", "--filter", "odel.w").stdout.split("\n\n")[1])
+    assert part == [["key", "value", "size"], ["model.weight", "float32 [32, 8]", "1.0 KiB"]]
+    pattern = json.loads(invoke("show", run / "step-5", "--filter", "order[?]", "--json").stdout)
+    assert [value["path"] for value in pattern["values"]] == [f"order[{number}]" for number in range(10)]
+    assert json.loads(invoke("show", run / "step-5", "--filter", "odel.w*", "--json").stdout)["values"] == []
+
+
+def test_show_of_a_rank_that_is_not_there(run):
+    """A rank beyond the world size is exit code 3, and the message says which there are."""
+    result = invoke("show", run / "step-5", "--rank", 1)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "ranks 0 to 0" in result.stderr
+
+
+def test_show_refuses_a_damaged_index(run):
+    """An index with a flipped byte is not shown: exit code 1."""
+    index = run / "step-5" / "index_0.json"
+    index.write_bytes(index.read_bytes().replace(b'"float",0.5', b'"float",0.6'))
+    result = invoke("show", run / "step-5")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "index is damaged" in result.stderr
+
+
+def test_show_of_plain_files(tmp_path):
+    """Files of plain torch.save are listed with their sizes."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "checkpoint_0.pt")
+    size = (tmp_path / "checkpoint_0.pt").stat().st_size
+    assert ["checkpoint_0.pt", str(size)] in rows(invoke("show", tmp_path, "--bytes").stdout)
+    data = json.loads(invoke("show", tmp_path, "--json").stdout)
+    assert (data["kind"], data["files"]) == ("torch", [{"name": "checkpoint_0.pt", "size": size}])
+
+
+# ---------------------------------------------------------------------------- verify
+
+
+def test_verify_of_whole_checkpoints(run):
+    """Whole checkpoints are ok, each on a line of its own, with exit code 0."""
+    result = invoke("verify", run / "step-5", run / "step-10")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [": ok, step " in line for line in result.stdout.splitlines()] == [True, True]
+
+
+def test_verify_names_the_damaged_tensor(run):
+    """Damage is exit code 1 and names file and tensor; the other checkpoints are still checked."""
+    damage(run / "step-5")
+    result = invoke("verify", run / "step-5", run / "step-10")
+    assert result.exit_code == 1
+    first, second, third = result.stdout.splitlines()
+    assert ": damaged, step 5" in first
+    assert "checkpoint_0.pt bytes " in second
+    assert second.endswith(" in model.weight")
+    assert ": ok, step 10" in third
+    data = json.loads(invoke("verify", run / "step-5", run / "step-10", "--json").stdout)
+    assert [entry["ok"] for entry in data] == [False, True]
+    assert data[0]["problems"][0]["keys"] == ["model.weight"]
+
+
+def test_verify_goes_on_after_what_is_not_there(run):
+    """A missing checkpoint does not keep the others from being checked; the gravest exit code stands."""
+    result = invoke("verify", run / "step-6", run / "step-10")
+    assert result.exit_code == 3
+    assert "step-6: no result" in result.stdout
+    assert ": ok, step 10" in result.stdout
+    assert "step-5" in result.stderr
+    damage(run / "step-5")
+    assert invoke("verify", run / "step-6", run / "step-5").exit_code == 1
+
+
+def test_verify_warns_of_plain_files_only(tmp_path):
+    """A wrong CRC in a plain file is a warning on stderr, with exit code 0."""
+    torch.save({"a": torch.full((32, 8), 5.0)}, tmp_path / "checkpoint_0.pt")
+    damage(tmp_path)
+    result = invoke("verify", tmp_path)
+    assert result.exit_code == 0
+    assert "warning:" in result.stderr
+    assert "data/0" in result.stderr
+
+
+# ---------------------------------------------------------------------------- ls
+
+
+def test_ls_lists_steps_sizes_and_states(run):
+    """`ls` shows committed and damaged checkpoints by time, with exit code 1 if one is damaged."""
+    result = invoke("ls", run)
+    assert result.exit_code == 0
+    assert [row[:2] + row[3:4] for row in rows(result.stdout)[1:]] == [
+        ["step-5", "5", "committed"],
+        ["step-10", "10", "committed"],
+    ]
+    os.truncate(run / "step-5" / "checkpoint_0.pt", 10)
+    result = invoke("ls", run, "--json")
+    assert result.exit_code == 1
+    entries = json.loads(result.stdout)
+    assert [(entry["name"], entry["state"]) for entry in entries] == [
+        ("step-5", "damaged"),
+        ("step-10", "committed"),
+    ]
+    size = sum(file.stat().st_size for file in (run / "step-10").iterdir() if file.name != "manifest.json")
+    assert entries[1]["size_bytes"] == size
+
+
+def test_ls_shows_a_save_that_died_as_partial(run):
+    """A save whose process was killed is listed as partial, with exit code 0, and verifies as incomplete."""
+    code = (
+        "import os, signal, milepost, torch\n"
+        "from milepost.checkpoint_writer import WriterHook\n"
+        "class Die(WriterHook):\n"
+        "    def pre_commit(self, path, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    def post_commit(self, path, **kwargs): pass\n"
+        f"path = {str(run / 'step-15')!r}\n"
+        "milepost.make_sync_checkpointer(commit_hook=Die()).save(path, {'a': torch.ones(9)}, step=15)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    result = invoke("ls", run, "--json")
+    assert result.exit_code == 0
+    (partial,) = (entry for entry in json.loads(result.stdout) if entry["name"] == "step-15")
+    assert partial["state"] == "partial"
+    assert invoke("verify", run / "step-15").exit_code == 3
+    assert invoke("verify", partial["path"]).exit_code == 1
+
+
+def test_ls_of_an_empty_folder(tmp_path):
+    """Where there are no checkpoints, `ls` says so on stderr and prints nothing, or an empty list."""
+    result = invoke("ls", tmp_path)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "no checkpoints" in result.stderr
+    assert json.loads(invoke("ls", tmp_path, "--json").stdout) == []
+
+
+# ---------------------------------------------------------------------------- ending
+
+
+def test_what_is_not_there_is_exit_code_3_with_a_suggestion(run):
+    """A missing checkpoint or folder is one clear line and a hint at what exists, on stderr alone."""
+    result = invoke("show", run / "step-50")
+    assert (result.exit_code, result.stdout) == (3, "")
+    message, hint = result.stderr.splitlines()
+    assert message.startswith("error: ")
+    assert str(run / "step-50") in message
+    assert hint.startswith("hint: ")
+    assert "step-5" in hint
+    result = invoke("ls", str(run)[:-1])
+    assert result.exit_code == 3
+    assert f"did you mean {run}?" in result.stderr
+
+
+def test_wrong_usage_is_exit_code_2():
+    """An unknown command, a missing argument and an impossible option are exit code 2, told on stderr."""
+    for arguments in (["shw"], ["show"], ["show", "x", "--depth", "-1"], ["ls", "a", "b"]):
+        result = invoke(*arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+    assert "show" in invoke("shw").stderr
+
+
+def test_a_later_format_is_exit_code_4(run):
+    """A checkpoint that a later version wrote is exit code 4, with the way out."""
+    from milepost.manifest import decode_manifest, encode_manifest
+
+    path = run / "step-5" / "manifest.json"
+    manifest = decode_manifest(path.read_bytes(), "")
+    manifest.version = (2, 0)
+    path.write_bytes(encode_manifest(manifest))
+    result = invoke("verify", run / "step-5")
+    assert result.exit_code == 4
+    assert "pip install -U milepost" in result.stderr
+
+
+def test_debug_shows_the_traceback(run):
+    """Errors come without a traceback, and with one under --debug."""
+    assert "Traceback" not in invoke("show", run / "nothing").stderr
+    result = invoke("show", run / "nothing", "--debug")
+    assert "Traceback" in result.stderr
+    assert result.exit_code == 3
+
+
+def test_an_interrupt_ends_cleanly(run):
+    """Ctrl-C in the middle of a command is exit code 130 and one word, without a traceback."""
+    code = (
+        "import os, signal, sys, milepost.verify\n"
+        "from milepost.cli import main\n"
+        "def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT)\n"
+        "milepost.verify.scan_file = interrupted\n"
+        f"sys.argv = ['milepost', 'verify', {str(run / 'step-5')!r}]\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("arguments", [["show", "--json"], ["ls"]], ids=["long", "short"])
+def test_a_closed_pipe_ends_quietly(run, arguments):
+    """When the reader of the output goes away, the command ends without a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*MILEPOST, *arguments, str(run if "ls" in arguments else run / "step-5")]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["show"], ["show", "--json"], ["show", "--filter", "*"], ["verify"]])
+def test_hostile_keys_never_reach_the_terminal(run, arguments):
+    """Control characters in keys, values and metadata are printed as escapes."""
+    command, *options = arguments
+    output = invoke(command, run / "step-5", *options).stdout
+    assert not set(output) & set("\x1b\x9b\u202e\r\x07")
+    if "verify" not in arguments:
+        assert "evil\\u001b" in output or "evil\\x1b[31m\\x9bkey\\u202e" in output
+
+
+def test_hostile_folder_names_never_reach_the_terminal(run):
+    """Control characters in the names of folders are printed as escapes, also in errors and warnings."""
+    name = "step\x1b]0;x\x07"
+    (run / "step-5").rename(run / name)
+    for arguments in (["ls", run], ["ls", run, "--json"], ["verify", run / name], ["show", run / name]):
+        result = invoke(*arguments)
+        assert result.exit_code == 0
+        assert not set(result.output) & set("\x1b\x07")
+    missing = invoke("show", run / (name + "x"))
+    assert missing.exit_code == 3
+    assert not set(missing.output) & set("\x1b\x07")
+
+
+def test_no_color_is_honoured(run):
+    """On what is no terminal there are no styles at all, and NO_COLOR takes colours from any output."""
+    result = subprocess.run([*MILEPOST, "ls", str(run)], capture_output=True, text=True, check=True)
+    assert "\x1b" not in result.stdout
+    coloured = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    coloured.pop("NO_COLOR", None)
+    result = subprocess.run(
+        [*MILEPOST, "ls", str(run)], capture_output=True, text=True, check=True, env=coloured
+    )
+    assert "\x1b[32m" in result.stdout
+    plain = coloured | {"NO_COLOR": "1"}
+    result = subprocess.run(
+        [*MILEPOST, "ls", str(run)], capture_output=True, text=True, check=True, env=plain
+    )
+    assert not re.search(r"\x1b\[[\d;]*3\d", result.stdout)
+
+
+def test_text_that_the_encoding_lacks_is_escaped(run):
+    """On a terminal of ASCII only, other characters are printed as escapes instead of failing."""
+    variables = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [*MILEPOST, "show", str(run / "step-5")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    assert result.returncode == 0
+    assert "\\u2026" in result.stdout
