@@ -1,0 +1,83 @@
+"""A power cut at every point of a save: what was not fsynced may be lost, in any combination."""
+
+from __future__ import annotations
+
+import pytest
+from scenarios import SCENARIOS
+
+from milepost.errors import MilepostError
+from milepost.storage.memory import MemoryStorage
+from milepost.testing import RecordingStorage, disk_states
+
+TEARABLE = {"write", "size"}
+
+
+def recorded(scenario):
+    """A save on a recorded disk: the log, how many events of it came before the save, and the path."""
+    storage = RecordingStorage(MemoryStorage())
+    storage.make_folder("/data")
+    path = scenario.prepare("/data", storage)
+    settled = len(storage.log)
+    scenario.save(path, 2, storage)
+    return storage.log, settled, path
+
+
+def check(scenario, disk, path, allowed, *, ended=False):
+    """The disk holds one of the allowed states, whole, and all of the user's files; a new save tidies up."""
+    found = scenario.found(path, disk, verified=False)
+    assert found in allowed
+    if ended:
+        scenario.check_mine(path, disk)
+    scenario.save(path, 3, disk)
+    assert scenario.found(path, disk) == 3
+    scenario.check_mine(path, disk)
+
+
+def points(log, settled):
+    """The points at which a cut may leave something new: after each event, but for the parts of one file."""
+    return [n for n in range(settled, len(log) + 1) if n == len(log) or log[n].kind not in TEARABLE]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=repr)
+def test_a_power_cut_at_any_point_loses_nothing(scenario):
+    """Whatever of the unsynced was lost: the old state loads or the new one, whole; the next save works."""
+    log, settled, path = recorded(scenario)
+    for number in points(log, settled):
+        for seed, disk in enumerate(disk_states(log, number, settled=settled, seed=number, limit=24)):
+            try:
+                check(scenario, disk, path, (scenario.old, 2))
+            except (AssertionError, MilepostError) as error:
+                raise AssertionError(f"cut after {number} events, disk {seed}") from error
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=repr)
+def test_what_save_has_returned_from_survives_a_power_cut(scenario):
+    """After `save` has returned the new state is there, and the user's files are, whatever was lost."""
+    log, settled, path = recorded(scenario)
+    count = 0
+    for disk in disk_states(log, settled=settled, limit=200):
+        check(scenario, disk, path, (2,), ended=True)
+        count += 1
+    assert count > 3
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=repr)
+def test_every_fsync_is_needed(scenario):
+    """With any one fsync of a file or folder taken out, some power cut would break a promise."""
+    log, settled, path = recorded(scenario)
+    syncs = [n for n in range(settled, len(log)) if log[n].kind in ("fsync", "sync_folder")]
+    assert len(syncs) >= 5
+    needless = [log[n] for n in syncs if not violated(scenario, log[:n] + log[n + 1 :], settled, path)]
+    assert not needless
+
+
+def violated(scenario, log, settled, path):
+    """Whether a power cut in this log breaks a promise."""
+    for number in reversed(points(log, settled)):
+        allowed = (2,) if number == len(log) else (scenario.old, 2)
+        for disk in disk_states(log, number, settled=settled, seed=number, limit=16):
+            try:
+                check(scenario, disk, path, allowed, ended=number == len(log))
+            except (AssertionError, MilepostError):
+                return True
+    return False
