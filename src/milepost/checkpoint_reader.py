@@ -216,6 +216,8 @@ class _Plain:
 
     def match(self, template: STATE_DICT) -> Match:
         """Take the loaded state apart as if it were to be saved, and match that."""
+        if not isinstance(self._state, dict):
+            raise MismatchError(f"the file holds a {type(self._state).__name__}, not a dict: {self._path}")
         self._taken = StateEncoder().take_apart(self._state)
         return match(template, self._taken.tree, self._taken.plan.tensors, self._taken.decode)
 
@@ -325,8 +327,9 @@ class _Ours:
             self._read([self._part(record, None) for record in sorted({*direct, *aside})])
         self._filling = True
         self._read(parts)
-        for fill, source in copies:
-            copy_into(fill.target, source.target)
+        for fill, source in copies:  # the same bytes, even where shape or dtype differ
+            length = self._index.records.length[self._index.tensors.record[fill.number]]
+            ctypes.memmove(fill.target.data_ptr(), source.target.data_ptr(), length)
         for records in self._batches(sorted(aside)):
             self._read_records(records)
             for record in records:
@@ -456,7 +459,7 @@ def _closing(file: OpenFile) -> Iterator[None]:
 
 
 def _memory(length: int) -> torch.UntypedStorage:
-    return torch.empty(length, dtype=torch.uint8).untyped_storage()
+    return torch.empty(length, dtype=torch.uint8, device="cpu").untyped_storage()
 
 
 Relocate = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
@@ -471,7 +474,7 @@ def _relocation(map_location: Any) -> Relocate:
             return storage
         try:
             moved: torch.UntypedStorage = (
-                torch.empty(0, dtype=torch.uint8).set_(storage).to(device).untyped_storage()
+                torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).to(device).untyped_storage()
             )
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(

@@ -3,6 +3,9 @@
     MilepostError
     ├── ConfigError (ValueError)                   an option does not make sense
     ├── ClosedError (RuntimeError)                 used after close()
+    ├── RemoteError (RuntimeError)                 something else, raised in the checkpoint process
+    │   └── LostWriterError                        the checkpoint process ended unexpectedly
+    ├── LowMemoryError (MemoryError)               staging would not fit into memory
     ├── StateError (ValueError)                    this state dict cannot be saved
     │   └── UnsupportedTypeError (TypeError)       … because of the type of a key or value
     ├── StorageError (OSError)                     an operation of the file system failed
@@ -43,9 +46,12 @@ __all__ = [
     "EntryNotFoundError",
     "IncompleteCheckpointError",
     "LoadError",
+    "LostWriterError",
+    "LowMemoryError",
     "MilepostError",
     "MismatchError",
     "PostCommitError",
+    "RemoteError",
     "StateError",
     "StorageError",
     "TargetError",
@@ -95,7 +101,7 @@ class MilepostError(Exception):
                 ("rank", self.rank),
                 ("phase", self.phase),
             )
-            if value is not None and (isinstance(value, int) or value not in self.message)
+            if value is not None and (name in {"key", "rank"} or str(value) not in self.message)
         ]
         text = f"{self.message} ({', '.join(facts)})" if facts else self.message
         return f"{text}\nhint: {self.hint}" if self.hint else text
@@ -129,6 +135,18 @@ class ConfigError(MilepostError, ValueError):
 
 class ClosedError(MilepostError, RuntimeError):
     """The object was used after ``close()``."""
+
+
+class RemoteError(MilepostError, RuntimeError):
+    """An error of the checkpoint process; its traceback there is in the notes."""
+
+
+class LostWriterError(RemoteError):
+    """The checkpoint process ended unexpectedly; the staged state is intact and can be written again."""
+
+
+class LowMemoryError(MilepostError, MemoryError):
+    """Staging this state would not fit into the memory that is left; nothing was allocated."""
 
 
 class StateError(MilepostError, ValueError):

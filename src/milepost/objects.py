@@ -107,7 +107,7 @@ def storage_from(tensor: torch.Tensor) -> torch.UntypedStorage:
     storage = tensor.untyped_storage()
     if start == 0 or not tensor.is_cpu:
         return storage
-    data = torch.empty(0, dtype=torch.uint8).set_(storage)[start:]
+    data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)[start:]
     memory: Any = (ctypes.c_char * len(data)).from_address(data.data_ptr())
     memory.keep = data  # frombuffer keeps `memory`
     return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()

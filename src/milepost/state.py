@@ -19,7 +19,7 @@ from milepost.errors import StateError, UnsupportedTypeError
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.objects import pickle_object, storage_from, unpickle_object
-from milepost.pickle_view import emit, tensor_fragments
+from milepost.pickle_view import tensor_fragments
 from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
 from milepost.snapshot import Snapshot
 from milepost.tree import Node, Path, TreeDecoder, TreeEncoder, UnencodableError, path_text
@@ -44,7 +44,7 @@ class _Plan:
     """What depends on structure alone, with the description of the structure it holds for."""
 
     structure: list[Any]
-    pointers: list[int]
+    memory: list[int]
     partition: tuple[list[int], list[int], list[int]]
     firsts: list[tuple[int, int]]
     tensors: Tensors
@@ -145,9 +145,9 @@ class StateEncoder:
         """
         parts = self.take_apart(state_dict)
         plan, walk = parts.plan, parts.walk
-        first = len(plan.layout.lengths)
-        data = emit(parts.tree, plan.fragments, lambda record: walk.objects[record - first])
-        return Snapshot(parts.tree, plan.tensors, plan.layout, walk.objects, data, _copier(walk, plan))
+        return Snapshot(
+            parts.tree, plan.tensors, plan.layout, plan.fragments, walk.objects, _copier(walk, plan)
+        )
 
     def take_apart(self, state_dict: Any) -> Parts:
         """The tree and the tensors of a state dict; raises as `encode`."""
@@ -219,7 +219,7 @@ class StateEncoder:
         name = f"{kind.__module__}.{kind.__qualname__}"
         walk = self._walk
         try:
-            data = pickle_object(value, lambda tensor, owner: walk.add(tensor, "tensor", path, owner))
+            data = pickle_object(value, lambda tensor, owner: self._inner(tensor, owner, path))
             unpickle_object(data, lambda number: storage_from(walk.tensors[number]))
         except StateError as error:
             raise error.located(key=path_text(path)) from None
@@ -232,6 +232,11 @@ class StateEncoder:
             ) from error
         return walk.add_object(value, "object", data, name)
 
+    def _inner(self, tensor: torch.Tensor, owner: Any, path: Path) -> int:
+        if tensor.dtype not in DTYPE_NAMES:
+            raise TypeError(f"torch cannot save tensors of {tensor.dtype}")
+        return self._walk.add(tensor, "tensor", path, owner)
+
     # -- planning ----------------------------------------------------------------------------------
 
     def _plan(self, walk: _Walk) -> _Plan:
@@ -243,19 +248,23 @@ class StateEncoder:
         ]
         pointers = [t.data_ptr() for t in tensors]
         offsets = [int(t.storage_offset()) for t in tensors]
+        sizes = [t.untyped_storage().nbytes() for t in tensors]
+        memory = [*pointers, *offsets, *sizes]
         partition = None
         for position, plan in enumerate(self._plans):
             if plan.structure != structure:
                 continue
-            if plan.pointers != pointers + offsets:
+            if plan.memory != memory:
                 if partition is None:
+                    _check_memory(walk, offsets, sizes)
                     partition, firsts = _partition(tensors, pointers, offsets)
                 if partition != plan.partition:
                     continue
-                plan.pointers, plan.firsts = pointers + offsets, firsts
+                plan.memory, plan.firsts = memory, firsts
             self._plans.insert(0, self._plans.pop(position))
             return plan
         if partition is None:
+            _check_memory(walk, offsets, sizes)
             partition, firsts = _partition(tensors, pointers, offsets)
         record_of, byte_offsets, lengths = partition
         columns = Tensors(
@@ -272,7 +281,7 @@ class StateEncoder:
         )
         plan = _Plan(
             structure,
-            pointers + offsets,
+            memory,
             partition,
             firsts,
             columns,
@@ -281,6 +290,23 @@ class StateEncoder:
         )
         self._plans = [plan, *self._plans[: _KEPT_PLANS - 1]]
         return plan
+
+
+def _check_memory(walk: _Walk, offsets: list[int], sizes: list[int]) -> None:
+    """Refuse tensors that reach beyond their storage: its memory was released (``resize_(0)``)."""
+    for tensor, path, offset, size in zip(walk.tensors, walk.paths, offsets, sizes, strict=True):
+        end = (offset + _reach(tensor)) * tensor.element_size()
+        if tensor.numel() and end > size:
+            raise StateError(
+                f"a tensor of shape {tuple(tensor.shape)} reaches {end} bytes into a storage of {size}",
+                key=path_text(path),
+                hint="its memory was released or resized: gather or restore it before saving",
+            )
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """How many elements lie between the first and the end of the last, in memory."""
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _partition(
@@ -301,10 +327,9 @@ def _partition(
             # One empty record for each empty tensor: the number makes the storage its own.
             extents.append((str(tensor.device), -number - 1, 0, 0, size, number))
             continue
-        reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         base = pointer - offset * size
         start = pointer - base
-        extents.append((str(tensor.device), base, start, start + reach * size, size, number))
+        extents.append((str(tensor.device), base, start, start + _reach(tensor) * size, size, number))
     extents.sort()
     runs: list[list[Any]] = []  # [device, base, start, end, largest element, tensors]
     for device, base, start, end, size, number in extents:
@@ -329,7 +354,7 @@ def _partition(
 def _copier(walk: _Walk, plan: _Plan) -> Callable[[int, int, int, int], None]:
     """A function that copies a piece of a record to an address; it keeps the tensors alive."""
     tensors = walk.tensors
-    sources = [plan.pointers[number] + position for number, position in plan.firsts]
+    sources = [plan.memory[number] + position for number, position in plan.firsts]
     devices = {
         record: tensors[number]
         for record, (number, _) in enumerate(plan.firsts)

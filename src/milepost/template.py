@@ -7,7 +7,7 @@ written. What it returns is a list of tensors to fill, and one function that put
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from milepost.tree import Item, Node, Path, path_text
 
 __all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]
 
+_WRITEABLE = "a numpy array that can be written to"
 _LISTS = {"list": list, "tuple": tuple}
 _NUMBERS = {"int", "float", "bool", "none", "scalar"}
 _EXACT: dict[str, type] = {
@@ -31,7 +32,7 @@ _EXACT: dict[str, type] = {
     "size": torch.Size,
     "dtype": torch.dtype,
     "device": torch.device,
-    "array": np.ndarray,
+    "array": np.ndarray,  # see _raw_array
 }
 
 
@@ -118,6 +119,8 @@ class _Matcher:
                 return lambda: self._decode(node)
         elif tag == "object":
             return self._object(target, node, path)
+        elif tag == "array" and type(target) is np.ndarray:
+            return self._raw_array(target, node, path)
         elif type(target) is _EXACT[tag]:
             return lambda: self._decode(node)
         return self._misfit(path, _kind(target), _tag_text(node))
@@ -165,13 +168,16 @@ class _Matcher:
             if type(target) is not np.ndarray:
                 return self._misfit(path, _kind(target), "a numpy array")
             if not target.flags.writeable:
-                return self._misfit(
-                    path, "a numpy array that can be written to", "a read-only one in the template"
-                )
+                return self._misfit(path, _WRITEABLE, "a read-only one in the template")
             try:
                 destination = torch.from_numpy(target)
             except (TypeError, ValueError):
-                return self._misfit(path, f"a numpy array of dtype {target.dtype}", columns.dtype[number])
+                layout = "" if target.dtype.isnative else " in foreign byte order"
+                if any(step < 0 or step % target.itemsize for step in target.strides):
+                    layout = f" with strides {target.strides}"
+                return self._misfit(
+                    path, f"a numpy array of dtype {target.dtype}{layout}", columns.dtype[number]
+                )
         elif isinstance(target, torch.Tensor):
             destination = target.detach() if target.requires_grad else target
         else:
@@ -193,6 +199,24 @@ class _Matcher:
         if isinstance(target, torch.Tensor):
             self._filled.append(target)
         return lambda: target
+
+    def _raw_array(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
+        # Read now, as objects are.
+        value = self._decode(node)
+        if (target.dtype, target.shape) != (value.dtype, value.shape):
+            return self._misfit(
+                path,
+                f"a numpy array of dtype {target.dtype}, shape {target.shape}",
+                f"dtype {value.dtype}, shape {value.shape}",
+            )
+        if not target.flags.writeable:
+            return self._misfit(path, _WRITEABLE, "a read-only one in the template")
+
+        def put() -> Any:
+            target[...] = value
+            return target
+
+        return put
 
     def _object(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
         # Objects are small: they are read now, so that a wrong one is found before anything is written.
@@ -259,17 +283,27 @@ def _overlaps(tensor: torch.Tensor) -> bool:
     """Whether two elements may lie at the same place (never False for a tensor where they do)."""
     if tensor.is_contiguous():
         return False
+    return tensor.numel() > 0 and _overlap(zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _overlap(steps: Iterable[tuple[int, int]]) -> bool:
     reach = 1
-    for step, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for step, n in sorted(steps):
         if n > 1:
             if step < reach:
-                return tensor.numel() > 0
+                return True
             reach += (n - 1) * step
     return False
 
 
 def _same_steps(tensor: torch.Tensor, stride: list[int]) -> bool:
-    return all(a == b for a, b, n in zip(tensor.stride(), stride, tensor.shape, strict=True) if n > 1)
+    """Whether elements that are one in `tensor` are one in a saved tensor of these strides, too."""
+    steps = [(a, b, n) for a, b, n in zip(tensor.stride(), stride, tensor.shape, strict=True) if n > 1]
+    apart = [(a, b, n) for a, b, n in steps if a or b]  # what both expand takes no part
+    return all(a == b for a, b, _ in apart) or not _overlap([(a, n) for a, _, n in apart])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -281,9 +315,12 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
         if not _overlaps(target):
             target.copy_(source)
             return
-        places = torch.zeros(1, dtype=torch.int64)
+        places = torch.zeros(1, dtype=torch.int64, device="cpu")
         for n, step in zip(target.shape, target.stride(), strict=True):
-            places = (places[:, None] + torch.arange(n) * step).reshape(-1)
+            places = (places[:, None] + torch.arange(n, device="cpu") * step).reshape(-1)
         places = torch.unique(places).to(target.device)
+        if not (target.is_complex() or target.is_neg() or source.is_neg()):
+            integers = _INTEGERS[target.element_size()]  # torch cannot index every dtype
+            target, source = target.view(integers), source.view(integers)
         flat = target.as_strided((_reach(target),), (1,))
         flat[places] = source.as_strided((_reach(source),), (1,)).to(target.device)[places]

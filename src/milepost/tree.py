@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import builtins
+import reprlib
 import struct
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -149,7 +150,9 @@ class TreeEncoder:
                 f"containers are nested more than {MAX_DEPTH} deep, or a container holds itself", path
             )
         nodes: list[Node] = []
-        if tag in ("list", "tuple", "set"):
+        if tag == "set":
+            return (tag, [self._key(item, path) for item in value])
+        if tag in ("list", "tuple"):
             for position, item in enumerate(value):
                 nodes.append(self.encode(item, (*path, Item(position))))
             return (tag, nodes)
@@ -162,7 +165,7 @@ class TreeEncoder:
             return (tag, nodes, _factory_name(value.default_factory, path))
         return (tag, nodes)
 
-    def _key(self, key: Any, path: Path) -> Node:
+    def _key(self, key: Any, path: Path, depth: int = 0) -> Node:
         kind = type(key)
         if kind is str:
             node = self._keys.get(key)
@@ -172,17 +175,22 @@ class TreeEncoder:
                     self._keys[key] = node
             return node
         if kind is tuple:
-            if len(path) >= MAX_DEPTH:
+            if len(path) + depth >= MAX_DEPTH:
                 raise UnencodableError(f"a key is nested more than {MAX_DEPTH} deep", path)
-            return ("tuple", [self._key(part, (*path, Item(0))) for part in key])
-        scalar = self._scalars.get(kind)
-        if scalar is None:
-            raise UnencodableError(
-                f"a dictionary key has type {kind.__module__}.{kind.__qualname__}; keys can be str, int, "
-                "float, bool, complex, bytes, None and tuples of these",
-                path,
-            )
-        return scalar(key)
+            return ("tuple", [self._key(part, path, depth + 1) for part in key])
+        scalar = _SCALARS.get(kind) or self._scalars.get(kind)
+        if scalar is not None:
+            return scalar(key)
+        if kind.__module__ == "numpy":
+            node = self._leaf(key, path)
+            if node[0] == "scalar":
+                return node
+        raise UnencodableError(
+            f"the key {reprlib.repr(key)} has type {kind.__module__}.{kind.__qualname__}; keys of dicts and "
+            "items of sets can be str, int, float, bool, complex, bytes, None, numpy scalars and tuples of "
+            "these: convert it, for instance with int() or str()",
+            path,
+        )
 
 
 _TAGS: dict[type, str] = {

@@ -1,0 +1,229 @@
+"""What cannot be saved is refused with words, before anything is written."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from states import assert_same, load, round_trip, save, torch_load
+
+from milepost.errors import StateError, UnsupportedTypeError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class MyDict(dict):
+    pass
+
+
+class MyTensor(torch.Tensor):
+    pass
+
+
+@dataclass
+class Settings:
+    lr: float
+
+
+class Pair(NamedTuple):
+    a: int
+    b: int
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/milepost-test-must-not-exist",))
+
+
+def freed():
+    tensor = torch.ones(1000)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def shrunk():
+    tensor = torch.ones(1000)
+    tensor.untyped_storage().resize_(8)
+    return tensor
+
+
+VALUES = {
+    "meta tensor": lambda: torch.empty(2, device="meta"),
+    "meta parameter": lambda: torch.nn.Parameter(torch.empty(2, device="meta")),
+    "released memory": freed,
+    "shrunk memory": shrunk,
+    "opaque tensor": lambda: torch.ones(2, 2).to_mkldnn(),
+    "dtype that torch cannot save": lambda: torch.empty(3, dtype=torch.uint4),
+    "dict subclass": lambda: MyDict(a=1),
+    "tensor subclass": lambda: torch.ones(2).as_subclass(MyTensor),
+    "lambda": lambda: lambda: 1,
+    "function": lambda: freed,
+    "class": lambda: Settings,
+    "dataclass": lambda: Settings(0.1),
+    "named tuple": lambda: Pair(1, 2),
+    "enum": lambda: Colour.RED,
+    "int enum": lambda: Level.HIGH,
+    "object array": lambda: np.array([1, None], dtype=object),
+    "object field": lambda: np.zeros(1, dtype=[("a", "O")]),
+    "numpy dtype": lambda: np.dtype("f4"),
+    "array subclass": lambda: np.ma.array([1, 2]),
+    "frozenset": lambda: frozenset([1]),
+    "range": lambda: range(3),
+    "path": lambda: Path("a"),
+    "generator": torch.Generator,
+    "module": lambda: torch.nn.Linear(1, 1),
+    "code": Evil,
+    "factory": lambda: defaultdict(lambda: 1),
+    "factory of a class": lambda: defaultdict(Settings),
+    "set of tensors": lambda: {torch.ones(1)},
+    "set of frozensets": lambda: {frozenset([1])},
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_could_not_be_read_back_are_refused(tmp_path, name):
+    """A value that could not be read back safely is an error that names its key; nothing is written."""
+    state = {"first": torch.ones(3), "model": {"layers": [1, VALUES[name]()]}}
+    with pytest.raises(StateError) as caught:
+        save(tmp_path / "c", state)
+    assert (caught.value.key or "").startswith("model.layers[1]")
+    assert "model.layers[1]" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert os.listdir(tmp_path) == []
+    assert not os.path.exists("/tmp/milepost-test-must-not-exist")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        Colour.RED,
+        Level.HIGH,
+        frozenset([1]),
+        Pair(1, 2),
+        (1, (Colour.RED,)),
+        Settings,
+        np.dtype("f4"),
+        torch.ones(1),
+    ],
+    ids=lambda key: type(key).__name__,
+)
+def test_unsupported_keys_are_refused_by_name(tmp_path, key):
+    """A key of an unsupported type is an error that shows the key, where it is, and the way out."""
+    with pytest.raises(UnsupportedTypeError) as caught:
+        save(tmp_path / "c", {"model": {"a": {key: 1}}})
+    text = str(caught.value)
+    part = repr(Colour.RED if isinstance(key, tuple) and not isinstance(key, Pair) else key)
+    assert part[:10] in text
+    assert "convert it" in text
+    assert caught.value.key == "model.a"
+    assert isinstance(caught.value, TypeError)
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_letter_keys_are_named_too():
+    """An error names its key even if the message happens to contain the same letters."""
+    assert "key a" in str(StateError("a tensor has no data", key="a"))
+
+
+@pytest.mark.parametrize("state", [[1], None, torch.ones(1), "text", MyDict(a=1), Pair(1, 2)], ids=repr)
+def test_a_state_dict_must_be_a_dict(tmp_path, state):
+    """A state that is no dict (nor an OrderedDict or defaultdict) is refused."""
+    with pytest.raises(UnsupportedTypeError):
+        save(tmp_path / "c", state)
+    assert os.listdir(tmp_path) == []
+
+
+def nested(depth, make):
+    state = {}
+    for _ in range(depth - 1):
+        state = make(state)
+    return {"deep": state}
+
+
+MAKERS = {
+    "dict": lambda inner: {"x": inner},
+    "list": lambda inner: [inner],
+    "tuple": lambda inner: (inner,),
+    "ordered": lambda inner: OrderedDict(x=inner),
+    "default": lambda inner: defaultdict(None, x=inner),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_nesting_is_limited_to_200(tmp_path, name):
+    """200 nested containers of any kind load, also with plain torch; 201 are refused with words."""
+    state = nested(199, MAKERS[name])
+    assert_same(state, round_trip(tmp_path, state))
+    assert_same({**state}, {**torch_load(tmp_path / "checkpoint")} if name != "default" else state)
+    with pytest.raises(StateError, match="200 deep"):
+        save(tmp_path / "deeper", nested(200, MAKERS[name]))
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_recursion_is_refused(tmp_path):
+    """A container that holds itself is refused with words, and so is a key that is nested too deep."""
+    state = {"a": []}
+    state["a"].append(state)
+    with pytest.raises(StateError, match="holds itself"):
+        save(tmp_path / "c", state)
+    key = 1
+    for _ in range(250):
+        key = (key,)
+    with pytest.raises(StateError, match="200 deep"):
+        save(tmp_path / "c", {"a": {key: 1}})
+    assert os.listdir(tmp_path) == []
+
+
+def test_keys_and_items_of_sets_of_every_supported_kind(tmp_path):
+    """Everything hashable that can be saved can be a key and an item of a set, long bytes included."""
+    hashable = [
+        "a", 1, 2.5, 1j, b"x" * 100_000, None, True, (1, ("b", None)), np.int64(7), np.float32(0.1),
+        np.str_("text"), torch.Size([1]), torch.float16, torch.device("cpu"),
+    ]  # fmt: skip
+    hashable.remove(True)  # equal to 1
+    state = {"dict": dict.fromkeys(hashable, "value"), "set": {*hashable}, "sets": [{True}, {(np.int8(1),)}]}
+    loaded = round_trip(tmp_path, state)
+    assert_same(state["dict"], loaded["dict"])
+    assert {(type(item), item) for item in loaded["set"]} == {(type(item), item) for item in hashable}
+    assert loaded["sets"] == state["sets"]
+    torch_load(tmp_path / "checkpoint")
+
+
+def test_a_refused_state_leaves_the_old_checkpoint(tmp_path):
+    """When a save is refused, the checkpoint that was at the path still loads."""
+    path = save(tmp_path / "c", {"a": torch.ones(2)})
+    with pytest.raises(StateError):
+        save(path, {"a": torch.empty(2, device="meta")})
+    assert_same({"a": torch.ones(2)}, load(path))
+    assert sorted(os.listdir(path)) == ["checkpoint_0.pt", "index_0.json", "manifest.json"]
+
+
+def test_memory_released_between_saves_is_noticed(tmp_path):
+    """A tensor whose memory was released after an earlier save is refused, not read."""
+    from milepost import make_sync_checkpointer
+
+    tensor = torch.ones(50_000)
+    with make_sync_checkpointer() as checkpointer:
+        checkpointer.save(str(tmp_path / "c"), {"t": tensor})
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(StateError, match="storage of 0"):
+            checkpointer.save(str(tmp_path / "c"), {"t": tensor})
+        tensor.untyped_storage().resize_(200_000)
+        tensor.fill_(2)
+        checkpointer.save(str(tmp_path / "c"), {"t": tensor})
+    assert_same({"t": torch.full((50_000,), 2.0)}, load(tmp_path / "c"))
