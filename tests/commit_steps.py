@@ -116,7 +116,7 @@ def save(storage: Storage, path: str, step: int, **kwargs) -> bool:
 
 
 def loaded_step(storage: Storage, path: str) -> int | None:
-    """The step of the checkpoint that a load of `path` finds, every byte of it compared; None if none is there.
+    """The step of the checkpoint that a load of `path` finds, every byte compared; None if none is there.
 
     When a save replaces the folder between the look and the reading, looks again.
     """
@@ -336,7 +336,7 @@ class Turns:
             self._change.notify_all()
 
     def run(self, **programs) -> dict[str, object]:
-        """Run each program (called with its name) in a thread; their results, or the exceptions they raised."""
+        """Run each program in a thread of its name; their results, or the exceptions they raised."""
         results: dict[str, object] = {}
 
         def main(name, program):

@@ -111,7 +111,7 @@ def check_next_save(storage, setup):
 @pytest.mark.parametrize("make", STORAGES, ids=["exchange", "no exchange"])
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_kill_at_any_operation_leaves_the_old_checkpoint_or_the_new_one_whole(setup, make):
-    """Whenever the process dies, the old checkpoint or the new one loads whole, and the next save clears up."""
+    """Whenever the process dies, the old checkpoint or the new one loads whole, and saving goes on."""
     for at in itertools.count(1):
         storage = make()
         setup(storage)
@@ -127,7 +127,7 @@ def test_a_kill_at_any_operation_leaves_the_old_checkpoint_or_the_new_one_whole(
 @pytest.mark.parametrize("make", STORAGES, ids=["exchange", "no exchange"])
 @pytest.mark.parametrize("setup", SETUPS)
 def test_recovery_alone_keeps_what_loads(setup, make):
-    """After a kill, rolling forward and clearing change nothing about what loads, and a second time do nothing."""
+    """After a kill, recovery changes nothing about what loads, and a second time does nothing."""
     for at in itertools.count(1):
         storage = make()
         setup(storage)

@@ -116,7 +116,7 @@ def judge(storage, allowed, notes):
 @pytest.mark.parametrize("with_exchange", [True, False], ids=["exchange", "no exchange"])
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_power_cut_leaves_the_old_checkpoint_or_the_new_one_whole(setup, with_exchange):
-    """On any disk that a power cut may leave, the old or the new checkpoint loads whole, and saving goes on."""
+    """On any disk that a power cut may leave, the old or the new checkpoint loads, and saving goes on."""
     found, _ = violations(setup, with_exchange=with_exchange, attach=setup is old_with_notes)
     assert found == []
 

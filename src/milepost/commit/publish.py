@@ -247,8 +247,8 @@ def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
     except StorageError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-        # Until the last of these there is no checkpoint at the path itself, but `locate` finds the new one. Each
-        # must be durable before the next, or a power cut could let one folder take another's name.
+        # Until the last of these there is no checkpoint at the path itself, but `locate` finds the new one.
+        # Each must be durable before the next, or a power cut could let one folder take another's name.
         parent = os.path.dirname(path)
         storage.rename(slot, partial, "create")
         storage.sync_folder(parent)
@@ -293,11 +293,12 @@ def retire(storage: Storage, path: str, hidden: str, attempt: str | None) -> boo
                 return False
             names = list_names(folder)
             listed = manifest.names() if manifest else {name for name in names if _is_plain(name)}
-            with suppress(EntryNotFoundError):  # raced: look again
-                _move_unlisted(storage, hidden, path, "", listed)
+            _move_unlisted(storage, hidden, path, "", listed)
             _remove_listed(storage, folder, hidden, listed | {name for name in names if is_own(name)})
         except CorruptCheckpointError:
             return False
+        except EntryNotFoundError:  # somebody clears it too, or replaces the checkpoint at the path
+            continue
         finally:
             folder.close()
         try:

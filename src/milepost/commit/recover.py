@@ -238,8 +238,10 @@ def _remove_unborn(storage: Storage, path: str) -> bool:
             lock = storage.lock(inner, exclusive=True)
             if lock is None:
                 return False
-            storage.remove(inner)
-            lock.release()
+            try:
+                storage.remove(inner)
+            finally:
+                lock.release()
     try:
         storage.remove(path)
     except StorageError:  # somebody has begun in it
