@@ -68,7 +68,7 @@ def raw_bytes(tensor):
         (*(step * size for step in tensor.stride()), 1),
         tensor.storage_offset() * size,
     )
-    return elements.contiguous().numpy().tobytes()
+    return elements.clone(memory_format=torch.contiguous_format).numpy().tobytes()
 
 
 def differences(a, b, where="state"):

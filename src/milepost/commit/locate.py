@@ -245,4 +245,7 @@ def _not_found(storage: Storage, path: str, message: str) -> CheckpointNotFoundE
 
 
 def _is_checkpoint(storage: Storage, path: str) -> bool:
-    return storage.stat(os.path.join(path, MANIFEST_NAME)) is not None
+    try:
+        return storage.stat(os.path.join(path, MANIFEST_NAME)) is not None
+    except StorageError:  # it is a file, or may not be looked into
+        return False
