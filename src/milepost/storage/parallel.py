@@ -14,7 +14,7 @@ from milepost.storage.writing import Ring, join
 __all__ = ["blocks_down", "blocks_up", "cached_regions", "run_workers", "through_ring"]
 
 _WINDOWS = 8
-_READERS = 2
+_READERS = 3
 _USERS = 2
 
 

@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from isal.isal_zlib import crc32, crc32_combine
 
@@ -40,6 +39,7 @@ _WARM_GAP_BYTES = 64 << 10
 _COLD_GAP_BYTES = 256 << 10
 _WINDOW_BYTES = 8 << 20
 _INLINE_BYTES = 1 << 20
+_SMALL_BYTES = 32 << 10
 
 
 @dataclass(slots=True)
@@ -95,23 +95,19 @@ class ReadReport:
     direct_bytes: int = 0
 
 
-class _Piece(NamedTuple):
-    """Some whole chunks of a part; the part's last one may be short."""
-
-    offset: int
-    length: int
-    address: int | None
-    chunk: int
-    part: Part
+_Piece = tuple[int, int, int | None, int, Part]
+"""Some whole chunks of a part (its last one may be short): offset, length, address, first chunk, part."""
 
 
 @dataclass(slots=True)
 class _Operation:
-    """Pieces that one read serves."""
+    """Pieces that one read serves, up to `limit`, with `gap` bytes between them at most."""
 
     start: int
     end: int
-    pieces: list[_Piece]
+    limit: int
+    gap: int
+    pieces: list[_Piece] = field(default_factory=list)
 
 
 def read_parts(
@@ -243,63 +239,47 @@ def _plan(
     warm: list[_Operation] = []
     cold: list[_Operation] = []
     cached = cached_regions(file, _REGION_BYTES)
+    piece_bytes = max(_PIECE_BYTES // chunk_bytes, 1) * chunk_bytes
+    region_end = -1
+    is_warm = False
+    operation = full = _Operation(0, 0, 0, -1)
     for part in parts:
-        if part.crcs is not None and len(part.crcs) != -(-part.length // chunk_bytes):
-            raise ValueError(f"{len(part.crcs)} CRCs for {part.length} bytes in chunks of {chunk_bytes}")
-        if part.address is None and part.crcs is None:
+        start, rest, address, crcs = part.offset, part.length, part.address, part.crcs
+        if crcs is not None and len(crcs) != -(-rest // chunk_bytes):
+            raise ValueError(f"{len(crcs)} CRCs for {rest} bytes in chunks of {chunk_bytes}")
+        if address is None and crcs is None:
             continue
-        done = 0
-        while done < part.length:
-            if cached(part.offset + done):
-                done += _add_warm(warm, part, done, chunk_bytes)
-            else:
-                done += _add_cold(cold, part, done, chunk_bytes, window_bytes)
+        chunk = 0
+        while rest > 0:
+            if start >= region_end:
+                region_end = (start // _REGION_BYTES + 1) * _REGION_BYTES
+                if is_warm is not cached(start):
+                    is_warm, operation = not is_warm, full
+            length = 0
+            if operation.end <= start <= operation.end + operation.gap:
+                room = operation.limit - start
+                length = rest if rest <= room else room // chunk_bytes * chunk_bytes
+                if is_warm and (rest >= _PIECE_BYTES or len(operation.pieces) == _GROUP_PARTS):
+                    length = 0
+            if length <= 0:
+                if is_warm:
+                    limit = start + (min(rest, piece_bytes) if rest >= _PIECE_BYTES else _GROUP_BYTES)
+                    operation = _Operation(start, start, limit, _WARM_GAP_BYTES)
+                    warm.append(operation)
+                else:
+                    limit = blocks_down(start) + window_bytes
+                    operation = _Operation(start, start, limit, _COLD_GAP_BYTES)
+                    cold.append(operation)
+                room = limit - start
+                length = rest if rest <= room else room // chunk_bytes * chunk_bytes
+            operation.pieces.append((start, length, address, chunk, part))
+            start += length
+            operation.end = start
+            rest -= length
+            chunk += length // chunk_bytes
+            if address is not None:
+                address += length
     return warm, cold
-
-
-def _add_warm(operations: list[_Operation], part: Part, done: int, chunk_bytes: int) -> int:
-    """Add the next piece of `part`, after its first `done` bytes; returns the piece's length."""
-    start = part.offset + done
-    length = min(part.length - done, max(_PIECE_BYTES // chunk_bytes, 1) * chunk_bytes)
-    last = operations[-1] if operations else None
-    if (
-        last is None
-        or not 0 <= start - last.end <= _WARM_GAP_BYTES
-        or start + length - last.start > _GROUP_BYTES
-        or len(last.pieces) == _GROUP_PARTS
-        or length >= _PIECE_BYTES
-        or last.pieces[-1].length >= _PIECE_BYTES
-    ):
-        last = _Operation(start, start, [])
-        operations.append(last)
-    return _add(last, part, done, length, chunk_bytes)
-
-
-def _add_cold(
-    operations: list[_Operation], part: Part, done: int, chunk_bytes: int, window_bytes: int
-) -> int:
-    """As `_add_warm`; an operation is as many whole chunks as fit into one window, aligned to blocks."""
-    start = part.offset + done
-    last = operations[-1] if operations else None
-    for operation in (last, _Operation(start, start, [])):
-        if operation is None or not operation.start <= start <= operation.end + _COLD_GAP_BYTES:
-            continue
-        room = blocks_down(operation.start) + window_bytes - start
-        length = min(part.length - done, room // chunk_bytes * chunk_bytes)
-        if room >= part.length - done:
-            length = part.length - done
-        if length > 0:
-            if operation is not last:
-                operations.append(operation)
-            return _add(operation, part, done, length, chunk_bytes)
-    raise AssertionError("a window holds a chunk")
-
-
-def _add(operation: _Operation, part: Part, done: int, length: int, chunk_bytes: int) -> int:
-    address = None if part.address is None else part.address + done
-    operation.pieces.append(_Piece(part.offset + done, length, address, done // chunk_bytes, part))
-    operation.end = max(operation.end, part.offset + done + length)
-    return length
 
 
 # ---------------------------------------------------------------------------- doing
@@ -313,9 +293,8 @@ class _Targets:
         self._damaged = damaged
         # One view over all targets and whatever lies between them: slicing it is far cheaper than
         # making a view from every address.
-        extents = [(part.address, part.length) for part in parts if part.address is not None]
-        self._lowest = min((address for address, _ in extents), default=0)
-        highest = max((address + length for address, length in extents), default=0)
+        self._lowest = min((part.address for part in parts if part.address is not None), default=0)
+        highest = max((part.address + part.length for part in parts if part.address is not None), default=0)
         self._memory = syscalls.memory_at(self._lowest, highest - self._lowest)
 
     def read(self, file: OpenFile, todo: deque[_Operation]) -> None:
@@ -332,17 +311,16 @@ class _Targets:
             buffers: list[memoryview] = []
             checks: list[tuple[_Piece, memoryview]] = []
             for piece in operation.pieces:
-                offset, length, address, _, part = piece
+                offset, length, address, _, _ = piece
                 if offset > position:
                     buffers.append(scratch[position - start : offset - start])
                 if address is None:
                     view = scratch[offset - start : offset - start + length]
                 else:
-                    view = self._memory[address - self._lowest : address - self._lowest + length]
+                    view = self._at(address, length)
                 buffers.append(view)
                 position = offset + length
-                if part.crcs is not None:
-                    checks.append((piece, view))
+                checks.append((piece, view))
             file.read_into(start, buffers)
             for piece, view in checks:
                 self._check(piece, view)
@@ -350,26 +328,38 @@ class _Targets:
     def copy(self, operation: _Operation, view: memoryview) -> None:
         """Check and copy what one operation read into `view`."""
         base = syscalls.address_of(view) or 0
+        size = self._chunk_bytes
         for piece in operation.pieces:
-            start = piece.offset - operation.start
-            for done in range(0, piece.length, self._chunk_bytes):
-                length = min(self._chunk_bytes, piece.length - done)
-                if piece.address is not None:
-                    ctypes.memmove(piece.address + done, base + start + done, length)
-                if piece.part.crcs is not None:
-                    chunk = view[start + done : start + done + length]
-                    self._compare(piece, piece.chunk + done // self._chunk_bytes, crc32(chunk))
+            offset, length, address, chunk, part = piece
+            start = offset - operation.start
+            if length <= _SMALL_BYTES:  # a call that lets go of the interpreter costs more than this copy
+                source = view[start : start + length]
+                if address is not None:
+                    self._at(address, length)[:] = source
+                self._check(piece, source)
+                continue
+            for number, done in enumerate(range(0, length, size)):
+                count = min(size, length - done)
+                if address is not None:
+                    ctypes.memmove(address + done, base + start + done, count)
+                if part.crcs is not None:
+                    self._compare(part, chunk + number, crc32(view[start + done : start + done + count]))
+
+    def _at(self, address: int, length: int) -> memoryview:
+        return self._memory[address - self._lowest : address - self._lowest + length]
 
     def _check(self, piece: _Piece, view: memoryview) -> None:
+        _, length, _, chunk, part = piece
         size = self._chunk_bytes
-        if piece.length <= size:
-            self._compare(piece, piece.chunk, crc32(view))
+        if part.crcs is None:
             return
-        for number, start in enumerate(range(0, piece.length, size)):
-            self._compare(piece, piece.chunk + number, crc32(view[start : start + size]))
+        if length <= size:
+            self._compare(part, chunk, crc32(view))
+            return
+        for number, start in enumerate(range(0, length, size)):
+            self._compare(part, chunk + number, crc32(view[start : start + size]))
 
-    def _compare(self, piece: _Piece, chunk: int, found: int) -> None:
-        part = piece.part
+    def _compare(self, part: Part, chunk: int, found: int) -> None:
         if part.crcs is not None and part.crcs[chunk] != found:
             offset = part.offset + chunk * self._chunk_bytes
             self._damaged.append(Damage(part.tag, chunk, offset, part.crcs[chunk], found))
