@@ -1,9 +1,8 @@
-"""`verify`: every byte of a checkpoint against its checksum."""
+"""What `verify` says of damage (tests/faults shows that it finds all of it)."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import zipfile
 
@@ -63,12 +62,12 @@ def chunked(tmp_path_factory):
     return path
 
 
-def flip(path, offset, bits=0xFF):
+def flip(path, offset):
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
         file.seek(offset)
-        file.write(bytes([byte ^ bits]))
+        file.write(bytes([byte ^ 0xFF]))
 
 
 def offset_of(path, tensor):
@@ -77,14 +76,6 @@ def offset_of(path, tensor):
     offset = data.find(tensor.contiguous().numpy().tobytes())
     assert offset > 0
     return offset
-
-
-def is_refused(path):
-    """Whether verify reports damage, or refuses the checkpoint with an error of this library."""
-    try:
-        return bool(verify(STORAGE, str(path)).problems)
-    except milepost.LoadError:
-        return True
 
 
 def test_a_whole_checkpoint_has_no_problem(small):
@@ -104,42 +95,6 @@ def test_progress_ends_at_the_total(chunked):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len({total for _, total in seen}) == 1
     assert seen[-1][0] == seen[-1][1] > 3 * CHUNK_BYTES
-
-
-@pytest.mark.parametrize("name", ["checkpoint_0.pt", "index_0.json", "manifest.json", "notes.txt"])
-def test_every_flipped_byte_is_found(copy, name):
-    """Whichever byte of whichever file is flipped, verify says so."""
-    path = copy / name
-    bits = random.Random(name)
-    for offset in range(path.stat().st_size):
-        mask = 1 << bits.randrange(8)
-        flip(path, offset, mask)
-        assert is_refused(copy), f"byte {offset} of {name} ^ {mask}"
-        flip(path, offset, mask)
-    assert not is_refused(copy)
-
-
-@pytest.mark.parametrize("name", ["checkpoint_0.pt", "index_0.json", "manifest.json", "notes.txt"])
-def test_every_truncation_is_found(copy, name):
-    """At whatever length a file ends, verify says so."""
-    path = copy / name
-    whole = path.read_bytes()
-    for length in reversed(range(len(whole))):
-        os.truncate(path, length)
-        assert is_refused(copy), f"{name} at {length} bytes"
-    path.write_bytes(whole)
-    assert not is_refused(copy)
-
-
-@pytest.mark.parametrize("name", ["checkpoint_0.pt", "index_0.json", "manifest.json", "notes.txt"])
-def test_a_missing_and_a_longer_file_are_found(copy, name):
-    """A file that is absent, or has bytes after its end, is found."""
-    path = copy / name
-    with open(path, "ab") as file:
-        file.write(b"\0")
-    assert is_refused(copy)
-    path.unlink()
-    assert is_refused(copy)
 
 
 def test_damage_is_attributed_to_the_tensor(copy):
