@@ -51,7 +51,7 @@ def make_folders(storage: Storage, path: str) -> None:
             storage.make_folder(made)
 
 
-def index_of(attempt: Attempt, step: int, **fields) -> Index:
+def index_of(attempt: Attempt, step: int, fields=None, **more) -> Index:
     """What a rank says of itself."""
     data = content(step, attempt.rank)
     known = {
@@ -66,7 +66,7 @@ def index_of(attempt: Attempt, step: int, **fields) -> Index:
         "tensors": Tensors(),
         "tree": ("none",),
     }
-    return Index(**(known | fields))
+    return Index(**(known | more | (fields or {})))
 
 
 def arrive(
@@ -92,7 +92,7 @@ def arrive(
         put(storage, begun.data_path, content(step, rank))
         if hook:
             hook(begun.folder)
-        begun.mark(encode_index(index_of(begun, step, attachments=begun.attachments(), **(fields or {}))))
+        begun.mark(encode_index(index_of(begun, step, fields, attachments=begun.attachments())))
     except Exception as error:
         begun.abort(error)
         begun.close()
@@ -162,7 +162,7 @@ def tree(storage: Storage, path: str, prefix: str = "") -> dict[str, bytes]:
                 inner = tree(storage, f"{path}/{name}", f"{prefix}{name}/")
                 found |= inner or {f"{prefix}{name}/": b""}
             else:
-                found[prefix + name] = folder.read(name, 1 << 20)
+                found[prefix + name] = folder.read(name, 1 << 20) if stat.kind == "file" else b""
     finally:
         folder.close()
     return found

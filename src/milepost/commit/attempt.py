@@ -26,6 +26,7 @@ from milepost.commit.hidden import (
     opened,
     ranks_in,
     read_note,
+    shown,
     siblings,
 )
 from milepost.commit.ids import process_id
@@ -98,7 +99,7 @@ class Attempt:
         self._owner = os.getpid()
         self._lock: Lock | None = None
         self._root: Folder | None = None
-        self._phase = ""
+        self._phase = "begin"
         self._last_beacon = float("-inf")
 
     @property
@@ -427,7 +428,7 @@ class Attempt:
             mark = AbortMark(
                 rank=self.rank,
                 type=type(error).__name__,
-                message=str(error)[:10_000].encode("utf-8", "backslashreplace").decode(),
+                message=shown(str(getattr(error, "message", error))[:10_000]),
                 phase=getattr(error, "phase", None) or self._phase,
                 time=self._clock.time(),
             )

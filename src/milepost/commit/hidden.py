@@ -192,8 +192,8 @@ def is_aborted(names: Iterable[str]) -> bool:
 
 
 def shown(name: str) -> str:
-    """A file name as text that JSON can hold, also where it is no valid UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name, or any text, as JSON can hold it, also where it is no valid Unicode."""
+    return name.encode("utf-8", "surrogatepass").decode("utf-8", "backslashreplace")
 
 
 def _stem(name: str) -> str:
@@ -373,7 +373,7 @@ def assemble(folder: Folder, attempt: str, ranks: set[int], *, live: bool) -> Ma
         indexes.append(digest(name, data))
     if not marks:
         return None
-    _check_agreement(folder.path, attempt, marks)
+    _check_agreement(attempt, marks)
     attachments = _attachments(folder, marks, live=live)
     if attachments is None:
         return None
@@ -392,7 +392,7 @@ def assemble(folder: Folder, attempt: str, ranks: set[int], *, live: bool) -> Ma
     return None if missing_files(folder, manifest) else manifest
 
 
-def _check_agreement(path: str, attempt: str, marks: list[Mark]) -> None:
+def _check_agreement(attempt: str, marks: list[Mark]) -> None:
     facts: Mapping[str, list[object]] = {
         "attempt": [mark.attempt for mark in marks],
         "world size": [mark.world_size for mark in marks],
@@ -407,7 +407,6 @@ def _check_agreement(path: str, attempt: str, marks: list[Mark]) -> None:
                 f"the ranks disagree on the {fact}: expected {expected!r}, "
                 f"rank {other[0]} has {values[other[0]]!r}"
                 + (f" (as have ranks {numbers(other[1:])})" if other[1:] else ""),
-                path=path,
                 rank=other[0],
                 phase="commit",
                 hint="all ranks must save the same step with the same arguments; look at these ranks' logs",
@@ -416,13 +415,12 @@ def _check_agreement(path: str, attempt: str, marks: list[Mark]) -> None:
         if mark.rank != rank:
             raise CommitError(
                 f"the mark {index_name(rank)} says it is rank {mark.rank}'s",
-                path=path,
                 rank=rank,
                 phase="commit",
             )
     names = [file.name for mark in marks for file in mark.files]
     if len(set(names)) != len(names):
-        raise CommitError("two ranks wrote a data file of the same name", path=path, phase="commit")
+        raise CommitError("two ranks wrote a data file of the same name", phase="commit")
 
 
 def _attachments(folder: Folder, marks: list[Mark], *, live: bool) -> list[FileDigest] | None:
@@ -443,9 +441,7 @@ def _attachments(folder: Folder, marks: list[Mark], *, live: bool) -> list[FileD
             continue
         actual = file_digest(folder, name)
         if actual not in digests:
-            raise CommitError(
-                f"the attachment {name!r} was changed after pre_commit", path=folder.path, phase="commit"
-            )
+            raise CommitError(f"the attachment {name!r} was changed after pre_commit", phase="commit")
         settled.append(actual)
     return settled
 
