@@ -122,8 +122,7 @@ class MilepostError(Exception):
 
 
 def _restore(cls: type[MilepostError], message: str, attributes: dict[str, Any]) -> MilepostError:
-    error = cls.__new__(cls)
-    Exception.__init__(error, message)
+    error = cls(message)
     for name, value in attributes.items():
         setattr(error, name, value)
     return error
