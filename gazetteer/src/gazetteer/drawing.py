@@ -19,7 +19,7 @@ __all__ = ["draw", "read_mermaid"]
 _NODE = re.compile(r'^  (n\d+)\["(.*)"\]$')
 _EDGE = re.compile(r"^  (n\d+) -->(?:\|(\d+)\|)? (n\d+)$")
 _ENTITY = re.compile(r"#(\d+);")
-_CHAR, _HIGH, _ROW, _GAP, _PAD, _THREAD = 7.3, 26, 74, 14, 12, 10
+_CHAR, _HIGH, _ROW, _GAP, _PAD, _THREAD = 7.3, 26, 70, 14, 12, 6
 _SWEEPS = 8
 
 
@@ -97,18 +97,22 @@ class _Rows:
             row.sort(key=lambda n: (means[n], old[n]))  # noqa: B023 - used before the next round
 
     def width(self, node: str) -> float:
-        """Return how wide a node, or a thread, is drawn."""
-        return len(self.labels[node]) * _CHAR + 18 if node in self.labels else _THREAD
+        """Return how wide a node is drawn."""
+        return len(self.labels[node]) * _CHAR + 18
+
+    def _space(self, node: str) -> float:
+        """Return the room that a node takes with its gap, or a thread."""
+        return self.width(node) + _GAP if node in self.labels else _THREAD
 
     def _places(self) -> dict[str, tuple[float, float]]:
-        wide = {rank: sum(self.width(n) + _GAP for n in row) for rank, row in self.rows.items()}
+        wide = {rank: sum(map(self._space, row)) for rank, row in self.rows.items()}
         self.wide = max(wide.values(), default=0.0) + 2 * _PAD
         out = {}
         for rank, row in self.rows.items():
-            left = (self.wide - wide[rank] + _GAP) / 2
+            left = (self.wide - wide[rank]) / 2
             for node in row:
-                out[node] = (left + self.width(node) / 2, _PAD + rank * _ROW)
-                left += self.width(node) + _GAP
+                out[node] = (left + self._space(node) / 2, _PAD + rank * _ROW)
+                left += self._space(node)
         return out
 
 

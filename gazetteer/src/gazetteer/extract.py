@@ -68,7 +68,7 @@ class _Tree:
         self.comments: dict[int, Node] = {}
         self.imports: list[tuple[str, Node, Node | None]] = []
         self.findings: list[tuple[str, Node]] = []
-        self.places: dict[str, list[tuple[int, int]]] = {"loop": [], "async": [], "function": []}
+        self.places: dict[str, list[tuple[int, int]]] = {"loop": [], "async": [], "function": [], "typing": []}
         self.headings: list[tuple[Node, str]] = []
         self.codes: list[Node] = []
         self.inline: list[Node] = []
@@ -268,6 +268,10 @@ def _counts(inside: str, node: Node, places: dict[str, list[tuple[int, int]]]) -
     return loops >= (2 if inside == "loop2" else 1)
 
 
+def _typing(node: Node, places: list[tuple[int, int]]) -> str:
+    return "typing" if any(start <= node.start_byte < end for start, end in places) else ""
+
+
 def _overview(found: _Tree, comments: _Comments, first_code: int) -> tuple[str, int]:
     if found.overview is not None:
         raw = _text(found.overview)
@@ -347,7 +351,7 @@ def extract(path: str, source: bytes, language: str, *, size: int, with_names: b
                 module=one_line(_text(module)).strip("\"'`"),
                 name=one_line(_text(name)) if name is not None else "",
                 line=(module if name is None else name).start_point[0] + 1,
-                style=style,
+                style=style or _typing(module, found.places["typing"]),
             )
             for style, module, name in found.imports
             if not (entry.prose and _ELSEWHERE.match(_text(module)))

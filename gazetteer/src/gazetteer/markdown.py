@@ -20,6 +20,7 @@ _UNPRINTABLE = re.compile(
 _INNER = re.compile(r"([\\`*\[\]<>&~$]|(?<!\w)_|_(?!\w)|:(?=//)|@(?=\w)|\|)")
 # ``x``, `x` and :role:`x`; the ticks of a run are alike and hold none.
 _CODE_RUN = re.compile(r"(?::[\w:+-]+:)?(``[^`]+``|`[^`]+`)(?!`)_*")
+_SIMPLE = re.compile(r"(?:[!-_a-~]+ ?)*[!-_a-~]\Z")
 _TICKS = re.compile(r"`+")
 _SLUG_DROP = re.compile(r"[^\w\- ]")
 
@@ -52,6 +53,8 @@ def words(value: str) -> str:
 
 def code(value: str) -> str:
     """Return ``value`` as a code span on one line."""
+    if _SIMPLE.match(value):
+        return f"`{value}`"
     flat = clean(one_line(value)) or "\ufffd"
     if "`" not in flat:
         return f"`{flat}`"

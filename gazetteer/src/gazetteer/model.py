@@ -78,7 +78,8 @@ class Import(msgspec.Struct, frozen=True, array_like=True):
         module: What is imported from, as written.
         name: The name taken from it; empty when the module itself is imported.
         line: Where.
-        style: How to resolve it, where one language has several ways (``system`` includes, ...).
+        style: How to resolve it, where one language has several ways (``system`` includes, ...),
+            or ``typing`` when it is there for type checkers alone.
     """
 
     module: str

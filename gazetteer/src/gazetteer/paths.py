@@ -55,6 +55,7 @@ def _folder(path: str) -> str:
     return posixpath.join(_folder(head), name)
 
 
+@functools.lru_cache(maxsize=65536)
 def _page(path: str, ending: str) -> str:
     head, _, name = path.rpartition("/")
     raw = name.encode("utf-8")

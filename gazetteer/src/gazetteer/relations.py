@@ -34,6 +34,7 @@ class Dependency(msgspec.Struct, frozen=True, array_like=True):
         name: The name taken from it, or empty.
         targets: Files of the repository.
         distribution: What provides it otherwise.
+        typing: Whether it is there for type checkers alone.
     """
 
     line: int
@@ -41,6 +42,7 @@ class Dependency(msgspec.Struct, frozen=True, array_like=True):
     name: str
     targets: tuple[str, ...]
     distribution: str
+    typing: bool = False
 
 
 class Context(msgspec.Struct, frozen=True, array_like=True):
@@ -51,7 +53,8 @@ class Context(msgspec.Struct, frozen=True, array_like=True):
         imported_by: Files that import it.
         linked_from: Documents that link to it.
         tests: Tests that import it or name what it defines, with how.
-        layer: Longest way down the import graph; 0 imports nothing of the repository.
+        layer: Longest way down the import graph; 0 imports nothing of the repository. Imports for
+            type checkers count neither here nor in ``cycle``.
         layers: Number of layers.
         cycle: Other files that it imports and that import it, directly or not.
         together: Files that commits change with it, and how often.
@@ -151,6 +154,7 @@ def relate(
     """
     dependencies: dict[str, tuple[Dependency, ...]] = {}
     imports: dict[str, tuple[str, ...]] = {}
+    running: dict[str, tuple[str, ...]] = {}
     backwards: dict[str, list[str]] = defaultdict(list)
     links: dict[str, list[str]] = defaultdict(list)
     for path, fact in facts.items():
@@ -158,16 +162,17 @@ def relate(
         for item in fact.imports:
             targets = resolver.targets(path, item)
             outside = "" if targets else resolver.distribution(path, item)
-            found.append(Dependency(item.line, item.module, item.name, targets, outside))
+            found.append(Dependency(item.line, item.module, item.name, targets, outside, item.style == "typing"))
         dependencies[path] = tuple(found)
         imports[path] = tuple(sorted({t for d in found for t in d.targets}))
+        running[path] = tuple(sorted({t for d in found for t in d.targets if not d.typing}))
         prose = grammars.languages()[fact.language].prose if fact.language else True
         for target in imports[path]:
             (links if prose else backwards)[target].append(path)
         if prose:
-            imports[path] = ()
+            imports[path] = running[path] = ()
     imported_by = {path: tuple(backwards.get(path, ())) for path in facts}
-    layers, cycles = _layers(imports)
+    layers, cycles = _layers(running)
     count = max(layers.values(), default=-1) + 1
     naming = _tests_naming(facts)
     contexts: dict[str, Context] = {}

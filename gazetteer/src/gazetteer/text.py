@@ -111,6 +111,8 @@ def split_commas(text: str) -> list[str]:
 
 def split_scope(name: str) -> tuple[str, str]:
     """Split ``ns::Class::name`` into its scope and its last part; template arguments stay whole."""
+    if "::" not in name:
+        return "", name
     depth = 0
     cut = -1
     for at, char in enumerate(name):

@@ -53,6 +53,9 @@
 (function_definition "async" @_async) @in.async
 (function_definition) @in.function
 (lambda) @in.function
+; imports that are there for type checkers alone
+((if_statement condition: [(identifier) @_c (attribute attribute: (identifier) @_c)] consequence: (_) @in.typing)
+  (#eq? @_c "TYPE_CHECKING"))
 
 ; Security
 ((call function: (identifier) @_f) @find.eval (#any-of? @_f "eval" "exec"))

@@ -211,9 +211,9 @@ def _architecture(page: Page, context: Context, own: str) -> None:
 
 
 def _layer(context: Context) -> str:
-    if not context.imports:
-        return f"Layer 0 of the import graph: it imports no other file of the repository (the top layer is {context.layers - 1})"
-    return f"Layer {context.layer} of the import graph (0 imports nothing of the repository, {context.layers - 1} is the top)"
+    if not context.layer:
+        return f"Layer 0 of the import graph: to run, it needs no other file of the repository (the top layer is {context.layers - 1})"
+    return f"Layer {context.layer} of the import graph (0 needs nothing of the repository, {context.layers - 1} is the top)"
 
 
 def _cycle(context: Context, own: str) -> str:
@@ -231,7 +231,7 @@ def _dependencies(page: Page, fact: FileFacts, context: Context, places: Places,
     for item in context.dependencies:
         name = item.name or item.module
         for target in item.targets:
-            inside[target].append(f"{code(name)} ({_at(places, own, fact.path, item.line)})")
+            inside[target].append(f"{code(name)} ({_at(places, own, fact.path, item.line)}{', for types' if item.typing else ''})")
         if not item.targets:
             whole = f"{item.module}.{item.name}" if item.name and item.name != "*" else item.module
             if item.distribution:

@@ -193,11 +193,17 @@ def _letter(name: str) -> str:
 def keyword_lines(own: str, symbols: Sequence[tuple[Symbol, str]], places: Places, strip: int) -> list[tuple[str, list[str]]]:
     """Return the lines of an A to Z index: each name once, with every place that defines it."""
     letters: dict[str, list[str]] = {}
+    shown: dict[str, tuple[str, str]] = {}
     for name, group in groupby(symbols, key=lambda pair: pair[0].name):
-        spots = [
-            f"{s.label or s.kind.value} {link(code(f'{path[strip:]}:{s.line}'), places.source(own, path, s.line))}"
-            for s, path in group
-        ]
+        spots = []
+        for symbol, path in group:
+            if path not in shown:
+                shown[path] = (code(path[strip:])[:-1], places.source(own, path))
+            label, target = shown[path]
+            if label.startswith("``"):  # a name with backticks: the line stands outside
+                spots.append(f"{symbol.label or symbol.kind.value} [{label}`]({target}#L{symbol.line}) line {symbol.line}")
+            else:
+                spots.append(f"{symbol.label or symbol.kind.value} [{label}:{symbol.line}`]({target}#L{symbol.line})")
         letters.setdefault(_letter(name), []).append(f"**{code(name)}**: {', '.join(spots)}")
     return sorted(letters.items(), key=lambda pair: (pair[0] == "Other", pair[0]))
 

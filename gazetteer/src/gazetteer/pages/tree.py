@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ class Tree:
         self.facts = facts
         self.relations = relations
         self.purposes = purposes
+        self._paths = list(facts)
+        self._rank_symbols()
         self.files: dict[str, list[str]] = defaultdict(list)
         self.folders: dict[str, list[str]] = defaultdict(list)
         self.below: Counter[str] = Counter()
@@ -64,8 +67,11 @@ class Tree:
 
     def subtree(self, folder: str) -> list[str]:
         """Return every file under a folder, in order of path."""
-        prefix = folder + "/" if folder else ""
-        return [path for path in self.facts if path.startswith(prefix)] if prefix else list(self.facts)
+        if not folder:
+            return self._paths
+        # Paths with a common beginning lie together in their order.
+        first = bisect.bisect_left(self._paths, folder + "/")
+        return self._paths[first : bisect.bisect_left(self._paths, folder + "0", first)]
 
     def fan_in(self, path: str) -> int:
         """Return how many files import a file."""
@@ -121,6 +127,16 @@ class Tree:
 
     def symbols(self, folder: str) -> list[tuple[Symbol, str]]:
         """Return every symbol under a folder with its file, sorted by name without regard to case."""
-        found = [(s, path) for path in self.subtree(folder) for s in self.facts[path].symbols]
-        found.sort(key=lambda pair: (pair[0].name.lower(), pair[0].name, pair[1], pair[0].line))
-        return found
+        ranks: list[int] = []
+        for path in self.subtree(folder):
+            ranks += self._ranks[path]
+        ranks.sort()
+        return [self._symbols[rank] for rank in ranks]
+
+    def _rank_symbols(self) -> None:
+        """Sort all symbols once; a folder's are then put in order by their numbers."""
+        self._symbols = [(s, path) for path, fact in self.facts.items() for s in fact.symbols]
+        self._symbols.sort(key=lambda pair: (pair[0].name.lower(), pair[0].name, pair[1], pair[0].line))
+        self._ranks: dict[str, list[int]] = {path: [] for path in self.facts}
+        for rank, (_, path) in enumerate(self._symbols):
+            self._ranks[path].append(rank)
