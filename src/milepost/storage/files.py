@@ -100,7 +100,7 @@ class LocalNewFile:
                     os.ftruncate(self._descriptor, size)
                 if sync:
                     with wrapped("fsync", self._path):
-                        os.fsync(self._descriptor)
+                        syscalls.sync(self._descriptor)
             except BaseException:
                 self.discard()
                 raise

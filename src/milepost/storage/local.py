@@ -257,7 +257,7 @@ class LocalStorage:
         with wrapped("sync folder", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                os.fsync(descriptor)
+                syscalls.sync(descriptor)
             except OSError as error:
                 if error.errno not in syscalls.UNSUPPORTED:  # network file systems without folder fsync
                     raise
@@ -269,7 +269,7 @@ class LocalStorage:
             try:
                 # Over NFS an exclusive lock needs a descriptor open for writing.
                 descriptor = os.open(path, _FILE_FLAGS | (os.O_RDWR if exclusive else 0))
-            except (PermissionError, OSError) as error:
+            except OSError as error:
                 if not exclusive or error.errno not in {errno.EACCES, errno.EROFS}:
                     raise
                 descriptor = os.open(path, _FILE_FLAGS)
