@@ -86,7 +86,7 @@ def disable_direct(descriptor: int) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Returns when a file or folder is durable. (A plain ``fsync`` of macOS stops at the drive's cache.)"""
+    """Returns when a file or folder is durable; a plain ``fsync`` of macOS stops at the drive's cache."""
     if sys.platform == "darwin":
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
@@ -324,7 +324,7 @@ def lower_priority(nice: int, *, idle_io: bool) -> None:
 
 
 def watch_process(pid: int) -> int | None:
-    """A descriptor that can be read as soon as the process has ended, or None where there is no such thing."""
+    """A descriptor that can be read once the process has ended, or None where there is none."""
     try:
         return os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
     except OSError:
