@@ -11,6 +11,7 @@ Modules, each importing only from those below it:
     waiting | attachments | recover            its tools, and what dead attempts left
     publish | claim | listing                  taking a place; who works there; what is there
     locate
+    marks                                      when a folder holds a whole checkpoint
     hidden | ids                               names and contents
 """
 

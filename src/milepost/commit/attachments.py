@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH118
 import os
 from collections.abc import Callable
 from contextlib import suppress

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH100, PTH118
 import logging
 import os
 from contextlib import suppress
@@ -19,7 +18,6 @@ from milepost.commit.hidden import (
     AbortMark,
     Beacon,
     abort_name,
-    assemble,
     beacon_name,
     join_hidden,
     list_names,
@@ -30,6 +28,7 @@ from milepost.commit.hidden import (
     siblings,
 )
 from milepost.commit.ids import process_id
+from milepost.commit.marks import assemble
 from milepost.commit.publish import publish, published_manifest, remove_tree
 from milepost.commit.recover import clean_up, commit_manifest, roll_forward
 from milepost.commit.waiting import Wait, raise_if_aborted, timeout_error
@@ -60,9 +59,7 @@ _BEACON_SECONDS = 0.25
 
 
 class Attempt:
-    """One rank's part in one try at one path.
-
-    Made by `begin`; used by one thread at a time, in the process that made it. `close` ends it.
+    """One rank's part in one try at one path. For one thread at a time, in the process that made it.
 
     Attributes:
         path: The absolute path of the checkpoint.
@@ -155,7 +152,7 @@ class Attempt:
             try:
                 self._begin(private=private)
             except BaseException:
-                self._release()
+                self.close()
                 raise
         return self
 

@@ -6,7 +6,6 @@ The lock ends with the process, so that whoever gets it exclusively knows that a
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH118, PTH119, PTH120
 import os
 import secrets
 import socket
@@ -17,8 +16,23 @@ from dataclasses import dataclass
 
 import msgspec
 
-from milepost.commit.hidden import MAX_SMALL_BYTES, NOTE_NAME, Hidden, Note, list_names, opened, shown
-from milepost.errors import CommitError, CorruptCheckpointError, EntryExistsError, EntryNotFoundError
+from milepost.commit.hidden import (
+    MAX_SMALL_BYTES,
+    NOTE_NAME,
+    Hidden,
+    Note,
+    list_names,
+    opened,
+    shown,
+    stem_of,
+)
+from milepost.errors import (
+    CommitError,
+    CorruptCheckpointError,
+    EntryExistsError,
+    EntryNotFoundError,
+    StorageError,
+)
 from milepost.storage import Lock, Storage
 from milepost.storage.writing import publish_bytes, write_bytes
 
@@ -50,8 +64,10 @@ def encode_note(
     path: str, attempt: str, *, world_size: int = 0, process: str = "", private: bool = False
 ) -> bytes:
     """The bytes of an ``attempt.json``."""
+    name = os.path.basename(path)
     note = Note(
-        name=shown(os.path.basename(path)),
+        name=shown(name),
+        stem=shown(stem_of(name)),
         attempt=attempt,
         world_size=world_size,
         process=process,
@@ -87,11 +103,17 @@ def claim(storage: Storage, folder: str, note: bytes, clock: Clock) -> Lock:
     while clock.monotonic() <= deadline:
         with suppress(EntryExistsError):
             storage.make_folder(folder, private=True)
-        with suppress(EntryNotFoundError):  # another saver removed the folder, as it was empty: again
+        try:
             lock = _lock_note(storage, folder, note)
-            if lock is not None:
-                return lock
-            clock.sleep(0.01)
+        except EntryNotFoundError:  # another saver removed the folder, as it was empty: again
+            continue
+        except StorageError:
+            with suppress(StorageError):
+                storage.remove(folder)  # if nobody else has begun in it
+            raise
+        if lock is not None:
+            return lock
+        clock.sleep(0.01)
     raise CommitError(f"the folder of this attempt is being cleared, without an end: {folder}", path=folder)
 
 
@@ -101,15 +123,19 @@ def _lock_note(storage: Storage, folder: str, note: bytes) -> Lock | None:
         # Locked before it has its name: there is no moment in which it looks abandoned.
         aside = os.path.join(folder, f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp")
         write_bytes(storage, aside, note, sync=False)
-        lock = storage.lock(aside)
+        lock = None
         try:
+            lock = storage.lock(aside)
             storage.rename(aside, path, "create")
-        except EntryExistsError:
-            storage.remove(aside)
+        except StorageError as error:
+            if lock is not None:
+                lock.release()
+            with suppress(StorageError):
+                storage.remove(aside)
+            if not isinstance(error, EntryExistsError):
+                raise
         else:
             return lock
-        if lock is not None:
-            lock.release()
     before = _read_note(storage, folder)
     lock = storage.lock(path)
     if lock is not None and (before is None or _read_note(storage, folder) != before):

@@ -7,14 +7,13 @@ checkpoint; with a manifest of another attempt it is the one that was exchanged 
 """
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH118
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,23 +21,16 @@ from typing import TypeVar
 import msgspec
 
 from milepost.errors import (
-    CommitError,
     CorruptCheckpointError,
     EntryNotFoundError,
     StorageError,
-    UnsupportedFormatError,
 )
 from milepost.manifest import (
     MANIFEST_NAME,
-    MAX_INDEX_BYTES,
     MAX_MANIFEST_BYTES,
     FileDigest,
     Manifest,
-    Mark,
     decode_manifest,
-    decode_mark,
-    digest,
-    index_name,
 )
 from milepost.storage import Folder, Storage
 
@@ -52,16 +44,15 @@ __all__ = [
     "Hidden",
     "Note",
     "abort_name",
-    "assemble",
     "beacon_name",
-    "checked_manifest",
+    "belongs",
     "data_rank",
     "file_digest",
     "index_rank",
     "is_own",
     "join_hidden",
-    "missing_files",
     "names_of",
+    "numbers",
     "opened",
     "ranks_in",
     "read_abort_marks",
@@ -70,6 +61,7 @@ __all__ = [
     "read_note",
     "shown",
     "siblings",
+    "stem_of",
 ]
 
 NOTE_NAME = "attempt.json"
@@ -97,6 +89,7 @@ class Note(msgspec.Struct, kw_only=True):
 
     Attributes:
         name: The checkpoint's name, as `shown` gives it.
+        stem: What stands for it in the folder's name: the name, or a part of it with a hash.
         attempt: Id of the attempt.
         world_size: How many ranks take part.
         process: Random id of the process that wrote this.
@@ -108,6 +101,7 @@ class Note(msgspec.Struct, kw_only=True):
 
     format: str = "milepost.attempt"
     name: str
+    stem: str
     attempt: str
     world_size: int
     process: str
@@ -196,7 +190,8 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "surrogatepass").decode("utf-8", "backslashreplace")
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
+    """What stands for a checkpoint's name in the names of its hidden folders."""
     raw = os.fsencode(name)
     if len(raw) <= _MAX_STEM_BYTES:
         return name
@@ -209,13 +204,13 @@ def join_hidden(path: str, attempt: str, suffix: str = PARTIAL) -> str:
     if not _ATTEMPT.fullmatch(attempt):
         raise ValueError(f"an attempt id has 1 to 64 characters of A-Z a-z 0-9 _ -, not {attempt!r}")
     parent, name = os.path.split(path)
-    return os.path.join(parent, f".{_stem(name)}.{attempt}{suffix}")
+    return os.path.join(parent, f".{stem_of(name)}.{attempt}{suffix}")
 
 
 def siblings(storage: Storage, path: str) -> list[Hidden]:
     """The hidden folders beside `path` that may belong to it, by their names alone."""
     parent, name = os.path.split(path)
-    start = f".{_stem(name)}."
+    start = f".{stem_of(name)}."
     found = []
     for entry in names_of(storage, parent) or ():
         for suffix in (PARTIAL, REPLACED):
@@ -279,6 +274,12 @@ def read_note(folder: Folder) -> Note | None:
     return _read_small(folder, NOTE_NAME, Note)
 
 
+def belongs(note: Note, folder: Folder, attempt: str) -> bool:
+    """Whether a note is that of this attempt at the path to which the hidden folder belongs by its name."""
+    parts = looks_hidden(os.path.basename(folder.path))
+    return parts is not None and note.attempt == attempt and note.stem == shown(parts[0])
+
+
 def read_beacons(folder: Folder, names: Iterable[str]) -> dict[int, Beacon]:
     """The last words of each rank."""
     found = (_read_small(folder, name, Beacon) for name in names if name.startswith("state_"))
@@ -318,163 +319,9 @@ def file_digest(folder: Folder, name: str) -> FileDigest:
         file.close()
 
 
-def missing_files(folder: Folder, manifest: Manifest) -> list[str]:
-    """What does not fit the manifest: files that are absent, no files, or of another size."""
-    listed: list[tuple[str, int]] = [(file.name, file.size) for file in manifest.indexes]
-    listed += [(file.name, file.size) for file in manifest.files]
-    listed += [(file.name, file.size) for file in manifest.attachments]
-    if manifest.shards:
-        listed.append((manifest.shards.name, manifest.shards.size))
-    problems = []
-    for name, size in listed:
-        try:
-            found = folder.stat(name)
-        except (CorruptCheckpointError, StorageError):
-            found = None
-        if found is None:
-            problems.append(f"{name} is missing")
-        elif found.kind != "file":
-            problems.append(f"{name} is a {found.kind}, not a file")
-        elif found.size_bytes != size:
-            problems.append(f"{name} has {found.size_bytes} bytes instead of {size}")
-    return problems
-
-
-def assemble(folder: Folder, attempt: str, ranks: set[int], *, live: bool) -> Manifest | None:
-    """The manifest of a full set of marks; None if it is not full, or a file of it is not there.
-
-    Everybody who assembles the same folder gets the same bytes.
-
-    Args:
-        folder: The attempt's folder.
-        attempt: Its id.
-        ranks: The ranks whose marks are there.
-        live: Nothing was lost since the marks were written (no power cut). Then an attachment that
-            is gone was a passing file of another rank's hook, and not one that was lost.
-
-    Raises:
-        CommitError: The marks contradict each other.
-        CorruptCheckpointError: A mark is damaged.
-    """
-    marks: list[Mark] = []
-    indexes: list[FileDigest] = []
-    for rank in range(len(ranks)):
-        if rank not in ranks:
-            return None
-        name = index_name(rank)
-        try:
-            data = folder.read(name, MAX_INDEX_BYTES)
-        except EntryNotFoundError:
-            return None
-        mark = decode_mark(data, os.path.join(folder.path, name))
-        if rank == 0 and mark.world_size > len(ranks):
-            return None
-        marks.append(mark)
-        indexes.append(digest(name, data))
-    if not marks:
-        return None
-    _check_agreement(attempt, marks)
-    attachments = _attachments(folder, marks, live=live)
-    if attachments is None:
-        return None
-    manifest = Manifest(
-        requires=sorted({feature for mark in marks for feature in mark.requires}),
-        attempt=attempt,
-        world_size=len(marks),
-        time=max(mark.time for mark in marks),
-        step=marks[0].step,
-        metadata=marks[0].metadata,
-        writer=marks[0].writer,
-        indexes=indexes,
-        files=[file for mark in marks for file in mark.files],
-        attachments=attachments,
-    )
-    return None if missing_files(folder, manifest) else manifest
-
-
-def _check_agreement(attempt: str, marks: list[Mark]) -> None:
-    facts: Mapping[str, list[object]] = {
-        "attempt": [mark.attempt for mark in marks],
-        "world size": [mark.world_size for mark in marks],
-        "step": [mark.step for mark in marks],
-        "state they share": [mark.agreement for mark in marks],
-    }
-    for fact, values in facts.items():
-        expected = {"attempt": attempt, "world size": len(marks)}.get(fact, values[0])
-        other = [rank for rank, value in enumerate(values) if value != expected]
-        if other:
-            raise CommitError(
-                f"the ranks disagree on the {fact}: expected {expected!r}, "
-                f"rank {other[0]} has {values[other[0]]!r}"
-                + (f" (as have ranks {numbers(other[1:])})" if other[1:] else ""),
-                rank=other[0],
-                phase="commit",
-                hint="all ranks must save the same step with the same arguments; look at these ranks' logs",
-            )
-    for rank, mark in enumerate(marks):
-        if mark.rank != rank:
-            raise CommitError(
-                f"the mark {index_name(rank)} says it is rank {mark.rank}'s",
-                rank=rank,
-                phase="commit",
-            )
-    names = [file.name for mark in marks for file in mark.files]
-    if len(set(names)) != len(names):
-        raise CommitError("two ranks wrote a data file of the same name", phase="commit")
-
-
-def _attachments(folder: Folder, marks: list[Mark], *, live: bool) -> list[FileDigest] | None:
-    """Each attachment once. What several ranks saw differently is settled by the file itself."""
-    seen: dict[str, set[FileDigest]] = {}
-    for mark in marks:
-        for file in mark.attachments:
-            seen.setdefault(file.name, set()).add(file)
-    settled = []
-    for name, digests in sorted(seen.items()):
-        found = folder.stat(name)
-        if found is None:
-            if not live:
-                return None
-            continue
-        if len(digests) == 1 and live:
-            settled.append(next(iter(digests)))
-            continue
-        actual = file_digest(folder, name)
-        if actual not in digests:
-            raise CommitError(f"the attachment {name!r} was changed after pre_commit", phase="commit")
-        settled.append(actual)
-    return settled
-
-
 def numbers(ranks: Iterable[int], limit: int = 10) -> str:
+    """Ranks for a message: the first few of them."""
     listed = sorted(ranks)
     return ", ".join(map(str, listed[:limit])) + (
         f" and {len(listed) - limit} more" if listed[limit:] else ""
     )
-
-
-def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep: bool) -> Manifest | None:
-    """The manifest of a hidden folder that holds a whole checkpoint of `attempt`, else None.
-
-    It has a manifest of this attempt, or a full set of marks and no abort mark; and all files are there
-    with their sizes. After a power cut a mark or manifest may be there without them.
-
-    Args:
-        folder: The hidden folder.
-        attempt: The attempt in its name.
-        names: What is in it.
-        deep: Compare indexes and attachments with the manifest's hashes as well.
-    """
-    names = set(names)
-    try:
-        if MANIFEST_NAME in names:
-            manifest = read_manifest(folder)
-            if manifest is None or manifest.attempt != attempt or missing_files(folder, manifest):
-                return None
-            hashed = (*manifest.indexes, *manifest.attachments) if deep else ()
-            return manifest if all(file_digest(folder, file.name) == file for file in hashed) else None
-        if is_aborted(names):
-            return None
-        return assemble(folder, attempt, ranks_in(names), live=False)
-    except (CommitError, CorruptCheckpointError, UnsupportedFormatError, EntryNotFoundError):
-        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH100
 import hashlib
 import os
 import secrets

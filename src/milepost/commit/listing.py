@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH100, PTH118
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,13 +12,11 @@ from milepost.commit.hidden import (
     AbortMark,
     Beacon,
     Note,
-    checked_manifest,
     data_rank,
     index_rank,
     is_own,
     list_names,
     looks_hidden,
-    missing_files,
     names_of,
     numbers,
     opened,
@@ -30,6 +27,7 @@ from milepost.commit.hidden import (
     read_note,
 )
 from milepost.commit.locate import has_identity
+from milepost.commit.marks import checked_manifest, missing_files
 from milepost.errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError, StorageError
 from milepost.manifest import MANIFEST_NAME, Manifest
 from milepost.storage import Folder, Storage

@@ -1,7 +1,6 @@
 """Finding checkpoints: the one to load at a path, and all that lie in a folder."""
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH100, PTH118, PTH119
 from __future__ import annotations
 
 import difflib
@@ -13,18 +12,17 @@ from dataclasses import dataclass
 from milepost.commit.hidden import (
     NOTE_NAME,
     Hidden,
-    checked_manifest,
     data_rank,
     index_rank,
     list_names,
     looks_hidden,
-    missing_files,
     names_of,
     opened,
     read_manifest,
     shown,
     siblings,
 )
+from milepost.commit.marks import checked_manifest, missing_files
 from milepost.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

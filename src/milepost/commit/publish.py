@@ -6,7 +6,6 @@ user, and moves along into the new checkpoint.
 """
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH100, PTH118, PTH120
 from __future__ import annotations
 
 import errno
@@ -119,16 +118,14 @@ def _what_is_at(storage: Storage, path: str) -> Literal["nothing", "empty", "che
             phase="check",
             hint="save to another path, or make the folder writable",
         )
-    for final in (False, True):
-        try:
+    for _ in range(3):
+        with suppress(
+            TargetError, EntryNotFoundError
+        ):  # a folder that is being replaced may look like anything
             return _content(storage, path)
-        except EntryNotFoundError:
-            return _what_is_at(storage, path)
-        except TargetError:
-            # A folder that is being replaced just now may look like anything.
-            if final:
-                raise
-    raise AssertionError
+        if storage.stat(path) is None:
+            return "nothing"
+    return _content(storage, path)
 
 
 def _content(storage: Storage, path: str) -> Literal["empty", "checkpoint", "plain"]:

@@ -6,7 +6,6 @@ hold the lock on its ``attempt.json``.
 """
 
 # Paths are str, here as in the storage package.
-# ruff: noqa: PTH100, PTH118, PTH119, PTH120
 from __future__ import annotations
 
 import logging
@@ -17,7 +16,7 @@ from milepost.commit.claim import encode_note, take_over
 from milepost.commit.hidden import (
     NOTE_NAME,
     Hidden,
-    checked_manifest,
+    belongs,
     is_note_aside,
     list_names,
     names_of,
@@ -26,9 +25,9 @@ from milepost.commit.hidden import (
     read_beacons,
     read_manifest,
     read_note,
-    shown,
     siblings,
 )
+from milepost.commit.marks import checked_manifest
 from milepost.commit.publish import publish, published_manifest, remove_tree, retire, sweep
 from milepost.errors import (
     EntryExistsError,
@@ -204,7 +203,7 @@ def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str |
     published = published_manifest(storage, path)
     if manifest is not None and manifest.attempt != hidden.attempt:
         return "replaced" if published is not None else None
-    if not _says_so(folder, path, hidden, names):
+    if not _says_so(folder, hidden, names):
         plain = manifest is None and NOTE_NAME not in names
         return "replaced" if plain and published is not None and published.attempt == hidden.attempt else None
     whole = checked_manifest(folder, hidden.attempt, names, deep=False)
@@ -213,14 +212,14 @@ def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str |
     return "dead"
 
 
-def _says_so(folder: Folder, path: str, hidden: Hidden, names: list[str]) -> bool:
+def _says_so(folder: Folder, hidden: Hidden, names: list[str]) -> bool:
     """Whether the folder's content says that it is this attempt at this path.
 
     ``attempt.json`` is not fsynced: after a power cut a beacon or a mark may have to speak for it.
     """
     note = read_note(folder)
     if note is not None:
-        return note.attempt == hidden.attempt and note.name == shown(os.path.basename(path))
+        return belongs(note, folder, hidden.attempt)
     if any(beacon.attempt == hidden.attempt for beacon in read_beacons(folder, names).values()):
         return True
     for rank in sorted(ranks_in(names))[:1]:
