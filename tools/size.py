@@ -14,7 +14,7 @@ from pathlib import Path
 
 WARN_LINES = 400
 MAX_LINES = 480
-MAX_TOTAL_LINES = 7000
+MAX_TOTAL_CODE_LINES = 10_000
 
 REASONS: dict[str, str] = {}
 """Modules that may be longer than MAX_LINES, each with the reason."""
@@ -68,10 +68,12 @@ def main() -> int:
     for name in sorted(REASONS.keys() - {name for name, lines in sizes.items() if lines > MAX_LINES}):
         failed = True
         print(f"tools/size.py has a reason for {name}, which needs none")
-    total = sum(sizes.values())
-    failed = failed or total > MAX_TOTAL_LINES
-    verdict = f"in all, of {MAX_TOTAL_LINES}{' TOO LONG' if total > MAX_TOTAL_LINES else ''}"
-    print(f"{total:6}{sum(code.values()):7}  {verdict}")
+    total = sum(code.values())
+    failed = failed or total > MAX_TOTAL_CODE_LINES
+    verdict = (
+        f"in all, of {MAX_TOTAL_CODE_LINES} of code{' TOO LONG' if total > MAX_TOTAL_CODE_LINES else ''}"
+    )
+    print(f"{sum(sizes.values()):6}{total:7}  {verdict}")
     return int(failed)
 
 

@@ -24,8 +24,8 @@ if sys.byteorder != "little":
     raise ImportError("Milepost needs a little-endian host: its files hold tensors as they are in memory.")
 
 if TYPE_CHECKING:
-    from milepost.builder import make_sync_checkpointer
-    from milepost.config import CheckpointerConfig
+    from milepost.builder import make_async_checkpointer, make_sync_checkpointer
+    from milepost.config import AsyncConfig, CheckpointerConfig
     from milepost.errors import (
         CheckpointNotFoundError,
         CommitError,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncConfig",
     "CheckpointNotFoundError",
     "CheckpointerConfig",
     "CommitError",
@@ -58,12 +59,15 @@ __all__ = [
     "StorageError",
     "TargetError",
     "__version__",
+    "make_async_checkpointer",
     "make_sync_checkpointer",
 ]
 
 _HOMES = {
+    "AsyncConfig": "config",
     "CheckpointerConfig": "config",
     "RankInfo": "types",
+    "make_async_checkpointer": "builder",
     "make_sync_checkpointer": "builder",
 }
 """The module that defines each exported name; the errors are all in `errors`."""

@@ -99,7 +99,7 @@ class TCPStoreBarrier(Barrier):
 
     barrier_type = "tcp_store"
 
-    def __init__(  # noqa: PLR0917 - the contract's arguments
+    def __init__(
         self,
         global_rank: int,
         global_world_size: int,

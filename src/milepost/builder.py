@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import torch.distributed as dist
 
 from milepost.barriers import create_barrier_from_config
+from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, WriterHook
-from milepost.checkpointer import SyncCheckpointer
-from milepost.config import CheckpointerConfig, validate
+from milepost.checkpointer import AsyncCheckpointer, SyncCheckpointer
+from milepost.config import CheckpointerConfig, CheckpointWriterConfig, validate
 from milepost.errors import ConfigError
+from milepost.staging import DefaultStager
 from milepost.types import RankInfo
 
-__all__ = ["make_sync_checkpointer"]
+__all__ = [
+    "default_subprocess_init_fn",
+    "default_writer_init_fn",
+    "make_async_checkpointer",
+    "make_sync_checkpointer",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def make_sync_checkpointer(
@@ -41,6 +55,93 @@ def make_sync_checkpointer(
         commit_hook,
     )
     return SyncCheckpointer(writer, CheckpointReader(rank_info))
+
+
+def default_subprocess_init_fn(*args: Any) -> None:
+    """What the checkpoint process calls first unless you say otherwise: nothing."""
+
+
+def default_writer_init_fn(rank_info: RankInfo) -> CheckpointWriter:
+    """The writer that the checkpoint process uses unless you say otherwise."""
+    return CheckpointWriter(CheckpointWriterConfig(), rank_info)
+
+
+def make_async_checkpointer(
+    config: CheckpointerConfig | None = None,
+    rank_info: RankInfo | None = None,
+    subprocess_init_fn: Callable[..., Any] = default_subprocess_init_fn,
+    subprocess_init_args: tuple[Any, ...] = (),
+    checkpoint_writer_init_fn: Callable[..., Any] = default_writer_init_fn,
+    checkpoint_writer_init_args: dict[str, Any] | None = None,
+    *,
+    commit_hook: WriterHook | None = None,
+) -> AsyncCheckpointer:
+    """A checkpointer whose ``save`` returns as soon as the state is copied.
+
+    Args:
+        config: Options of all parts; the defaults work anywhere.
+        rank_info: This rank; by default that of the default process group, else rank 0 of 1.
+        subprocess_init_fn: Called in the checkpoint process first, with `subprocess_init_args`.
+        subprocess_init_args: Its arguments.
+        checkpoint_writer_init_fn: Called there with `checkpoint_writer_init_args` by keyword, and
+            ``rank_info``; returns the writer to use instead of Milepost's own.
+        checkpoint_writer_init_args: Its arguments.
+        commit_hook: Called around the commit of each checkpoint, in the checkpoint process.
+
+    Raises:
+        ConfigError: An option is not right; names it.
+        ValueError: The barrier's type is unknown.
+        AssertionError: ``use_non_blocking_copy=True`` without an accelerator.
+    """
+    config = CheckpointerConfig() if config is None else config
+    validate(config)
+    rank_info = _checked_rank(rank_info)
+    options = config.async_config
+    if options.when_busy == "skip" and rank_info.global_world_size > 1:
+        raise ConfigError('async_config.when_busy="skip" with several ranks would skip different saves')
+    if config.barrier_config.barrier_type == "dist_barrier":
+        raise ConfigError(
+            "dist_barrier cannot be used with an async checkpointer: it would use the training's process "
+            "group from another thread",
+            hint='use barrier_type="tcp_store", or no barrier',
+        )
+    own = (
+        subprocess_init_fn is default_subprocess_init_fn
+        and checkpoint_writer_init_fn is default_writer_init_fn
+        and not checkpoint_writer_init_args
+    )
+    reader = CheckpointReader(rank_info)
+    fallback: CheckpointWriter | None = None
+    checkpointers: list[weakref.ref[AsyncCheckpointer]] = []
+
+    def on_progress(target: str, phase: str, done: int, size: int) -> None:
+        checkpointer = checkpointers[0]() if checkpointers else None
+        if checkpointer is not None:
+            checkpointer.on_progress(target, phase, done, size)
+
+    stager = DefaultStager(config.staging_config)
+    if own:
+        barrier = create_barrier_from_config(config.barrier_config)
+        lean = LeanWriter(config.writer_config, barrier, commit_hook)
+        process = CheckpointProcess(rank_info, config.process_config, lean=lean, on_progress=on_progress)
+        fallback = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook)
+    else:
+        if commit_hook is not None or config.barrier_config.barrier_type is not None:
+            logger.warning(
+                "a writer of your own gets its own arguments only: no barrier_config and no commit_hook"
+            )
+        process = CheckpointProcess(
+            rank_info,
+            config.process_config,
+            subprocess_init_fn,
+            subprocess_init_args,
+            checkpoint_writer_init_fn,
+            checkpoint_writer_init_args,
+            on_progress=on_progress,
+        )
+    checkpointer = AsyncCheckpointer(stager, process, reader, config=options, fallback=fallback)
+    checkpointers.append(weakref.ref(checkpointer))
+    return checkpointer
 
 
 def _checked_rank(rank_info: RankInfo | None) -> RankInfo:

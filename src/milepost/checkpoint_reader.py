@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import pickle
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, Literal, Self
-
-import torch
-from isal import isal_zlib
+from typing import Any
 
 from milepost.commit import Located, locate
 from milepost.errors import (
@@ -22,20 +14,15 @@ from milepost.errors import (
     error_context,
 )
 from milepost.manifest import (
-    CHUNK_BYTES,
-    DTYPE_BYTES,
     MAX_INDEX_BYTES,
     Index,
     data_name,
     decode_index,
     digest,
 )
-from milepost.rebuild import TensorBuilder
-from milepost.state import StateEncoder
+from milepost.sources import IndexedSource, PlainSource, Verify
 from milepost.storage import OpenFile, Storage, default_storage
-from milepost.storage.reading import Damage, Part, default_threads, read_parts
-from milepost.template import Fill, Match, copy_into, is_dense, match
-from milepost.tree import paths_of_tensors
+from milepost.template import Match
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused
 
@@ -43,8 +30,6 @@ __all__ = ["CheckpointReader"]
 
 logger = logging.getLogger(__name__)
 
-Verify = bool | Literal["first"]
-_ASIDE_BYTES = 64 << 20
 _SHOWN = 20
 
 
@@ -111,11 +96,11 @@ class CheckpointReader:
             located = locate(self._storage, path)
             try:
                 if located.manifest is None:
-                    source: _Plain | _Ours = _Plain(self._open_plain(located), map_location)
+                    source: PlainSource | IndexedSource = PlainSource(self._open_plain(located), map_location)
                 else:
                     with gc_paused():
                         index, file = self._open(located)
-                    source = _Ours(index, file, map_location, verify)
+                    source = IndexedSource(index, file, map_location, verify)
             finally:
                 located.folder.close()
             with source:
@@ -193,312 +178,3 @@ def _differences(path: str, found: Match, *, strict: bool = False) -> str:
             more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
             parts.append(f"{title} ({len(items)}): {'; '.join(items[:_SHOWN])}{more}")
     return f"the template and the checkpoint differ: {path}: " + ". ".join(parts)
-
-
-class _Plain:
-    """A file of plain ``torch.save``."""
-
-    def __init__(self, file: OpenFile, map_location: Any) -> None:
-        with _closing(file):
-            self._state = _torch_load(file.path, map_location)
-        self._path = file.path
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to release: torch holds the mapping."""
-
-    def whole(self) -> STATE_DICT:
-        """All of it, as ``torch.load`` returns it."""
-        state: STATE_DICT = self._state
-        return state
-
-    def match(self, template: STATE_DICT) -> Match:
-        """Take the loaded state apart as if it were to be saved, and match that."""
-        if not isinstance(self._state, dict):
-            raise MismatchError(f"the file holds a {type(self._state).__name__}, not a dict: {self._path}")
-        self._taken = StateEncoder().take_apart(self._state)
-        return match(template, self._taken.tree, self._taken.plan.tensors, self._taken.decode)
-
-    def fill(self, fills: Sequence[Fill]) -> None:
-        """Copy the tensors."""
-        for fill in fills:
-            copy_into(fill.target, self._taken.walk.tensors[fill.number])
-
-
-def _torch_load(path: str, map_location: Any) -> Any:
-    for mmap in (True, False):
-        try:
-            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CorruptCheckpointError(
-                f"torch.load refuses {path}: {str(error).splitlines()[0]}",
-                path=path,
-                hint="allow your own types with torch.serialization.add_safe_globals, and load again",
-            ) from error
-        except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-            if not mmap:
-                raise CorruptCheckpointError(
-                    f"torch.load cannot read {path}: {str(error).splitlines()[:1]}", path=path
-                ) from error
-    raise AssertionError("unreachable")
-
-
-class _Ours:
-    """A data file with its index."""
-
-    def __init__(self, index: Index, file: OpenFile, map_location: Any, verify: Verify) -> None:
-        self._index = index
-        self._file = file
-        self._verify = verify
-        self._relocate = _relocation(map_location)
-        self._chunks = index.records.chunks()
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._pending: list[int] = []
-        self._located: dict[int, str] = {}
-        for record, device in zip(index.tensors.record, index.tensors.device, strict=True):
-            self._located.setdefault(record, device)
-        self._builder = TensorBuilder(index, self._storage_of, self._bytes_of)
-        self._map: memoryview | None = None
-        self._filling = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    # -- without a template ------------------------------------------------------------------------
-
-    def whole(self) -> STATE_DICT:
-        """The whole state, over a private mapping of the file where that can be."""
-        self._map = self._file.map()
-        if self._map is not None and self._verify:
-            self._check_mapping(self._map)
-        elif self._map is None:
-            self._read_records(range(len(self._chunks) - 1))
-        state: STATE_DICT = self._builder.decode(self._index.tree)
-        if not isinstance(state, dict):
-            raise CorruptCheckpointError(
-                f"the index holds no state dict: {self._file.path}", path=self._file.path
-            )
-        return state
-
-    def _check_mapping(self, memory: memoryview) -> None:
-        """Check every chunk of every record in place, with several threads."""
-        records = self._index.records
-        jobs = [
-            (record, first, min(first + 64, self._chunks[record + 1]))
-            for record in range(len(self._chunks) - 1)
-            for first in range(self._chunks[record], self._chunks[record + 1], 64)
-        ]
-
-        def check(share: Sequence[tuple[int, int, int]]) -> list[Damage]:
-            damaged = []
-            for record, first, end in share:
-                stop = records.offset[record] + records.length[record]
-                offset = records.offset[record] + (first - self._chunks[record]) * CHUNK_BYTES
-                for chunk in range(first, end):
-                    found = isal_zlib.crc32(memory[offset : min(offset + CHUNK_BYTES, stop)])
-                    if found != records.crcs[chunk]:
-                        place = chunk - self._chunks[record]
-                        damaged.append(Damage(record, place, offset, records.crcs[chunk], found))
-                    offset += CHUNK_BYTES
-            return damaged
-
-        threads = default_threads()
-        with ThreadPoolExecutor(threads, "milepost-check") as pool:
-            shares = [jobs[start::threads] for start in range(threads)]
-            self._refuse([damage for found in pool.map(check, shares) for damage in found])
-
-    # -- into a template ---------------------------------------------------------------------------
-
-    def match(self, template: STATE_DICT) -> Match:
-        """Compare with the template; objects are read here, all else later."""
-        return match(template, self._index.tree, self._index.tensors, self._builder.decode)
-
-    def fill(self, fills: Sequence[Fill]) -> None:
-        """Read the tensors into their targets; verified as asked."""
-        with gc_paused():
-            direct, copies, aside = self._sort(fills)
-            parts = [self._part(record, direct[record].target.data_ptr()) for record in sorted(direct)]
-        if self._verify == "first":
-            self._read([self._part(record, None) for record in sorted({*direct, *aside})])
-        self._filling = True
-        self._read(parts)
-        for fill, source in copies:  # the same bytes, even where shape or dtype differ
-            length = self._index.records.length[self._index.tensors.record[fill.number]]
-            ctypes.memmove(fill.target.data_ptr(), source.target.data_ptr(), length)
-        for records in self._batches(sorted(aside)):
-            self._read_records(records)
-            for record in records:
-                for fill in aside[record]:
-                    copy_into(fill.target, self._builder.tensor(fill.number))
-                del self._storages[record]
-
-    def _sort(
-        self, fills: Sequence[Fill]
-    ) -> tuple[dict[int, Fill], list[tuple[Fill, Fill]], dict[int, list[Fill]]]:
-        """By record: what is read straight into place, what is copied from that, what is read aside."""
-        direct: dict[int, Fill] = {}
-        copies: list[tuple[Fill, Fill]] = []
-        aside: dict[int, list[Fill]] = {}
-        for fill in fills:
-            record = self._index.tensors.record[fill.number]
-            if not self._lands_directly(fill):
-                aside.setdefault(record, []).append(fill)
-            elif record in direct:
-                if direct[record].target.data_ptr() != fill.target.data_ptr():
-                    copies.append((fill, direct[record]))
-            else:
-                direct[record] = fill
-        return direct, copies, aside
-
-    def _lands_directly(self, fill: Fill) -> bool:
-        """Whether a record's bytes are the target's memory: they can be read straight into it."""
-        columns, number, target = self._index.tensors, fill.number, fill.target
-        length = self._index.records.length[columns.record[number]]
-        return (
-            target.is_cpu
-            and length == target.numel() * DTYPE_BYTES[columns.dtype[number]]
-            and is_dense(target)
-            and columns.byte_offset[number] == 0
-            and list(target.stride()) == columns.stride[number]
-            and target.is_conj() == (number in columns.conj)
-            and target.is_neg() == (number in columns.neg)
-        )
-
-    def _batches(self, records: Sequence[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        size = 0
-        for record in records:
-            if batch and size + self._index.records.length[record] > _ASIDE_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append(record)
-            size += self._index.records.length[record]
-        if batch:
-            yield batch
-
-    # -- records -----------------------------------------------------------------------------------
-
-    def _part(self, record: int, address: int | None) -> Part:
-        records = self._index.records
-        crcs = records.crcs[self._chunks[record] : self._chunks[record + 1]] if self._verify else None
-        return Part(records.offset[record], address, records.length[record], crcs, record)
-
-    def _read(self, parts: Sequence[Part]) -> None:
-        report = read_parts(self._file, parts, chunk_bytes=CHUNK_BYTES)
-        self._refuse(report.damaged)
-
-    def _read_records(self, records: Sequence[int]) -> None:
-        """Read records into new memory, on their devices."""
-        memory = {record: _memory(self._index.records.length[record]) for record in records}
-        self._read(
-            [self._part(record, storage.data_ptr() or None) for record, storage in sorted(memory.items())]
-        )
-        for record, storage in memory.items():
-            self._storages[record] = self._relocate(storage, self._located.get(record, "cpu"))
-
-    def _storage_of(self, record: int) -> torch.UntypedStorage:
-        if record not in self._storages:
-            length = self._index.records.length[record]
-            if self._map is None:
-                self._read_records([record])
-            elif length == 0:
-                self._storages[record] = _memory(0)
-            else:
-                start = self._index.records.offset[record]
-                data = torch.frombuffer(self._map[start : start + length], dtype=torch.uint8)
-                location = self._located.get(record, "cpu")
-                self._storages[record] = self._relocate(data.untyped_storage(), location)
-        return self._storages[record]
-
-    def _bytes_of(self, record: int) -> bytes:
-        offset, length = self._index.records.offset[record], self._index.records.length[record]
-        if self._map is not None:
-            return bytes(self._map[offset : offset + length])
-        data = bytearray(length)
-        if length:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(data))
-            self._read([self._part(record, address)])
-        return bytes(data)
-
-    def _refuse(self, damaged: Sequence[Damage]) -> None:
-        """Raise for chunks that failed their check, naming the keys they belong to."""
-        if not damaged:
-            return
-        keys = paths_of_tensors(self._index.tree)
-        where = []
-        for damage in damaged[:_SHOWN]:
-            names = [
-                keys.get(number, f"tensor {number}")
-                for number, record in enumerate(self._index.tensors.record)
-                if record == damage.tag
-            ]
-            where.append(
-                f"{' = '.join(names[:3]) or f'object {damage.tag}'} at byte {damage.offset} "
-                f"(CRC-32 {damage.expected:08x} expected, {damage.found:08x} found)"
-            )
-        raise CorruptCheckpointError(
-            f"{self._file.path} is damaged: {'; '.join(where)}"
-            + (f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""),
-            targets_modified=self._filling,
-            path=self._file.path,
-            hint="load another checkpoint; `milepost ls` on the folder above lists them",
-        )
-
-
-@contextmanager
-def _closing(file: OpenFile) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        file.close()
-
-
-def _memory(length: int) -> torch.UntypedStorage:
-    return torch.empty(length, dtype=torch.uint8, device="cpu").untyped_storage()
-
-
-Relocate = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
-
-
-def _relocation(map_location: Any) -> Relocate:
-    """A function that moves a storage from the CPU to where `map_location` says, as ``torch.load`` does."""
-
-    def move(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-        device = torch.device(location)
-        if device.type == "cpu":
-            return storage
-        try:
-            moved: torch.UntypedStorage = (
-                torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).to(device).untyped_storage()
-            )
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"tensors were saved on {location}, which is not here: {str(error).splitlines()[0]}",
-                hint='pass default_map_location="cpu" to load, or map_location="cpu" to read',
-            ) from error
-        return moved
-
-    if map_location is None:
-        return move
-    if isinstance(map_location, str | torch.device):
-        return lambda storage, _: move(storage, str(map_location))
-    if isinstance(map_location, dict):
-        return lambda storage, location: move(storage, str(map_location.get(location, location)))
-    if not callable(map_location):
-        raise ConfigError(f"map_location must be a device, a dict or a function, not {map_location!r}")
-
-    def call(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-        moved = map_location(storage, location)
-        if moved is None:
-            return move(storage, location)
-        untyped = getattr(moved, "_untyped_storage", moved)
-        if not isinstance(untyped, torch.UntypedStorage):
-            raise ConfigError(f"map_location must return a storage or None, not {type(moved).__name__}")
-        return untyped
-
-    return call

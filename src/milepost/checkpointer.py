@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import abc
-from concurrent.futures import Future
+import logging
+import os
+import threading
+import time
+import weakref
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from typing import Any, Self
 
+from milepost.checkpoint_process import CheckpointProcess
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
-from milepost.errors import ClosedError, MismatchError
+from milepost.config import AsyncConfig
+from milepost.errors import ClosedError, ConfigError, LostWriterError, LowMemoryError, MismatchError
+from milepost.saves import Save, SaveFuture, finish_abandoned
+from milepost.staging import CheckpointStager, StagingPlan
+from milepost.telemetry import Event, Kind, notify
 from milepost.types import STATE_DICT
 
-__all__ = ["Checkpointer", "SyncCheckpointer"]
+__all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer(abc.ABC):
@@ -107,6 +120,330 @@ class SyncCheckpointer(Checkpointer):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the checkpointer is closed", hint="make a new one")
+
+
+class AsyncCheckpointer(Checkpointer):
+    """Saves beside the training, in a process of their own. Usable as a context manager.
+
+    Args:
+        checkpoint_stager: Makes the copy that is written.
+        checkpoint_process: Writes it.
+        reader: Loads.
+        config: How many saves may be under way, and what to do when something fails.
+        fallback: Writes while the caller waits, when memory does not suffice for staging; None to raise.
+    """
+
+    def __init__(
+        self,
+        checkpoint_stager: CheckpointStager,
+        checkpoint_process: CheckpointProcess,
+        reader: CheckpointReader,
+        *,
+        config: AsyncConfig | None = None,
+        fallback: CheckpointWriter | None = None,
+    ) -> None:
+        self._stager = checkpoint_stager
+        self._process = checkpoint_process
+        self._reader = reader
+        self._config = config or AsyncConfig()
+        self._fallback = fallback
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._saves: list[Save] = []
+        self._unseen: list[SaveFuture] = []
+        self._guards: list[Any] = []
+        self._warned = False
+        self._closed = False
+        self._finalizer = weakref.finalize(
+            self, finish_abandoned, checkpoint_process, checkpoint_stager, self._saves, os.getpid()
+        )
+
+    def __enter__(self) -> Self:
+        """The checkpointer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> tuple[SaveFuture, SaveFuture]:
+        """Save a state dict in the background.
+
+        On return all values but tensors are taken, and (unless staging is asynchronous) the tensors are
+        copied: the state may change. The save goes on if this process dies from then on. Waits while
+        ``max_in_flight`` saves are under way.
+
+        Args:
+            path: As for `CheckpointWriter.write`.
+            state_dict: What to save.
+            kwargs: Passed to the hooks; ``step`` and ``metadata`` are also recorded.
+
+        Returns:
+            Two futures of None: the first is done when the state may change, the second when the checkpoint
+            is committed and durable. Their figures are those of `SaveFuture`.
+
+        Raises:
+            Exception: An earlier save failed and nobody has looked at that: it is raised here, once, and
+                nothing was staged; call again to save.
+            StateError: The state dict cannot be saved.
+            TargetError: The path may not be written to or replaced.
+            ConfigError: Asynchronous staging without a guard, and ``require_guard``.
+        """
+        self._check_open()
+        self._raise_unseen()
+        self._check_guard()
+        started = time.monotonic()
+        step = kwargs.get("step")
+        stage_future, write_future = SaveFuture(path, step, started), SaveFuture(path, step, started)
+        if not self._wait_for_turn():
+            for future in (stage_future, write_future):
+                future.skipped = True
+                future.finished_at = time.monotonic()
+                future.set_result(None)
+            self._tell("skipped", write_future)
+            return stage_future, write_future
+        save = Save(os.path.abspath(path), None, kwargs, stage_future, write_future, self._config.retries)
+        with self._lock:
+            self._saves.append(save)
+        try:
+            self._tell("staging", stage_future)
+            save.staged = self._stager.stage(state_dict)
+        except LowMemoryError as error:
+            self._save_without_staging(save, state_dict, error)
+            return stage_future, write_future
+        except BaseException:
+            self._forget(save)
+            raise
+        if isinstance(save.staged, Future):
+            save.staged.add_done_callback(lambda done: self._staged(save, done))
+        else:
+            self._staged(save, None)
+        try:
+            self._write(save)
+        except BaseException:
+            self._forget(save)
+            raise
+        return stage_future, write_future
+
+    def _wait_for_turn(self) -> bool:
+        """Wait until another save may begin; False where it is to be skipped."""
+        with self._changed:
+            while len(self._saves) >= self._config.max_in_flight:
+                if self._config.when_busy == "skip":
+                    return False
+                self._changed.wait(1.0)
+        return True
+
+    def _staged(self, save: Save, done: Future[Any] | None) -> None:
+        future = save.stage_future
+        future.finished_at = time.monotonic()
+        error = done.exception() if done is not None else None
+        if error is None:
+            future.set_result(None)
+            self._tell("staged", future)
+        else:
+            future.seen = True  # the write's future carries the same failure
+            future.set_exception(error)
+
+    def _write(self, save: Save) -> None:
+        written = self._process.write(save.staged, save.write_future.path, **save.arguments)
+        written.add_done_callback(lambda done: self._written(save, done))
+
+    def _written(self, save: Save, done: Future[Any]) -> None:
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, LostWriterError) and self._config.on_failure == "retry" and save.retries > 0:
+            save.retries -= 1
+            logger.warning("%s: %s; writing it again with a new one", save.write_future.path, error.message)
+            try:
+                self._write(save)
+            except BaseException as again:  # noqa: BLE001 - the future carries it
+                error = again
+            else:
+                return
+        self._finish(save, error)
+
+    def _finish(self, save: Save, error: BaseException | None) -> None:
+        future = save.write_future
+        future.finished_at = time.monotonic()
+        self._forget(save)
+        if error is None:
+            self._tell("committed", future)
+            future.set_result(None)
+            return
+        self._tell("failed", future, error)
+        if isinstance(error, LostWriterError) and self._config.on_failure == "warn":
+            logger.warning("%s was not saved: %s", future.path, error)
+            future.seen = True
+        else:
+            with self._lock:
+                self._unseen.append(future)
+        future.set_exception(error)
+
+    def _save_without_staging(self, save: Save, state_dict: STATE_DICT, reason: LowMemoryError) -> None:
+        """Save while the caller waits; constant memory."""
+        if self._fallback is None or self._config.on_low_memory == "raise":
+            self._forget(save)
+            raise reason
+        self._tell("low_memory", save.write_future)
+        try:
+            self._wait_for_writes()
+            self._fallback.write(save.write_future.path, state_dict, **save.arguments)
+        except BaseException:
+            self._forget(save)
+            raise
+        self._staged(save, None)
+        self._finish(save, None)
+
+    def _wait_for_writes(self) -> None:
+        with self._changed:
+            while len(self._saves) > 1:
+                self._changed.wait(1.0)
+
+    def _forget(self, save: Save) -> None:
+        save.staged = None  # the arena may be used again
+        with self._changed:
+            if save in self._saves:
+                self._saves.remove(save)
+            self._changed.notify_all()
+
+    def on_progress(self, path: str, phase: str, done: int, size: int) -> None:
+        """Called by the checkpoint process as a save advances."""
+        with self._lock:
+            futures = [save.write_future for save in self._saves if save.target == path]
+        if futures and phase == "write":
+            futures[0].bytes_done = done
+            self._tell("writing", futures[0], size=size)
+
+    def _tell(
+        self, kind: Kind, future: SaveFuture, error: BaseException | None = None, size: int = 0
+    ) -> None:
+        step = future.step if isinstance(future.step, int) else None
+        event = Event(kind, future.path, step, future.seconds, future.bytes_done, size, error)
+        notify(self._config.observers, event)
+
+    # -- the state and the training ----------------------------------------------------------------
+
+    def prepare(self, state_dict: STATE_DICT) -> None:
+        """Get memory for such a state ready in the background, so that the first save is not slower."""
+        self._check_open()
+        prepare = getattr(self._stager, "prepare", None)
+        if prepare is not None:
+            prepare(state_dict)
+
+    def plan(self, state_dict: STATE_DICT) -> StagingPlan:
+        """What staging such a state takes; nothing is allocated.
+
+        Raises:
+            ConfigError: The stager is not one that can tell.
+        """
+        plan = getattr(self._stager, "plan", None)
+        if plan is None:
+            raise ConfigError(f"{type(self._stager).__name__} has no plan method")
+        found: StagingPlan = plan(state_dict)
+        return found
+
+    def wait_staged(self, timeout_seconds: float | None = None) -> None:
+        """Returns when the state may change: nothing is being copied any more.
+
+        Raises:
+            TimeoutError: Not within the time.
+        """
+        with self._lock:
+            futures = [save.stage_future for save in self._saves]
+        for future in futures:
+            if not future.done():
+                wait([future], timeout_seconds)
+                if not future.done():
+                    raise TimeoutError(f"{future.path} is still being staged")
+
+    def wait_committed(self, timeout_seconds: float | None = None) -> None:
+        """Returns when every save is committed; raises the first failure that nobody has looked at."""
+        with self._lock:
+            futures = [save.write_future for save in self._saves]
+        _, late = wait(futures, timeout_seconds)
+        if late:
+            raise TimeoutError(f"{len(late)} saves are still under way")
+        self._raise_unseen()
+
+    def guard(self, optimizer: Any) -> Any:
+        """Make an optimizer wait, at each step, until nothing is being copied. Returns what removes it."""
+        handle = optimizer.register_step_pre_hook(lambda *_: self.wait_staged())
+        self._guards.append(handle)
+        return handle
+
+    def _check_guard(self) -> None:
+        staging = getattr(getattr(self._stager, "_config", None), "use_async_staging", None)
+        if not staging or self._guards:
+            return
+        advice = (
+            "the state is copied while the training goes on: call checkpointer.guard(optimizer) once, or "
+            "checkpointer.wait_staged() before each update"
+        )
+        if self._config.require_guard:
+            raise ConfigError(f"asynchronous staging without a guard: {advice}")
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s", advice)
+
+    # -- loading -----------------------------------------------------------------------------------
+
+    def load(
+        self,
+        path: str,
+        state_dict: STATE_DICT | None = None,
+        *,
+        default_map_location: Any = None,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> STATE_DICT:
+        """As `SyncCheckpointer.load`; waits for a save to this path that is under way."""
+        self._check_open()
+        target = os.path.abspath(path)
+        with self._lock:
+            futures = [save.write_future for save in self._saves if save.target == target]
+        wait(futures)
+        return load_with(
+            self._reader, path, state_dict, map_location=default_map_location, strict=strict, options=kwargs
+        )
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Finish the saves that were accepted and release everything, even when that fails. Idempotent.
+
+        Raises:
+            Exception: A save failed and nobody has looked at that.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._finalizer.detach()
+        with ExitStack() as stack:
+            if self._fallback is not None:
+                stack.callback(self._fallback.close)
+            stack.callback(self._stager.close)
+            stack.callback(self._process.close)
+            self._drain()
+        self._raise_unseen()
+
+    def _drain(self) -> None:
+        """Wait for the saves under way, so that a lost writer is still replaced."""
+        with self._changed:
+            while self._saves:
+                self._changed.wait(1.0)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the checkpointer is closed", hint="make a new one")
+
+    def _raise_unseen(self) -> None:
+        with self._lock:
+            while self._unseen:
+                future = self._unseen.pop(0)
+                if not future.seen:
+                    future.result()
 
 
 def load_with(

@@ -12,6 +12,7 @@ from typing import Any
 from milepost.errors import ConfigError
 
 __all__ = [
+    "AsyncConfig",
     "BarrierConfig",
     "CheckpointProcessConfig",
     "CheckpointStagerConfig",
@@ -72,20 +73,51 @@ class CheckpointProcessConfig:
     Attributes:
         subprocess_init_timeout_secs: How long its start may take, in seconds.
         subprocess_shutdown_timeout_secs: How long it may stand still when it is closed, in seconds.
+        nice: Added to its niceness, 0 to 19: it yields the processors to the training.
+        idle_io: Give it the disk only when nobody else wants it (where the I/O scheduler knows that).
     """
 
     subprocess_init_timeout_secs: int = 30
     subprocess_shutdown_timeout_secs: int = 60
+    nice: int = 0
+    idle_io: bool = False
+
+
+@dataclass
+class AsyncConfig:
+    """How saves run beside the training.
+
+    Attributes:
+        max_in_flight: How many saves may be under way; each needs an arena.
+        when_busy: With that many under way, `save` waits ("wait"), or does nothing ("skip"; only with one
+            rank, as several would skip different saves).
+        on_failure: When the checkpoint process is lost: write again with a fresh one ("retry"), let the
+            save fail ("raise"), or let it fail with no more than a warning in the log ("warn").
+        retries: How often "retry" does.
+        on_low_memory: When an arena does not fit into memory: save without staging, while the training
+            waits ("sync"), or raise ("raise").
+        require_guard: Refuse asynchronous staging without a guarded optimizer.
+        observers: Told of every save; see `milepost.telemetry`.
+    """
+
+    max_in_flight: int = 1
+    when_busy: str = "wait"
+    on_failure: str = "retry"
+    retries: int = 1
+    on_low_memory: str = "sync"
+    require_guard: bool = False
+    observers: list[Any] = field(default_factory=list)
 
 
 @dataclass
 class CheckpointerConfig:
-    """The options of a checkpointer, one field for each of its parts."""
+    """The options of a checkpointer: one field for each of its parts, and one for background saves."""
 
     writer_config: CheckpointWriterConfig = field(default_factory=CheckpointWriterConfig)
     barrier_config: BarrierConfig = field(default_factory=BarrierConfig)
     staging_config: CheckpointStagerConfig = field(default_factory=CheckpointStagerConfig)
     process_config: CheckpointProcessConfig = field(default_factory=CheckpointProcessConfig)
+    async_config: AsyncConfig = field(default_factory=AsyncConfig)
 
 
 _PARTS = {
@@ -93,6 +125,19 @@ _PARTS = {
     "barrier_config": BarrierConfig,
     "staging_config": CheckpointStagerConfig,
     "process_config": CheckpointProcessConfig,
+    "async_config": AsyncConfig,
+}
+
+_CHOICES = {
+    "async_config.when_busy": ("wait", "skip"),
+    "async_config.on_failure": ("retry", "raise", "warn"),
+    "async_config.on_low_memory": ("sync", "raise"),
+}
+
+_RANGES = {
+    "process_config.nice": (0, 19),
+    "async_config.max_in_flight": (1, 1024),
+    "async_config.retries": (0, 1000),
 }
 
 
@@ -119,6 +164,21 @@ def _check(name: str, value: Any, kind: str) -> None:
     if name.endswith("_secs"):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
             raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
+    elif name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, _CHOICES[name]))}, not {value!r}")
+    elif name in _RANGES:
+        low, high = _RANGES[name]
+        if type(value) is not int or not low <= value <= high:
+            raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+    elif kind == "list[Any]":
+        if not isinstance(value, list) or not all(
+            callable(getattr(item, "on_event", None)) for item in value
+        ):
+            raise ConfigError(f"{name} must be a list of objects with an on_event method, not {value!r}")
+    elif kind == "bool":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, not {value!r}")
     elif kind == "bool | None":
         if not (value is None or isinstance(value, bool)):
             raise ConfigError(f"{name} must be True, False or None, not {value!r}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from milepost.errors import CorruptCheckpointError
-from milepost.manifest import DTYPE_BYTES, Index
+from milepost.manifest import DTYPE_BYTES, Tensors
 from milepost.objects import storage_from, unpickle_object
 from milepost.tree import Node, TreeDecoder
 
@@ -36,24 +36,24 @@ class TensorBuilder:
     """Builds the values of an index over storages that hold its records.
 
     Args:
-        index: A checked index.
+        tensors: The columns of a checked index.
         storage_of: The storage that holds a record's bytes, on the device where it is to be.
         bytes_of: The bytes of a record that is no tensor.
     """
 
     def __init__(
         self,
-        index: Index,
+        tensors: Tensors,
         storage_of: Callable[[int], torch.UntypedStorage],
         bytes_of: Callable[[int], bytes],
     ) -> None:
-        self._tensors = index.tensors
+        self._tensors = tensors
         self._storage_of = storage_of
         self._bytes_of = bytes_of
         self._built: dict[int, Any] = {}
-        self._gradients = set(index.tensors.requires_grad)
-        self._conjugates = set(index.tensors.conj)
-        self._negatives = set(index.tensors.neg)
+        self._gradients = set(tensors.requires_grad)
+        self._conjugates = set(tensors.conj)
+        self._negatives = set(tensors.neg)
         self._decoder = TreeDecoder(
             {
                 **NATIVE_LEAVES,

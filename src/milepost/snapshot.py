@@ -20,15 +20,16 @@ from typing import Any, Protocol
 import msgspec
 
 import milepost
-from milepost.commit import Attempt, process_id
+from milepost.commit import Attempt
 from milepost.errors import PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
 from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
+from milepost.pickle_view import emit
 from milepost.storage import Storage
-from milepost.storage.writing import Ring, write_stream
+from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
 from milepost.tree import Node, TreeEncoder, UnencodableError, path_text
 
-__all__ = ["Labels", "SaveOptions", "Snapshot", "partial_directory", "save_snapshot"]
+__all__ = ["Labels", "Packed", "SaveOptions", "Snapshot", "partial_directory", "save_snapshot"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +59,51 @@ class Snapshot:
         tree: The tree for the index.
         tensors: The tensor columns for the index.
         layout: Where the records lie in the file.
+        fragments: The pickle of each tensor, for ``data.pkl``.
         objects: The bytes of the records that follow the tensors' records.
-        pickle: The bytes of ``data.pkl``.
         copy: Copies a piece of a record: ``copy(record, position, bytes, address)``.
+        memory: Where the records are in place already: a function that returns that memory, page-aligned
+            and at least as large as it is asked for.
     """
 
     tree: Node
     tensors: Tensors
     layout: Layout
+    fragments: list[bytes]
     objects: list[bytes]
-    pickle: bytes
     copy: Callable[[int, int, int, int], None]
+    memory: Callable[[int], memoryview] | None = None
+
+    def pickle(self) -> bytes:
+        """The bytes of ``data.pkl``."""
+        first = len(self.layout.lengths)
+        return emit(self.tree, self.fragments, lambda record: self.objects[record - first])
+
+
+class Packed(msgspec.Struct):
+    """A snapshot on its way to another process, but for the memory that holds its records.
+
+    Attributes:
+        tree: The tree for the index.
+        tensors: The tensor columns, encoded as msgpack.
+        lengths: Bytes of each record.
+        objects: The bytes of the records that follow the tensors' records.
+        metadata: The user's metadata, as a tree, or None.
+        writer: Facts about the trainer, for the index.
+        arguments: Pickle of the save's keyword arguments, where a hook or writer of the user's wants them.
+    """
+
+    tree: Any
+    tensors: bytes
+    lengths: list[int]
+    objects: list[bytes]
+    metadata: Any = None
+    writer: dict[str, str] = {}
+    arguments: bytes = b""
+
+
+def _in_place(record: int, position: int, size: int, address: int) -> None:
+    """The copy of a snapshot whose records are where they belong: nothing to do."""
 
 
 @dataclass
@@ -130,9 +165,12 @@ class SaveOptions:
         private: The attempt's id is known to this process alone.
         timeout_seconds: How long to wait for other ranks.
         ring: Memory for the bytes on their way.
+        target: The checkpoint's absolute path, where the path that hooks get is not to be resolved here.
+        process: Random id of the process that the save belongs to, if it is not this one.
         barrier: Called once when all ranks have arrived; None if there is no barrier.
         hook: The user's commit hook.
         writer: Further facts about who writes, for the index.
+        report: Called with the phase, the bytes written and the size of the file, as they change.
     """
 
     storage: Storage
@@ -142,9 +180,12 @@ class SaveOptions:
     timeout_seconds: float
     ring: Ring
     private: bool = False
+    target: str | None = None
+    process: str | None = None
     barrier: Callable[[], None] | None = None
     hook: Hook | None = None
     writer: dict[str, str] = field(default_factory=dict)
+    report: Callable[[str, int, int], None] = lambda *_: None
 
 
 def save_snapshot(
@@ -166,25 +207,29 @@ def save_snapshot(
     """
     hook = options.hook
     with error_context(path=path, rank=options.rank), _attempt(path, options) as attempt:
-        with _phase(attempt, "write"):
-            index = _write_data(attempt, snapshot, options)
-        if hook is not None:
-            with _phase(attempt, "pre_commit"), _directory(attempt.folder):
-                hook.pre_commit(path, **arguments)
-        with _phase(attempt, "commit"):
-            index.attachments = attempt.attachments()
-            index.step, index.metadata = labels.step, labels.metadata
-            attempt.mark(encode_index(index))
-            if options.barrier is not None:
-                attempt.wait_for_marks(options.timeout_seconds)
+        committed_before = attempt.committed
+        if not attempt.marked:
+            with _phase(attempt, "write", options):
+                index = _write_data(attempt, snapshot, options)
+            if hook is not None:
+                with _phase(attempt, "pre_commit", options), _directory(attempt.folder):
+                    hook.pre_commit(path, **arguments)
+            with _phase(attempt, "commit", options):
+                index.attachments = attempt.attachments()
+                index.step, index.metadata = labels.step, labels.metadata
+                attempt.mark(encode_index(index))
         if options.barrier is not None:
-            with _phase(attempt, "barrier"):
+            with _phase(attempt, "barrier", options):
+                attempt.wait_for_marks(options.timeout_seconds)
                 options.barrier()
-        with _phase(attempt, "commit"):
+        with _phase(attempt, "commit", options):
             committer = attempt.complete()
             if options.barrier is not None:
                 attempt.wait_for_commit(options.timeout_seconds)
-    if hook is not None and (committer or options.barrier is not None):
+    if committed_before:
+        if hook is not None:
+            logger.warning("a writer was lost after it committed %s: post_commit is not called again", path)
+    elif hook is not None and (committer or options.barrier is not None):
         try:
             hook.post_commit(path, **arguments)
         except Exception as error:
@@ -202,11 +247,12 @@ def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
     """An attempt that is aborted if anything in the context raises, and closed in any case."""
     attempt = Attempt.begin(
         options.storage,
-        path,
+        options.target or path,
         attempt=options.attempt,
         rank=options.rank,
         world_size=options.world_size,
         private=options.private,
+        process=options.process,
     )
     try:
         yield attempt
@@ -218,8 +264,9 @@ def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
 
 
 @contextmanager
-def _phase(attempt: Attempt, name: str) -> Iterator[None]:
+def _phase(attempt: Attempt, name: str, options: SaveOptions) -> Iterator[None]:
     attempt.progress(name)
+    options.report(name, 0, 0)
     with error_context(phase=name):
         yield
 
@@ -240,7 +287,7 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         snapshot.layout,
         [
             *((f"objects/{number}", data) for number, data in enumerate(snapshot.objects)),
-            (PICKLE_ENTRY, snapshot.pickle),
+            (PICKLE_ENTRY, snapshot.pickle()),
             ("byteorder", b"little"),
             ("version", b"3\n"),
             (IDENTITY_ENTRY, msgspec.json.encode(identity)),
@@ -253,23 +300,32 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         nonlocal written
         written += count
         attempt.progress("write", written)
+        options.report("write", written, image.size)
 
     file = options.storage.create(attempt.data_path, direct=True)
     try:
-        write_stream(
-            file,
-            image.size,
-            lambda view, offset: image.fill(view, offset, ring.block_bytes, snapshot.copy),
-            ring,
-            report,
-        )
+        if snapshot.memory is None:
+            write_stream(
+                file,
+                image.size,
+                lambda view, offset: image.fill(view, offset, ring.block_bytes, snapshot.copy),
+                ring,
+                report,
+            )
+        else:
+            write_memory(
+                file,
+                snapshot.memory(image.size),
+                lambda view, offset: image.fill(view, offset, WRITE_BYTES, _in_place),
+                report,
+            )
     except BaseException:
         file.discard()
         raise
     file.finish(image.size)
     return Index(
         attempt=options.attempt,
-        process=process_id(),
+        process=attempt.process,
         rank=options.rank,
         world_size=options.world_size,
         time=time.time(),

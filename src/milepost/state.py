@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from milepost.accelerator import copy_bytes
 from milepost.errors import StateError, UnsupportedTypeError
 from milepost.image import Layout
 from milepost.manifest import Tensors
@@ -106,17 +107,35 @@ class Parts:
 
     def decode(self, node: Node) -> Any:
         """The value of a node of `tree`: the tensors and objects are those that were taken apart."""
+        return self._decoder(self.walk.value, self.walk.object_values.__getitem__).decode(node)
+
+    def rebuild(self, value: Callable[[int], Any]) -> Any:
+        """The whole state again, with other tensors and arrays: ``value(number)``; nothing is shared."""
+        objects = self.walk.objects
+
+        def copied(number: int) -> Any:
+            original = self.walk.object_values[number]
+            if isinstance(original, bytes):
+                return original
+            if isinstance(original, np.ndarray):
+                return original.copy()
+            return unpickle_object(objects[number], lambda inner: storage_from(value(inner)))
+
+        return self._decoder(value, copied).decode(self.tree)
+
+    def copier(self) -> Callable[[int, int, int, int], None]:
+        """A function that copies a piece of a record: ``copy(record, position, bytes, address)``."""
+        return _copier(self.walk, self.plan)
+
+    def _decoder(self, value: Callable[[int], Any], of_object: Callable[[int], Any]) -> TreeDecoder:
         first = len(self.plan.layout.lengths)
-        decoder = TreeDecoder(
+        return TreeDecoder(
             {
                 **NATIVE_LEAVES,
-                "tensor": lambda node: self.walk.value(node[1]),
-                **dict.fromkeys(
-                    ("array", "blob", "object"), lambda node: self.walk.object_values[node[1] - first]
-                ),
+                "tensor": lambda node: value(node[1]),
+                **dict.fromkeys(("array", "blob", "object"), lambda node: of_object(node[1] - first)),
             }
         )
-        return decoder.decode(node)
 
 
 class StateEncoder:
@@ -145,9 +164,7 @@ class StateEncoder:
         """
         parts = self.take_apart(state_dict)
         plan, walk = parts.plan, parts.walk
-        return Snapshot(
-            parts.tree, plan.tensors, plan.layout, plan.fragments, walk.objects, _copier(walk, plan)
-        )
+        return Snapshot(parts.tree, plan.tensors, plan.layout, plan.fragments, walk.objects, parts.copier())
 
     def take_apart(self, state_dict: Any) -> Parts:
         """The tree and the tensors of a state dict; raises as `encode`."""
@@ -371,19 +388,11 @@ def _copier(walk: _Walk, plan: _Plan) -> Callable[[int, int, int, int], None]:
         if record in devices:
             tensor = devices[record]
             start = plan.firsts[record][1] + int(tensor.storage_offset()) * tensor.element_size()
-            _copy_from_device(tensor, start + position, size, address)
+            copy_bytes(tensor, start + position, size, address)
         else:
             _memmove(address, sources[record] + position, size)
 
     return copy_from_device
-
-
-def _copy_from_device(tensor: torch.Tensor, start: int, size: int, address: int) -> None:
-    """Copy bytes of an accelerator's storage to host memory. Not run on a GPU by this project's tests."""
-    storage = tensor.untyped_storage()
-    source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (size,), (1,))
-    target = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.uint8)
-    target.copy_(source)
 
 
 def _descr(dtype: np.dtype[Any], path: Path) -> str:

@@ -6,9 +6,36 @@ import gc
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["gc_paused", "wrap_future"]
+__all__ = ["TrackedFuture", "gc_paused", "wrap_future"]
+
+
+T = TypeVar("T")
+
+
+class TrackedFuture(Future[T]):
+    """A future that knows whether somebody has looked at its outcome."""
+
+    seen = False
+
+    def result(self, timeout: float | None = None) -> T:
+        """As ``Future.result``; the outcome counts as seen."""
+        try:
+            return super().result(timeout)
+        finally:
+            self.seen = self.seen or self.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As ``Future.exception``; the outcome counts as seen."""
+        try:
+            return super().exception(timeout)
+        finally:
+            self.seen = self.seen or self.done()
+
+    def failed(self) -> bool:
+        """Whether it is done and has failed; does not count as a look."""
+        return self.done() and not self.cancelled() and super().exception() is not None
 
 
 def wrap_future(original_result: Any) -> Future[None]:

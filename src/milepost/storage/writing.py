@@ -7,16 +7,19 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 from milepost import syscalls
 from milepost.errors import StorageError
 from milepost.storage import ALIGNMENT, NewFile, RenameMode, Storage
 
-__all__ = ["Ring", "publish_bytes", "write_bytes", "write_stream"]
+__all__ = ["WRITE_BYTES", "Ring", "publish_bytes", "write_bytes", "write_memory", "write_stream"]
 
 DEFAULT_BLOCK_BYTES = 16 << 20
 DEFAULT_BLOCKS = 4
+WRITE_BYTES = 32 << 20
+"""How much `write_memory` writes at a time."""
 
 
 class Ring:
@@ -90,6 +93,36 @@ def write_stream(
                     progress(size)
             return
         _Pipeline(file, blocks).run(size, fill, progress)
+
+
+def write_memory(
+    file: NewFile,
+    memory: memoryview,
+    seal: Callable[[memoryview, int], None],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write memory that is (nearly) the file: no copy is made; does not finish the file.
+
+    A thread seals block after block, in order, and runs ahead of the writes in this thread. If it
+    raises, the error is the first one, some of the file may be written, and no thread is left.
+
+    Args:
+        file: Where to.
+        memory: All of the file's bytes, page-aligned.
+        seal: Called as ``seal(view, offset)`` for each block of WRITE_BYTES, to complete it in place.
+        progress: Called with the number of bytes of each block that was written.
+    """
+    views = [(start, memory[start : start + WRITE_BYTES]) for start in range(0, len(memory), WRITE_BYTES)]
+    with ThreadPoolExecutor(1, "milepost-seal") as pool:
+        sealed = [pool.submit(seal, view, start) for start, view in views]
+        try:
+            for done, (start, view) in zip(sealed, views, strict=True):
+                done.result()
+                file.write(start, view)
+                if progress:
+                    progress(len(view))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class _Pipeline:

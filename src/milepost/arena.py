@@ -1,0 +1,102 @@
+"""Arenas: shared memory that a rank's file is staged into. One descriptor each, whatever they hold."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from contextlib import suppress
+
+from milepost import syscalls
+
+__all__ = ["Arena", "available_bytes"]
+
+_STEP_BYTES = 16 << 20
+_PAGE = mmap.PAGESIZE
+
+
+class Arena:
+    """Anonymous shared memory, mapped once. Its descriptor can be passed to another process.
+
+    The memory is given back when the arena is closed and nothing refers to `view` or parts of it.
+
+    Args:
+        size: Bytes, at least.
+        descriptor: An arena received from another process, which this one takes over; None to make one.
+    """
+
+    def __init__(self, size: int, descriptor: int | None = None) -> None:
+        self.descriptor = syscalls.anonymous_file("milepost-arena") if descriptor is None else descriptor
+        self._finalizer = weakref.finalize(self, _close, self.descriptor, os.getpid())
+        self._finalizer.atexit = False
+        self.view = memoryview(b"")
+        self.size = 0
+        self._populated = 0
+        self._lock = threading.Lock()
+        if descriptor is not None:
+            size = max(size, os.fstat(descriptor).st_size)
+        self.grow(size)
+        if descriptor is None and hasattr(fcntl, "F_ADD_SEALS"):
+            # Nobody who has the descriptor can shrink it: reading the mapping never faults.
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+
+    def grow(self, size: int) -> None:
+        """Make it hold `size` bytes at least; what it holds stays, views made before keep the old mapping."""
+        size = -(-max(size, 1) // _PAGE) * _PAGE
+        if size <= self.size:
+            return
+        if os.fstat(self.descriptor).st_size < size:
+            os.ftruncate(self.descriptor, size)
+        self.view = memoryview(mmap.mmap(self.descriptor, size))
+        self.size = size
+
+    def populate(self) -> None:
+        """Touch every page now, in small steps that leave other threads alone; for a background thread.
+
+        First touches are many times slower than the copies that would meet them.
+        """
+        with self._lock:
+            view, address = self.view, syscalls.address_of(self.view)
+            while self._populated < len(view) and address is not None:
+                step = min(_STEP_BYTES, len(view) - self._populated)
+                syscalls.populate(address + self._populated, step)
+                self._populated += step
+
+    def close(self) -> None:
+        """Give up the descriptor and this object's hold on the memory; idempotent."""
+        self.view = memoryview(b"")
+        self.size = 0
+        self._finalizer()
+        self.descriptor = -1
+
+
+def _close(descriptor: int, owner: int) -> None:
+    if owner == os.getpid():
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+def available_bytes(meminfo: str = "/proc/meminfo", cgroup: str = "/sys/fs/cgroup") -> int | None:
+    """How much memory is left, to the machine or to the control group, whichever is less; None if unknown.
+
+    Args:
+        meminfo: The kernel's file of that name.
+        cgroup: Where the control groups are mounted.
+    """
+    found = []
+    with suppress(OSError, ValueError, IndexError), open(meminfo) as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    for limit_name, used_name in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            with open(f"{cgroup}/{limit_name}") as file:
+                limit = int(file.read())
+            with open(f"{cgroup}/{used_name}") as file:
+                found.append(max(limit - int(file.read()), 0))
+    return min(found, default=None)

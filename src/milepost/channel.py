@@ -1,0 +1,285 @@
+"""The line between a trainer and its writer process: an unnamed socket pair for small messages.
+
+Whatever is large, and memory to share, travels as a file descriptor. Pickle crosses it for the user's own
+functions, hooks and their arguments alone; errors cross as facts, which `rebuild_error` turns into errors.
+"""
+
+from __future__ import annotations
+
+import array
+import builtins
+import errno
+import os
+import select
+import socket
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from milepost import errors, syscalls
+from milepost.errors import MilepostError, RemoteError
+
+__all__ = [
+    "Arrived",
+    "Channel",
+    "Exit",
+    "Failure",
+    "Finished",
+    "Go",
+    "Init",
+    "Message",
+    "Moved",
+    "Ready",
+    "Write",
+    "describe_error",
+    "read_blob",
+    "rebuild_error",
+    "write_blob",
+]
+
+_MAX_MESSAGE_BYTES = 128 * 1024
+_MAX_DESCRIPTORS = 16
+
+
+class Failure(msgspec.Struct, tag=True):
+    """An error as facts.
+
+    Attributes:
+        module: Module of its class.
+        name: Name of its class.
+        message: Its text.
+        facts: The attributes of a MilepostError.
+        trace: The traceback as text.
+    """
+
+    module: str
+    name: str
+    message: str
+    facts: dict[str, Any] = {}
+    trace: str = ""
+
+
+class Init(msgspec.Struct, tag=True):
+    """Trainer to writer, first of all: what to do. Functions and arguments are in its blob."""
+
+    rank: int
+    world_size: int
+    process: str
+    timeout_seconds: float
+    has_barrier: bool
+    nice: int
+    idle_io: bool
+
+
+class Write(msgspec.Struct, tag=True):
+    """Trainer to writer: write this. Carries the arena (if any) and a blob."""
+
+    number: int
+    path: str
+    target: str
+    attempt: str
+    private: bool
+    step: int | None
+    barrier_done: bool
+    has_arena: bool
+
+
+class Go(msgspec.Struct, tag=True):
+    """Trainer to writer: the barrier was passed, or failed."""
+
+    number: int
+    failure: Failure | None = None
+
+
+class Exit(msgspec.Struct, tag=True):
+    """Trainer to writer: finish what was accepted, then end."""
+
+
+class Ready(msgspec.Struct, tag=True):
+    """Writer to trainer: started."""
+
+
+class Moved(msgspec.Struct, tag=True):
+    """Writer to trainer: a save has come this far."""
+
+    number: int
+    phase: str
+    bytes_done: int
+    size_bytes: int
+
+
+class Arrived(msgspec.Struct, tag=True):
+    """Writer to trainer: all ranks have arrived, meet at the barrier now."""
+
+    number: int
+
+
+class Finished(msgspec.Struct, tag=True):
+    """Writer to trainer: a save is over. Also sent with number -1 when the start failed."""
+
+    number: int
+    failure: Failure | None = None
+
+
+Message = Failure | Init | Write | Go | Exit | Ready | Moved | Arrived | Finished
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+class Channel:
+    """One end of the line. Sends may come from any thread, receives from one."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, socket.socket]:
+        """This process's end, and the one for the child."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), theirs
+
+    def fileno(self) -> int:
+        """The descriptor, for waiting."""
+        return self._socket.fileno()
+
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
+        """Send a message and duplicates of descriptors; False when the other side is gone.
+
+        Blocks while the line is full.
+        """
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        )
+        data = msgspec.msgpack.encode(message)
+        try:
+            self._socket.sendmsg([data], ancillary)
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ENOTCONN):
+                return False
+            raise
+        return True
+
+    def receive(self) -> tuple[Message | None, list[int]]:
+        """The next message with its descriptors, which the caller must close; None if there is no other side.
+
+        A peer that died with messages of ours unread shows as ECONNRESET once; what it had sent before is
+        still there to be read, so reading goes on until the line is empty.
+        """
+        resets = 0
+        while True:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(
+                    _MAX_MESSAGE_BYTES,
+                    socket.CMSG_SPACE(4 * _MAX_DESCRIPTORS),
+                    getattr(socket, "MSG_CMSG_CLOEXEC", 0),
+                )
+            except ConnectionResetError:
+                resets += 1
+                if resets > 2:
+                    return None, []
+                continue
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    return None, []
+                raise
+            descriptors = array.array("i")
+            for level, kind, content in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+            if not data:
+                return None, []
+            return _decoder.decode(data), list(descriptors)
+
+    def wait(self, timeout_seconds: float | None, *others: int) -> set[int]:
+        """Wait until this end or one of the other descriptors can be read; returns those that can."""
+        poll = select.poll()
+        for descriptor in (self.fileno(), *others):
+            poll.register(descriptor, select.POLLIN)
+        ready = poll.poll(None if timeout_seconds is None else timeout_seconds * 1000)
+        return {descriptor for descriptor, _ in ready}
+
+    def close(self) -> None:
+        """Hang up; idempotent."""
+        with suppress(OSError):
+            self._socket.close()
+
+
+def write_blob(data: bytes) -> int:
+    """A descriptor of anonymous memory that holds `data`; the caller closes it."""
+    descriptor = syscalls.anonymous_file("milepost-message")
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    return descriptor
+
+
+def read_blob(descriptor: int) -> bytes:
+    """All that a blob holds; closes it."""
+    try:
+        size = os.fstat(descriptor).st_size
+        data = b""
+        while len(data) < size:
+            part = os.pread(descriptor, size - len(data), len(data))
+            if not part:
+                break
+            data += part
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def describe_error(error: BaseException) -> Failure:
+    """An error as facts that can cross to another process."""
+    facts = {
+        name: value
+        for name, value in (vars(error) if isinstance(error, MilepostError) else {}).items()
+        if name != "message" and isinstance(value, str | int | bool | None)
+    }
+    if isinstance(error, OSError) and error.errno is not None:
+        facts["errno"] = error.errno
+    message = error.message if isinstance(error, MilepostError) else str(error)
+    trace = "".join(traceback.format_exception(error))
+    kind = type(error)
+    return Failure(
+        kind.__module__, kind.__qualname__, _printable(message), facts, _printable(trace[-32_000:])
+    )
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def rebuild_error(failure: Failure) -> Exception:
+    """The error again: of its own class where that is Milepost's or built in, and a `RemoteError` always.
+
+    The traceback of the other process rides along as a note.
+    """
+    module: Any = {"milepost.errors": errors, "builtins": builtins}.get(failure.module)
+    kind = getattr(module, failure.name, None)
+    error: Exception
+    message = failure.message
+    if isinstance(kind, type) and issubclass(kind, MilepostError):
+        both: Any = kind if issubclass(kind, RemoteError) else type(kind.__name__, (kind, RemoteError), {})
+        remote: MilepostError = both.__new__(both)
+        MilepostError.__init__(remote, message)
+        for name, value in failure.facts.items():
+            setattr(remote, name, value)
+        error = remote
+    else:
+        bases: tuple[type, ...] = (RemoteError,)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            bases = (RemoteError, kind)
+        else:
+            message = f"{failure.module}.{failure.name}: {message}"
+        try:
+            error = type(failure.name, bases, {})(message)
+        except TypeError:
+            error = RemoteError(f"{failure.name}: {message}")
+        if isinstance(error, OSError):
+            error.errno = failure.facts.get("errno")
+    error.add_note(f"in the checkpoint process:\n{failure.trace}")
+    return error

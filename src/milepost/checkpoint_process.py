@@ -1,0 +1,343 @@
+"""The checkpoint process, seen from the trainer: started, fed, watched, replaced."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum
+from multiprocessing import spawn
+from typing import Any
+
+import msgspec
+import torch
+
+from milepost.channel import Channel, Init, Write
+from milepost.child import Child, Handle, Job, Orders
+from milepost.commit import attempt_id, check_target, environment_start_id, process_id
+from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
+from milepost.errors import ClosedError, ConfigError, error_context
+from milepost.snapshot import Labels, Packed
+from milepost.staging import DefaultStager, StagedImage, WriteAttempt, image_of
+from milepost.storage import Storage, default_storage
+from milepost.types import STATE_DICT, RankInfo
+from milepost.utils import TrackedFuture
+
+__all__ = [
+    "CheckpointProcess",
+    "CheckpointProcessConfig",
+    "LeanWriter",
+    "RequestType",
+    "WorkerRequest",
+    "WorkerResponse",
+]
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 600
+"""How long a writer of the user's own may go on after the trainer has gone."""
+
+
+class RequestType(Enum):
+    """What a checkpoint process can be asked for."""
+
+    PING = "ping"
+    WRITE_CHECKPOINT = "write_checkpoint"
+    TERMINATE_PROCESS = "exit"
+
+
+@dataclass
+class WorkerRequest:
+    """A request to a checkpoint process."""
+
+    request_type: RequestType
+    payload: dict[str, Any]
+
+
+@dataclass
+class WorkerResponse:
+    """The answer to a `WorkerRequest`."""
+
+    request_type: RequestType
+    success: bool
+    error_msg: str | None = None
+    payload: dict[str, Any] | None = None
+
+
+@dataclass
+class LeanWriter:
+    """What Milepost's own writer in the checkpoint process is to do; with it the child imports no torch.
+
+    Attributes:
+        config: Options of the writer.
+        barrier: Any object with ``execute_barrier()``; it is executed here, in a thread of its own.
+        commit_hook: Called in the child.
+        storage: Where checkpoints live.
+    """
+
+    config: CheckpointWriterConfig = field(default_factory=CheckpointWriterConfig)
+    barrier: Any = None
+    commit_hook: Any = None
+    storage: Storage = field(default_factory=default_storage)
+
+
+class CheckpointProcess:
+    """A child process that writes checkpoints, one after the other.
+
+    The constructor does not wait for the child; `process_creation_future` is done when it is ready.
+
+    Args:
+        rank_info: Which rank this is, of how many.
+        config: Options.
+        subprocess_init_fn: Called in the child first, with `subprocess_init_args`.
+        subprocess_init_args: Its arguments.
+        checkpoint_writer_init_fn: Called in the child with `checkpoint_writer_init_args` by keyword, and
+            ``rank_info`` added if it is not among them; returns the writer.
+        checkpoint_writer_init_args: Its arguments.
+        lean: Use Milepost's own writer instead, without these functions.
+        on_progress: Called with the absolute path of a save, its phase, bytes written and bytes in all.
+
+    Raises:
+        ConfigError: A function cannot be handed to another process.
+    """
+
+    def __init__(
+        self,
+        rank_info: RankInfo,
+        config: CheckpointProcessConfig,
+        subprocess_init_fn: Callable[..., Any] | None = None,
+        subprocess_init_args: tuple[Any, ...] = (),
+        checkpoint_writer_init_fn: Callable[..., Any] | None = None,
+        checkpoint_writer_init_args: dict[str, Any] | None = None,
+        *,
+        lean: LeanWriter | None = None,
+        on_progress: Callable[[str, str, int, int], None] | None = None,
+    ) -> None:
+        self._rank_info = rank_info
+        self._config = config
+        self._lean = lean
+        custom = b""
+        functions: tuple[Any, ...] = ()
+        if lean is None:
+            functions = (subprocess_init_fn, checkpoint_writer_init_fn)
+            arguments = {"rank_info": rank_info, **(checkpoint_writer_init_args or {})}
+            custom = _pickled(
+                (subprocess_init_fn, subprocess_init_args, checkpoint_writer_init_fn, arguments)
+            )
+        hook = lean.commit_hook if lean else None
+        parts = _pickled((lean.storage if lean else None, hook))
+        main = _main_module((*functions, type(hook), subprocess_init_args, checkpoint_writer_init_args))
+        init = Init(
+            rank=rank_info.global_rank,
+            world_size=rank_info.global_world_size,
+            process=process_id(),
+            timeout_seconds=lean.config.write_barrier_timeout_secs if lean else _PATIENCE_SECONDS,
+            has_barrier=lean is not None and lean.barrier is not None,
+            nice=config.nice,
+            idle_io=config.idle_io,
+        )
+        self._orders = Orders(
+            init,
+            msgspec.msgpack.encode({"parts": parts, "main": main, "custom": custom}),
+            config.subprocess_init_timeout_secs,
+            lean.barrier if lean else None,
+            on_progress or (lambda *_: None),
+        )
+        self._stager: DefaultStager | None = None
+        self._lock = threading.RLock()
+        self._numbers = 0
+        self._unseen: list[TrackedFuture[None]] = []
+        self._owner = os.getpid()
+        self._closed = False
+        self._child = Child(self._orders)
+
+    # -- what stays reachable ----------------------------------------------------------------------
+
+    @property
+    def process(self) -> Handle:
+        """The child process: ``processes[0].is_alive()``, ``join(timeout)``."""
+        return self._child.handle
+
+    @property
+    def process_creation_future(self) -> Future[None]:
+        """Done when the child is ready; raises RuntimeError with its traceback, or TimeoutError."""
+        return self._child.ready
+
+    @property
+    def _parent_end(self) -> Channel:
+        return self._child.channel
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def write(self, state_dict: STATE_DICT | Future[STATE_DICT], path: str, **kwargs: Any) -> Future[None]:
+        """Have the child write a state dict; returns at once, with a future that is done when it has.
+
+        On return (for a future: when that is done) the request is in the child's hands, and is carried out
+        even if this process dies. A state dict that `DefaultStager` staged is written from its arena; of
+        any other a copy is made before this returns, but for tensors in shared memory.
+
+        Args:
+            state_dict: What to write, or a future of it.
+            path: The checkpoint's folder; a relative path means the folder at the time of this call.
+            kwargs: For the writer and its hooks; ``step`` and ``metadata`` are recorded.
+
+        Raises:
+            ClosedError: The process was closed.
+            Exception: A failure of an earlier write that nobody has looked at.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the checkpoint process is closed", hint="make a new checkpointer")
+            self.raise_unseen()
+            self._numbers += 1
+            number = self._numbers
+        future: TrackedFuture[None] = TrackedFuture()
+        future.add_done_callback(self._note_failure)
+        target = os.path.abspath(path)
+        if isinstance(state_dict, Future):
+            state_dict.add_done_callback(
+                lambda done: self._submit_later(done, number, future, path, target, kwargs)
+            )
+        else:
+            self._submit(state_dict, number, future, path, target, kwargs)
+        return future
+
+    def _submit_later(self, done: Future[STATE_DICT], *rest: Any) -> None:
+        future: TrackedFuture[None] = rest[1]
+        try:
+            self._submit(done.result(), *rest)
+        except BaseException as error:  # noqa: BLE001 - the future carries it
+            if not future.done():
+                future.set_exception(error)
+
+    def _submit(
+        self,
+        state_dict: STATE_DICT,
+        number: int,
+        future: TrackedFuture[None],
+        path: str,
+        target: str,
+        kwargs: dict[str, Any],
+    ) -> None:
+        lean, rank, size = self._lean, self._rank_info.global_rank, self._rank_info.global_world_size
+        with error_context(path=path, rank=rank):
+            labels = Labels.of(kwargs) if lean else Labels()
+            if lean:
+                check_target(lean.storage, target)
+            image = image_of(state_dict)
+            if image is None:
+                state_dict, image = self._stage(state_dict)
+            wants_arguments = not lean or lean.commit_hook is not None
+            arguments = _pickled(kwargs) if wants_arguments else b""
+        start_id = lean.config.start_id if lean else None
+        attempt = image.attempts.get(target)
+        if attempt is None:
+            attempt = WriteAttempt(attempt_id(target, rank, size, start_id=start_id))
+            image.attempts[target] = attempt
+        packed = Packed(
+            tree=image.tree,
+            tensors=msgspec.msgpack.encode(image.tensors),
+            lengths=list(image.layout.lengths),
+            objects=image.objects,
+            metadata=labels.metadata,
+            writer={"torch": str(torch.__version__), "pid": str(os.getpid())},
+            arguments=arguments,
+        )
+        job = Job(number, future, image, target, attempt, state_dict)
+        request = Write(
+            number=number,
+            path=path,
+            target=target,
+            attempt=attempt.id,
+            private=not (start_id or environment_start_id()),
+            step=labels.step,
+            barrier_done=attempt.met,
+            has_arena=True,
+        )
+        with self._lock:
+            if not self._child.usable():
+                self._child.stop()
+                self._child = Child(self._orders)
+            self._child.send(job, request, packed, image.arena.descriptor)
+
+    def _stage(self, state_dict: STATE_DICT) -> tuple[STATE_DICT, StagedImage]:
+        """Copy a state dict that no `DefaultStager` has staged."""
+        with self._lock:
+            if self._stager is None:
+                self._stager = DefaultStager()
+            return self._stager.stage_image(state_dict)
+
+    # -- failures ----------------------------------------------------------------------------------
+
+    def _note_failure(self, future: Future[None]) -> None:
+        if isinstance(future, TrackedFuture) and not future.cancelled() and future.failed():
+            with self._lock:
+                self._unseen.append(future)
+
+    def raise_unseen(self) -> None:
+        """Raise the oldest failure of a write that nobody has looked at; each is raised once."""
+        with self._lock:
+            while self._unseen:
+                future = self._unseen.pop(0)
+                if not future.seen:
+                    future.result()
+
+    def close(self) -> None:
+        """Finish the writes that were accepted, and end the child; it is gone on return.
+
+        Waits as long as bytes advance; a stall longer than ``subprocess_shutdown_timeout_secs`` ends the
+        child. Idempotent.
+
+        Raises:
+            Exception: A failure of a write that nobody has looked at.
+        """
+        if self._owner != os.getpid():
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            self._child.finish(self._config.subprocess_shutdown_timeout_secs)
+        finally:
+            self._child.stop()
+            if self._stager is not None:
+                self._stager.close()
+        self.raise_unseen()
+
+
+def _pickled(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:
+        raise ConfigError(
+            f"cannot be handed to the checkpoint process: {error}",
+            hint="define functions and hooks at the top level of a module, and pass plain arguments",
+        ) from error
+
+
+def _main_module(used: tuple[Any, ...]) -> bytes:
+    """What the child needs to find functions of ``__main__``, as `multiprocessing` does it."""
+    if not any(getattr(item, "__module__", None) == "__main__" for item in _flat(used)):
+        return b""
+    data = spawn.get_preparation_data("milepost-writer")
+    found = {name: data[name] for name in ("init_main_from_name", "init_main_from_path") if name in data}
+    if not found:
+        raise ConfigError(
+            "a function or class given to the checkpoint process is defined in __main__, and there is no "
+            "file to find it in",
+            hint="put it into a module and import it from there",
+        )
+    return pickle.dumps(found)
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [item for part in value for item in _flat(part)]
+    if isinstance(value, dict):
+        return _flat(list(value.values()))
+    return [value, type(value)]

@@ -1,0 +1,306 @@
+"""One checkpoint process, from its start to its end, and the thread that listens to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from milepost import syscalls
+from milepost.channel import (
+    Arrived,
+    Channel,
+    Exit,
+    Failure,
+    Finished,
+    Go,
+    Init,
+    Message,
+    Moved,
+    Ready,
+    Write,
+    describe_error,
+    rebuild_error,
+    write_blob,
+)
+from milepost.errors import LostWriterError
+from milepost.snapshot import Packed
+from milepost.staging import StagedImage, WriteAttempt
+from milepost.utils import TrackedFuture
+
+__all__ = ["Child", "Handle", "Job", "Orders"]
+
+
+@dataclass
+class Job:
+    """A write that was accepted: what a fresh writer would need to do it again, and who waits for it."""
+
+    number: int
+    future: TrackedFuture[None]
+    image: StagedImage | None
+    target: str
+    attempt: WriteAttempt
+    keep: Any
+
+
+@dataclass
+class Orders:
+    """What every child of one `CheckpointProcess` is started with.
+
+    Attributes:
+        init: The first message to it.
+        setup: The blob of that message.
+        start_seconds: How long its start may take.
+        barrier: Any object with ``execute_barrier()``, or None.
+        on_progress: Called with the absolute path of a save, its phase, bytes written and bytes in all.
+    """
+
+    init: Init
+    setup: bytes
+    start_seconds: float
+    barrier: Any
+    on_progress: Callable[[str, str, int, int], None]
+
+
+class Handle:
+    """A child process with the interface that `multiprocessing` users know."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None) -> None:
+        self._process = process
+        self.processes = [self]
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id."""
+        return self._process.pid if self._process else None
+
+    @property
+    def exitcode(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self._process.poll() if self._process else None
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for its end; whether it has ended."""
+        if self._process is not None:
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                return False
+        return True
+
+    def terminate(self) -> None:
+        """End it at once (it ignores SIGTERM)."""
+        if self.is_alive() and self._process is not None:
+            self._process.kill()
+
+    kill = terminate
+
+
+class Child:
+    """A child process. Starting it does not wait for it; `ready` is done when it is.
+
+    Args:
+        orders: What it is to do.
+    """
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._jobs: dict[int, Job] = {}
+        self._lock = threading.Lock()
+        self._moved = time.monotonic()
+        self._ended = threading.Condition(self._lock)
+        self._gone = False
+        self.ready: Future[None] = Future()
+        self._log = syscalls.anonymous_file("milepost-writer-log")
+        self.channel, theirs = Channel.pair()
+        process = None
+        try:
+            with theirs:
+                process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "milepost.writer_main",
+                        str(theirs.fileno()),
+                        str(os.getpid()),
+                    ],
+                    pass_fds=(theirs.fileno(),),
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                    },
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=self._log,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self.ready.set_exception(RuntimeError(f"the checkpoint process could not be started: {error}"))
+            self._gone = True
+        self.handle = Handle(process)
+        self._say_init()
+        self._deadline = time.monotonic() + orders.start_seconds
+        self._thread = threading.Thread(target=self._listen, name="milepost-process", daemon=True)
+        self._thread.start()
+
+    def _say_init(self) -> None:
+        blob = write_blob(self._orders.setup)
+        try:
+            self.channel.send(self._orders.init, [blob])
+        finally:
+            os.close(blob)
+
+    def usable(self) -> bool:
+        """Whether a request that is sent now can be carried out."""
+        return not self._gone and (not self.ready.done() or self.ready.exception() is None)
+
+    def send(self, job: Job, request: Write, packed: Packed, arena: int) -> None:
+        """Hand a request over."""
+        blob = write_blob(msgspec.msgpack.encode(packed))
+        with self._lock:
+            self._jobs[job.number] = job
+            self._moved = time.monotonic()
+        try:
+            sent = self.channel.send(request, [arena, blob])
+        finally:
+            os.close(blob)
+        if not sent:
+            self._lose(job)
+
+    # -- listening ---------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        while True:
+            left = None if self.ready.done() else max(self._deadline - time.monotonic(), 0.0)
+            if not self.channel.wait(left):
+                self._give_up_start()
+                break
+            message, _ = self.channel.receive()
+            if message is None:
+                break
+            self._take(message)
+        self.handle.join(5)
+        with self._lock:
+            self._gone = True
+            jobs = list(self._jobs.values())
+        if not self.ready.done():
+            self.ready.set_exception(RuntimeError(f"the checkpoint process ended at once:\n{self._output()}"))
+        for job in jobs:
+            self._lose(job)
+        with self._ended:
+            self._ended.notify_all()
+
+    def _give_up_start(self) -> None:
+        seconds = self._orders.start_seconds
+        self.handle.kill()
+        self.ready.set_exception(
+            TimeoutError(f"Timed out after {seconds} seconds waiting for the checkpoint process to start")
+        )
+
+    def _take(self, message: Message) -> None:
+        self._moved = time.monotonic()
+        if isinstance(message, Ready):
+            self.ready.set_result(None)
+        elif isinstance(message, Arrived):
+            threading.Thread(
+                target=self._meet, args=(message.number,), name="milepost-barrier", daemon=True
+            ).start()
+        elif isinstance(message, Moved):
+            job = self._jobs.get(message.number)
+            if job is not None:
+                self._orders.on_progress(job.target, message.phase, message.bytes_done, message.size_bytes)
+        elif isinstance(message, Finished):
+            if message.number < 0 and message.failure is not None:
+                self.ready.set_exception(_start_error(message.failure))
+            else:
+                self._finish_job(message)
+
+    def _meet(self, number: int) -> None:
+        """Execute the barrier for a save, at most once however often its writer is replaced."""
+        job = self._jobs.get(number)
+        failure = None
+        try:
+            if job is not None and not job.attempt.met:
+                job.attempt.met = True
+                self._orders.barrier.execute_barrier()
+        except BaseException as error:  # noqa: BLE001 - the child reports it as the save's failure
+            failure = describe_error(error)
+        self.channel.send(Go(number, failure))
+
+    def _finish_job(self, message: Finished) -> None:
+        with self._lock:
+            job = self._jobs.pop(message.number, None)
+        if job is None:
+            return
+        if job.image is not None:
+            job.image.attempts.pop(job.target, None)
+        job.image, job.keep = None, None
+        if message.failure is None:
+            job.future.set_result(None)
+        else:
+            job.future.set_exception(rebuild_error(message.failure))
+        with self._ended:
+            self._ended.notify_all()
+
+    def _lose(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.pop(job.number, None)
+        job.keep = None
+        code = self.handle.exitcode
+        error = LostWriterError(
+            f"Child process terminated unexpectedly (exit code {code})",
+            phase="write",
+            hint="the staged state is intact: saving again works, with a new child",
+        )
+        output = self._output()
+        if output:
+            error.add_note(f"its last output:\n{output}")
+        if self.ready.done() and self.ready.exception() is not None:
+            error.add_note(f"it failed to start: {self.ready.exception()}")
+        if not job.future.done():
+            job.future.set_exception(error)
+
+    def _output(self) -> str:
+        try:
+            size = os.fstat(self._log).st_size
+            return os.pread(self._log, 8192, max(size - 8192, 0)).decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    def finish(self, stall_seconds: float) -> None:
+        """Ask the child to end when it is done, and wait for it as long as it gets on."""
+        self.channel.send(Exit())
+        self._moved = time.monotonic()
+        while self.handle.is_alive() and time.monotonic() - self._moved < stall_seconds:
+            self.handle.join(0.05 if self._jobs else 0.01)
+
+    def stop(self) -> None:
+        """End the child in any case, and release everything."""
+        self.handle.kill()
+        self.handle.join(10)
+        self._thread.join(10)
+        self.channel.close()
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1
+
+
+def _start_error(failure: Failure) -> RuntimeError:
+    return RuntimeError(
+        f"the checkpoint process could not start: {failure.name}: {failure.message}\n{failure.trace}"
+    )

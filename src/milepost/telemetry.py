@@ -1,0 +1,126 @@
+"""What a save does, as events, for observers: progress lines, logs, your own metrics. No global state."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+__all__ = ["Event", "LoggingObserver", "Observer", "ProgressObserver", "notify"]
+
+_logger = logging.getLogger(__name__)
+
+Kind = Literal["staging", "staged", "writing", "committed", "failed", "skipped", "low_memory"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to one save.
+
+    Attributes:
+        kind: "staging" (began), "staged" (training may change its state), "writing" (bytes advanced),
+            "committed", "failed", "skipped" (busy), "low_memory" (saved without staging).
+        path: The checkpoint's path, as it was given.
+        step: The step that was given.
+        seconds: Time since `save` was called.
+        bytes_done: Bytes written so far; of the staged state for "staged".
+        size_bytes: Bytes of the file, 0 while unknown.
+        error: Why it failed.
+    """
+
+    kind: Kind
+    path: str
+    step: int | None = None
+    seconds: float = 0.0
+    bytes_done: int = 0
+    size_bytes: int = 0
+    error: BaseException | None = None
+
+
+class Observer(Protocol):
+    """Something that wants to know. Called from any thread; must not block for long."""
+
+    def on_event(self, event: Event) -> None:
+        """Called for each event. What it raises is logged and otherwise ignored."""
+
+
+def notify(observers: list[Observer], event: Event) -> None:
+    """Tell every observer; one that fails does not disturb the save or the others."""
+    for observer in observers:
+        try:
+            observer.on_event(event)
+        except Exception:
+            _logger.exception("an observer failed")
+
+
+class LoggingObserver:
+    """Logs staged, committed and failed saves.
+
+    Args:
+        logger: Where to; Milepost's own logger by default.
+    """
+
+    def __init__(self, logger: logging.Logger | None = None) -> None:
+        self._logger = logger or _logger
+
+    def on_event(self, event: Event) -> None:
+        """Log one line, for the events that matter."""
+        if event.kind == "failed":
+            self._logger.error("%s failed after %.2f s: %s", event.path, event.seconds, event.error)
+        elif event.kind == "low_memory":
+            self._logger.warning("%s is saved without staging: memory is low", event.path)
+        elif event.kind in ("staged", "committed", "skipped"):
+            self._logger.info(
+                "%s %s after %.2f s, %.1f MiB",
+                event.path,
+                event.kind,
+                event.seconds,
+                event.bytes_done / 2**20,
+            )
+
+
+class ProgressObserver:
+    """One progress line for each save in flight, on standard error, by rich. A context manager."""
+
+    def __init__(self) -> None:
+        from rich.console import Console  # noqa: PLC0415 - only who shows progress needs rich
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TransferSpeedColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            console=Console(stderr=True),
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Start showing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last state on the screen."""
+        self._progress.stop()
+
+    def on_event(self, event: Event) -> None:
+        """Move the line of the event's save."""
+        if event.path not in self._tasks:
+            self._tasks[event.path] = self._progress.add_task(event.path, total=None)
+        task = self._tasks[event.path]
+        self._progress.update(task, description=f"{event.path} {event.kind}")
+        if event.size_bytes:
+            self._progress.update(task, completed=event.bytes_done, total=event.size_bytes)
+        if event.kind in ("committed", "failed", "skipped"):
+            self._progress.stop_task(task)
+            del self._tasks[event.path]

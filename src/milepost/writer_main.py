@@ -1,0 +1,251 @@
+"""The checkpoint process: ``python -P -m milepost.writer_main DESCRIPTOR``. Torch-free unless asked for more.
+
+It outlives its trainer: signals meant for the job are ignored, the trainer's end is seen through a pidfd,
+and every request that the trainer got into the line is carried out before this process ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from milepost import syscalls
+from milepost.arena import Arena
+from milepost.channel import (
+    Arrived,
+    Channel,
+    Exit,
+    Finished,
+    Go,
+    Init,
+    Message,
+    Moved,
+    Ready,
+    Write,
+    describe_error,
+    read_blob,
+    rebuild_error,
+)
+from milepost.image import Layout
+from milepost.manifest import Tensors
+from milepost.pickle_view import tensor_fragments
+from milepost.snapshot import Labels, Packed, SaveOptions, Snapshot, save_snapshot
+from milepost.storage.writing import Ring
+
+__all__ = ["Service", "main"]
+
+_REPORT_SECONDS = 0.1
+
+
+class Service:
+    """Carries out the requests of one trainer, in their order.
+
+    Args:
+        channel: The line to the trainer.
+        trainer: The trainer's pid.
+    """
+
+    def __init__(self, channel: Channel, trainer: int) -> None:
+        self._channel = channel
+        self._trainer = trainer
+        self._pidfd = syscalls.watch_process(trainer)
+        self._inbox: deque[tuple[Message, list[int]]] = deque()
+        self._line_ended = False
+        self._plans: dict[bytes, tuple[Layout, list[bytes], Tensors]] = {}
+        self._write: Callable[[Write, Packed, Arena | None, Labels], None] = self._write_lean
+
+    def run(self) -> None:
+        """Serve until the trainer says `Exit`, or has gone and all it had asked for is done."""
+        first, descriptors = self._next(None)
+        if not isinstance(first, Init):
+            return
+        self._init = first
+        try:
+            syscalls.lower_priority(first.nice, idle_io=first.idle_io)
+            self._start(read_blob(descriptors[0]))
+        except BaseException as error:  # noqa: BLE001 - whatever the user's functions raise is reported
+            self._channel.send(Finished(-1, describe_error(error)))
+            return
+        self._channel.send(Ready())
+        threading.Thread(target=self._watch_trainer, daemon=True).start()
+        while True:
+            request, descriptors = self._next(None)
+            if request is None or isinstance(request, Exit):
+                break
+            if isinstance(request, Write):
+                self._serve(request, descriptors)
+        self._close()
+
+    def _close(self) -> None:
+        """Replaced where there is a writer of the user's to close."""
+
+    def _start(self, blob: bytes) -> None:
+        self._setup = msgspec.msgpack.decode(blob, type=Setup)
+        if self._setup.main:
+            from multiprocessing import spawn  # noqa: PLC0415 - only for functions of __main__
+
+            spawn.prepare(pickle.loads(self._setup.main))  # noqa: S301 - from our own trainer
+        self._storage, self._hook = pickle.loads(self._setup.parts)  # noqa: S301 - from our own trainer
+        if self._setup.custom:
+            custom = importlib.import_module("milepost.custom_writer")
+            self._write, self._close = custom.start(self._setup.custom)  # type: ignore[method-assign]
+
+    # -- the line ----------------------------------------------------------------------------------
+
+    def _next(
+        self, timeout_seconds: float | None, kind: type | None = None
+    ) -> tuple[Message | None, list[int]]:
+        """The next message (of a kind: others wait their turn), or None when no more can come."""
+        end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            for position, (waiting, descriptors) in enumerate(self._inbox):
+                if kind is None or isinstance(waiting, kind):
+                    del self._inbox[position]
+                    return waiting, descriptors
+            if self._line_ended:
+                return None, []
+            left = 1.0 if end is None else min(1.0, max(end - time.monotonic(), 0.0))
+            ready = self._channel.wait(left, *([self._pidfd] if self._pidfd is not None else []))
+            if self._channel.fileno() in ready:
+                message, descriptors = self._channel.receive()
+                if message is None:
+                    self._line_ended = True
+                else:
+                    self._inbox.append((message, descriptors))
+            elif self._trainer_gone():
+                self._line_ended = True  # the line is empty, and nobody is left to fill it
+            elif end is not None and time.monotonic() >= end:
+                return None, []
+
+    def _trainer_gone(self) -> bool:
+        return os.getppid() != self._trainer
+
+    def _watch_trainer(self) -> None:
+        """When the trainer has gone: what was accepted is finished within the timeout, or given up."""
+        if self._pidfd is None:
+            while not self._trainer_gone():
+                time.sleep(1.0)
+        else:
+            self._poll_pidfd()
+        time.sleep(self._init.timeout_seconds)
+        os._exit(3)
+
+    def _poll_pidfd(self) -> None:
+        import select  # noqa: PLC0415 - beside its only use
+
+        poll = select.poll()
+        poll.register(self._pidfd or 0, select.POLLIN)
+        poll.poll()
+
+    # -- saves -------------------------------------------------------------------------------------
+
+    def _serve(self, request: Write, descriptors: list[int]) -> None:
+        arena = None
+        try:
+            packed = msgspec.msgpack.decode(read_blob(descriptors.pop()), type=Packed)
+            if request.has_arena:
+                arena = Arena(0, descriptors.pop())
+            self._write(request, packed, arena, Labels(request.step, packed.metadata))
+        except BaseException as error:  # noqa: BLE001 - a failed save never ends the service
+            self._channel.send(Finished(request.number, describe_error(error)))
+        else:
+            self._channel.send(Finished(request.number))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if arena is not None:
+                arena.close()
+
+    def _write_lean(self, request: Write, packed: Packed, arena: Arena | None, labels: Labels) -> None:
+        assert arena is not None
+        layout, fragments, tensors = self._plan(packed)
+
+        def memory(size: int) -> memoryview:
+            arena.grow(size)
+            return arena.view[:size]
+
+        snapshot = Snapshot(packed.tree, tensors, layout, fragments, packed.objects, lambda *_: None, memory)
+        options = SaveOptions(
+            storage=self._storage,
+            rank=self._init.rank,
+            world_size=self._init.world_size,
+            attempt=request.attempt,
+            timeout_seconds=self._init.timeout_seconds,
+            ring=_NO_RING,
+            private=request.private,
+            target=request.target,
+            process=self._init.process,
+            barrier=(lambda: self._barrier(request)) if self._init.has_barrier else None,
+            hook=self._hook,
+            writer=packed.writer,
+            report=_Reporter(self._channel, request.number),
+        )
+        arguments = pickle.loads(packed.arguments) if packed.arguments else {}  # noqa: S301 - our own trainer
+        save_snapshot(request.path, snapshot, options, labels, arguments)
+
+    def _plan(self, packed: Packed) -> tuple[Layout, list[bytes], Tensors]:
+        """The layout and what follows from it, kept for the next save of the same structure."""
+        key = bytes(packed.tensors) + repr(packed.lengths).encode()
+        found = self._plans.get(key)
+        if found is None:
+            tensors = msgspec.msgpack.decode(packed.tensors, type=Tensors)
+            found = (Layout(packed.lengths), tensor_fragments(tensors, packed.lengths), tensors)
+            self._plans = {key: found}
+        return found
+
+    def _barrier(self, request: Write) -> None:
+        """Meet the other ranks through the trainer; without a trainer the marks alone decide."""
+        if request.barrier_done or self._trainer_gone() or not self._channel.send(Arrived(request.number)):
+            return
+        message, _ = self._next(None, Go)
+        if isinstance(message, Go) and message.failure is not None:
+            raise rebuild_error(message.failure)
+
+
+_NO_RING = Ring()
+
+
+class Setup(msgspec.Struct):
+    """The blob of an `Init`: pickles of the user's own functions and objects, and what they need."""
+
+    parts: bytes
+    main: bytes = b""
+    custom: bytes = b""
+
+
+class _Reporter:
+    """Tells the trainer how far a save is, not too often."""
+
+    def __init__(self, channel: Channel, number: int) -> None:
+        self._channel = channel
+        self._number = number
+        self._phase = ""
+        self._last = 0.0
+
+    def __call__(self, phase: str, done: int, size: int) -> None:
+        now = time.monotonic()
+        if phase != self._phase or now - self._last >= _REPORT_SECONDS or done == size:
+            self._phase, self._last = phase, now
+            self._channel.send(Moved(self._number, phase, done, size))
+
+
+def main() -> None:
+    """Serve the trainer at the other end of the descriptor that is the only argument."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    trainer = int(sys.argv[2])
+    Service(Channel(socket.socket(fileno=int(sys.argv[1]))), trainer).run()
+
+
+if __name__ == "__main__":
+    main()
