@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-STEPS, SAVE_EVERY = 50, 10
+STEPS, SAVE_EVERY = 30, 6
 SAVES_BEFORE_THE_KILL = 2
 FEWEST, MOST = 0.1, 0.9
 POLL_SECONDS = 0.0005
@@ -46,7 +46,7 @@ class Kill:
 
 def start(folder: Path) -> subprocess.Popen[str]:
     """Start the trainer on a folder; its output goes to ours and, by a pipe, to `finish`."""
-    variables = os.environ | {"OMP_NUM_THREADS": "2", "MKL_DYNAMIC": "FALSE"}
+    variables = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "MKL_DYNAMIC": "FALSE"}
     command = [sys.executable, str(TRAINER), str(folder), f"--steps={STEPS}", f"--save-every={SAVE_EVERY}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables)
 
@@ -117,27 +117,33 @@ def milepost(*arguments: str) -> int:
     ).returncode
 
 
-def differing_tensors(one: Path, other: Path) -> tuple[int, list[str]]:
-    """The number of tensors in two data files, read by torch alone, and the paths of those that differ."""
+def compare(one: Path, other: Path) -> tuple[int, int, list[str]]:
+    """How many tensors and other values two data files hold, read by torch alone, and which differ."""
     import torch
 
     def walk(value, path=""):
-        if isinstance(value, torch.Tensor):
-            yield path, value.contiguous().view(-1).view(torch.uint8)
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             for key, item in value.items():
                 yield from walk(item, f"{path}.{key}")
         elif isinstance(value, list | tuple):
             for number, item in enumerate(value):
                 yield from walk(item, f"{path}[{number}]")
+        else:
+            yield path, value
+
+    def same(a, b):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return a.shape == b.shape and torch.equal(
+                *(x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
+            )
+        return type(a) is type(b) and a == b
 
     first = dict(walk(torch.load(one / DATA_FILE, mmap=True)))
     second = dict(walk(torch.load(other / DATA_FILE, mmap=True)))
-    names = sorted(first.keys() | second.keys())
-    same = {
-        name for name in names if name in first and name in second and torch.equal(first[name], second[name])
-    }
-    return len(names), [name for name in names if name not in same]
+    names = first.keys() | second.keys()
+    different = [n for n in names if n not in first or n not in second or not same(first[n], second[n])]
+    tensors = sum(isinstance(value, torch.Tensor) for value in first.values())
+    return tensors, len(names) - tensors, sorted(different)
 
 
 def show(folder: Path) -> None:
@@ -168,8 +174,9 @@ def show(folder: Path) -> None:
     print("\n4. Compare.", flush=True)
     print(f"  uninterrupted     {expected}")
     print(f"  killed, resumed   {found}")
-    count, different = differing_tensors(committed(straight)[-1], committed(killed)[-1])
-    print(f"  last checkpoints  {count - len(different)} of {count} tensors equal, read by torch.load alone")
+    tensors, others, different = compare(committed(straight)[-1], committed(killed)[-1])
+    verdict = f"{len(different)} differ: {different[:5]}" if different else "all equal"
+    print(f"  last checkpoints  {tensors} tensors and {others} other values (read by torch.load): {verdict}")
     if found != expected or different:
         raise DemoError("the two runs ended differently")
     print(f"\nThe weights are bit-identical. ({time.monotonic() - started:.0f} s)")
