@@ -19,7 +19,6 @@ from milepost.errors import (
     CommitError,
     CorruptCheckpointError,
     EntryNotFoundError,
-    StorageError,
     UnsupportedFormatError,
 )
 from milepost.manifest import (
@@ -48,7 +47,7 @@ def missing_files(folder: Folder, manifest: Manifest) -> list[str]:
     for name, size in listed:
         try:
             found = folder.stat(name)
-        except (CorruptCheckpointError, StorageError):
+        except CorruptCheckpointError:  # a link on the way
             found = None
         if found is None:
             problems.append(f"{name} is missing")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -392,35 +391,28 @@ def sweep(storage: Storage, path: str) -> None:
 
 
 def remove_tree(storage: Storage, path: str) -> None:
-    """Remove an attempt's folder with everything in it. Only for folders that are known to be ours.
+    """Remove an attempt's folder with everything in it. The caller holds the lock on its ``attempt.json``.
 
-    The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's.
+    The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's. When
+    ``attempt.json`` is gone the folder's name is free: what is in it then is another's, and stays.
     """
-    for _ in range(_TRIES):
-        names = names_of(storage, path)
-        if names is None:
-            return
+    while names := [name for name in names_of(storage, path) or () if name != NOTE_NAME]:
         for name in sorted(names, key=_removal_order):
             _remove_entry(storage, os.path.join(path, name))
-        try:
-            storage.remove(path)
-        except EntryNotFoundError:
-            return
-        except StorageError as error:
-            if error.errno not in _NOT_EMPTY:
-                raise
-            continue
-        return
+    _remove_entry(storage, os.path.join(path, NOTE_NAME))
+    try:
+        storage.remove(path)
+    except StorageError as error:
+        if not isinstance(error, EntryNotFoundError) and error.errno not in _NOT_EMPTY:
+            raise
 
 
 def _removal_order(name: str) -> int:
-    ranks: tuple[Callable[[], bool], ...] = (
-        lambda: name == MANIFEST_NAME,
-        lambda: index_rank(name) is not None,
-        lambda: not name.startswith("abort") and name != NOTE_NAME,
-        lambda: name != NOTE_NAME,
-    )
-    return next((position for position, matches in enumerate(ranks) if matches()), len(ranks))
+    if name == MANIFEST_NAME:
+        return 0
+    if index_rank(name) is not None:
+        return 1
+    return 3 if name.startswith("abort") else 2
 
 
 def _remove_entry(storage: Storage, path: str) -> None:

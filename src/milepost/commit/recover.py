@@ -231,7 +231,7 @@ def _says_so(folder: Folder, hidden: Hidden, names: list[str]) -> bool:
 
 def _remove_unborn(storage: Storage, path: str) -> bool:
     """Remove a folder that died before it had an attempt.json. A live one makes itself again."""
-    for name in names_of(storage, path) or ():
+    for name in filter(is_note_aside, names_of(storage, path) or ()):
         inner = os.path.join(path, name)
         with suppress(EntryNotFoundError):
             lock = storage.lock(inner, exclusive=True)
