@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from milepost.errors import CorruptCheckpointError
 from milepost.manifest import Tensors
 from milepost.rebuild import dtype_of
 from milepost.tree import Item, Node, Path, path_text
@@ -36,13 +37,12 @@ _EXACT: dict[str, type] = {
 }
 
 
-@dataclass
+@dataclass(slots=True)
 class Fill:
     """A tensor of the template, and the number of the saved tensor that goes into it."""
 
     target: torch.Tensor
     number: int
-    key: str
 
 
 @dataclass
@@ -89,7 +89,7 @@ class _Matcher:
 
         def finish() -> Any:
             torch.autograd.graph.increment_version(self._filled)
-            return put()
+            return put() if put is not None else template
 
         self._match.finish = finish
         return self._match
@@ -100,8 +100,11 @@ class _Matcher:
         )
         return lambda: None
 
-    def _value(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
-        """Match one value; the result puts it in place, and returns what its parent is to hold."""
+    def _value(self, target: Any, node: Node, path: Path) -> Callable[[], Any] | None:
+        """Match one value; the result puts it in place, and returns what its parent is to hold.
+
+        None where the parent is to hold what it holds already.
+        """
         tag = node[0]
         if target is None:
             return lambda: self._decode(node)
@@ -126,12 +129,19 @@ class _Matcher:
         return self._misfit(path, _kind(target), _tag_text(node))
 
     def _dict(self, target: dict[Any, Any], node: Node, path: Path) -> Callable[[], Any]:
-        saved = {self._decode(key): value for key, value in node[1]}
+        saved = {
+            key[1] if key[0] == "str" and key[1] is not None else self._decode(key): value
+            for key, value in node[1]
+        }
+        if len(saved) != len(node[1]):
+            raise CorruptCheckpointError(f"a dict of the tree has equal keys: {path_text(path)}")
         parts = []
         for key, value in target.items():
             where = (*path, key)
             if key in saved:
-                parts.append((key, self._value(value, saved[key], where)))
+                part = self._value(value, saved[key], where)
+                if part is not None:
+                    parts.append((key, part))
             else:
                 self._match.missing.append(path_text(where))
         self._match.unexpected += [path_text((*path, key)) for key in saved if key not in target]
@@ -153,16 +163,20 @@ class _Matcher:
             self._value(value, child, (*path, Item(i)))
             for i, (value, child) in enumerate(zip(target, saved, strict=True))
         ]
+
+        def items() -> list[Any]:
+            return [value if part is None else part() for part, value in zip(parts, target, strict=True)]
+
         if isinstance(target, tuple):
-            return lambda: tuple([part() for part in parts])
+            return lambda: tuple(items())
 
         def put() -> Any:
-            target[:] = [part() for part in parts]
+            target[:] = items()
             return target
 
         return put
 
-    def _tensor(self, target: Any, number: int, path: Path) -> Callable[[], Any]:
+    def _tensor(self, target: Any, number: int, path: Path) -> Callable[[], Any] | None:
         columns = self._tensors
         if columns.kind[number] == "ndarray":
             if type(target) is not np.ndarray:
@@ -182,12 +196,14 @@ class _Matcher:
             destination = target.detach() if target.requires_grad else target
         else:
             return self._misfit(path, _kind(target), "a tensor")
-        dtype, shape = dtype_of(columns.dtype[number]), tuple(columns.shape[number])
+        dtype, shape = dtype_of(columns.dtype[number]), columns.shape[number]
         if destination.layout is not torch.strided or destination.is_quantized or destination.is_meta:
             return self._misfit(path, f"a dense tensor to fill, not {_kind(target)}", "a dense tensor")
-        if destination.dtype != dtype or tuple(destination.shape) != shape:
+        if destination.dtype != dtype or list(destination.shape) != shape:
             return self._misfit(
-                path, f"{destination.dtype} of shape {tuple(destination.shape)}", f"{dtype} of shape {shape}"
+                path,
+                f"{destination.dtype} of shape {tuple(destination.shape)}",
+                f"{dtype} of shape {tuple(shape)}",
             )
         if _overlaps(destination) and not _same_steps(destination, columns.stride[number]):
             return self._misfit(
@@ -195,10 +211,10 @@ class _Matcher:
                 f"elements that share memory (strides {tuple(destination.stride())})",
                 f"strides {tuple(columns.stride[number])}",
             )
-        self._match.fills.append(Fill(destination, number, path_text(path)))
+        self._match.fills.append(Fill(destination, number))
         if isinstance(target, torch.Tensor):
             self._filled.append(target)
-        return lambda: target
+        return None
 
     def _raw_array(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
         # Read now, as objects are.
