@@ -264,6 +264,8 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
     for rank, index in enumerate(manifest.indexes):
         check(index.name == index_name(rank), f"index {rank} is named {index.name!r}")
     _check_sizes([*manifest.indexes, *manifest.files, *manifest.attachments], check)
+    check(all(index.size <= MAX_INDEX_BYTES for index in manifest.indexes), "an index is too large")
+    _check_metadata(manifest.metadata, check)
     return manifest
 
 
@@ -283,10 +285,8 @@ def decode_index(data: bytes, path: str) -> Index:
     _check_tensors(index.tensors, index.records, check)
     try:
         check_tree(index.tree, tensors=len(index.tensors.record), records=len(index.records.length))
-        if index.metadata is not None:
-            check_tree(index.metadata, tensors=0, records=0)
     except ValueError as error:
-        raise CorruptCheckpointError(f"{error}: {path}", path=path) from None
+        check.fail(str(error))
     return index
 
 
@@ -368,6 +368,15 @@ def _check_mark(mark: Mark, check: _Checker) -> None:
         check(is_plain_name(name), f"a file name leaves the folder: {name!r}")
     check(len(set(names)) == len(names), "a file is listed twice")
     _check_sizes([*mark.files, *mark.attachments], check)
+    _check_metadata(mark.metadata, check)
+
+
+def _check_metadata(metadata: Node | None, check: _Checker) -> None:
+    if metadata is not None:
+        try:
+            check_tree(metadata, tensors=0, records=0)
+        except ValueError as error:
+            check.fail(f"metadata: {error}")
 
 
 def _check_sizes(files: list[FileDigest | DataFile], check: _Checker) -> None:
@@ -428,12 +437,16 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
         all(tensors.dtype[n].startswith("complex") for n in tensors.conj),
         "a tensor that is not complex has the conjugate bit",
     )
+    check(
+        all(tensors.dtype[n].startswith(("float", "bfloat", "complex")) for n in tensors.requires_grad),
+        "a tensor of a dtype that has no gradient requires one",
+    )
     lengths = records.length
     for number, (record, start, dtype, shape, stride) in enumerate(
         zip(tensors.record, tensors.byte_offset, tensors.dtype, tensors.shape, tensors.stride, strict=True)
     ):
         size = DTYPE_BYTES[dtype]
-        reach = size
+        reach = extent = size
         empty = False
         if len(shape) != len(stride) or len(shape) > 64:
             check.fail(f"tensor {number} has shape {shape} and stride {stride}")
@@ -441,7 +454,10 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
             if not (0 <= length <= MAX_INT and 0 <= step <= MAX_INT):
                 check.fail(f"tensor {number} has shape {shape} and stride {stride}")
             empty = empty or length == 0
+            extent *= length
             reach += (length - 1) * step * size
+        if extent > MAX_INT:
+            check.fail(f"tensor {number} has too many elements: {shape}")
         if not -1 < record < len(lengths):
             check.fail(f"tensor {number} lies in record {record} of {len(lengths)}")
         if start < 0 or start % size or start + (0 if empty else reach) > lengths[record]:

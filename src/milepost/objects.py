@@ -86,18 +86,23 @@ class _StorageOf:
 
 def unpickle_object(data: bytes, storage_of: Callable[[int], torch.UntypedStorage]) -> Any:
     """Read one object through torch's restricted unpickler: no code in it runs."""
+    given: list[tuple[torch.UntypedStorage, int]] = []
 
     def persistent_load(identity: Any) -> Any:
         _, kind, key, _, _ = identity
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
         typed: Any = torch.storage.TypedStorage
-        return typed(wrap_storage=storage_of(int(key)), dtype=dtype, _internal=True)
+        storage = storage_of(int(key))
+        given.append((storage, storage.nbytes()))
+        return typed(wrap_storage=storage, dtype=dtype, _internal=True)
 
     unpickler: Any = restricted.Unpickler(io.BytesIO(data), encoding="utf-8")
     unpickler.persistent_load = persistent_load
     value = unpickler.load()
     validate: Any = torch._utils._validate_loaded_sparse_tensors  # noqa: SLF001 - as torch.load does
     validate()
+    if any(storage.nbytes() != size for storage, size in given):  # torch enlarges what is too small
+        raise ValueError("a tensor in it reaches beyond its storage")
     return value
 
 

@@ -22,8 +22,10 @@ import builtins
 import reprlib
 import struct
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sized
+from typing import Any, TypeVar
+
+from milepost.errors import CorruptCheckpointError
 
 __all__ = [
     "MAX_DEPTH",
@@ -234,7 +236,9 @@ class TreeDecoder:
             items = []
             for item in node[1]:
                 items.append(self.decode(item))
-            return items if tag == "list" else tuple(items) if tag == "tuple" else set(items)
+            if tag == "set":
+                return _unique(set(items), node)
+            return items if tag == "list" else tuple(items)
         value: dict[Any, Any] = {}
         if tag == "ordered":
             value = OrderedDict()
@@ -244,7 +248,17 @@ class TreeDecoder:
             value[self.decode(key)] = self.decode(item)
         if tag == "ordered" and node[2] is not None:
             vars(value).update(self.decode(node[2]))
-        return value
+        return _unique(value, node)
+
+
+_Sized = TypeVar("_Sized", bound=Sized)
+
+
+def _unique(value: _Sized, node: Node) -> _Sized:
+    """Refuse keys that are equal in Python though their nodes are not, such as two names of one dtype."""
+    if len(value) != len(node[1]):
+        raise CorruptCheckpointError(f"a {node[0]} of the tree has equal keys")
+    return value
 
 
 def _decode_float(node: Node) -> float:
@@ -307,6 +321,8 @@ def check_tree(node: Node, *, tensors: int, records: int) -> None:
                 raise ValueError(f"the tree refers to {tag} {node[1]} of {limit}")
         elif tag in ("list", "tuple", "set"):
             stack.extend((child, depth + 1, key or tag == "set") for child in node[1])
+            if tag == "set" and len({_frozen(child, depth) for child in node[1]}) != len(node[1]):
+                raise ValueError("a set has the same element twice")
         elif tag in ("dict", "ordered", "default"):
             seen = set()
             for pair in node[1]:
@@ -322,14 +338,25 @@ def check_tree(node: Node, *, tensors: int, records: int) -> None:
             if len(seen) != len(node[1]):
                 raise ValueError("a dictionary has the same key twice")
             if tag == "ordered" and node[2] is not None:
-                if not isinstance(node[2], list | tuple) or node[2][:1] not in (["dict"], ("dict",)):
-                    raise ValueError("the attributes of an OrderedDict are no dictionary")
+                if not _has_text_keys(node[2]):
+                    raise ValueError("the attributes of an OrderedDict are no dictionary of names")
                 stack.append((node[2], depth + 1, False))
 
 
 def _is_plain_text(node: Node) -> bool:
     """Whether a node is ["str", text]: nearly every key is, so this is the fast way past them."""
     return type(node) is list and len(node) == 2 and node[0] == "str" and type(node[1]) is str
+
+
+def _has_text_keys(node: Node) -> bool:
+    """Whether a node is a dict whose keys, as far as they are well-formed, are text."""
+    if not isinstance(node, list | tuple) or len(node) != 2 or node[0] != "dict" or not _has_items(node):
+        return False
+    return all(isinstance(pair, list | tuple) and pair and _is_name(pair[0]) for pair in node[1])
+
+
+def _is_name(node: Node) -> bool:
+    return isinstance(node, list | tuple) and len(node) >= 2 and node[0] == "str"
 
 
 def _frozen(node: Node, depth: int) -> Any:
@@ -372,10 +399,14 @@ def _is_surrogate_hex(value: Any) -> bool:
     if not _is_hex(value):
         return False
     try:
-        bytes.fromhex(value).decode("utf-8", "surrogatepass")
+        text = bytes.fromhex(value).decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         return False
-    return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False  # it has a plain form, and may have no second one
 
 
 def _is_base64(value: Any) -> bool:
