@@ -7,6 +7,7 @@ holds one open file.
 from __future__ import annotations
 
 import ctypes
+import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,13 @@ from typing import Any, Literal, Self
 import torch
 from isal import isal_zlib
 
-from milepost.errors import ConfigError, CorruptCheckpointError, MismatchError
+from milepost.errors import ConfigError, CorruptCheckpointError, MilepostError, MismatchError
 from milepost.manifest import CHUNK_BYTES, DTYPE_BYTES, Index
 from milepost.rebuild import TensorBuilder
 from milepost.state import StateEncoder
 from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
+from milepost.storage.stream import FileStream
 from milepost.template import Fill, Match, copy_into, is_dense, match
 from milepost.tree import paths_of_tensors
 from milepost.types import STATE_DICT
@@ -32,6 +34,7 @@ __all__ = ["IndexedSource", "PlainSource", "Verify"]
 Verify = bool | Literal["first"]
 _ASIDE_BYTES = 64 << 20
 _SHOWN = 20
+_STREAM_BYTES = 1 << 20
 
 
 class PlainSource:
@@ -39,7 +42,7 @@ class PlainSource:
 
     def __init__(self, file: OpenFile, map_location: Any) -> None:
         with closing_file(file):
-            self._state = _torch_load(file.path, map_location)
+            self._state = _torch_load(file, map_location)
         self._path = file.path
 
     def __enter__(self) -> Self:
@@ -66,20 +69,27 @@ class PlainSource:
             copy_into(fill.target, self._taken.walk.tensors[fill.number])
 
 
-def _torch_load(path: str, map_location: Any) -> Any:
-    for mmap in (True, False):
+def _torch_load(file: OpenFile, map_location: Any) -> Any:
+    """Read through the descriptor: a save may have put something else at the path by now."""
+    descriptor: Callable[[], int] | None = getattr(file, "fileno", None)
+    sources: list[tuple[Any, bool]] = [(io.BufferedReader(FileStream(file), _STREAM_BYTES), False)]
+    if descriptor is not None:
+        sources.insert(0, (f"/proc/self/fd/{descriptor()}", True))  # a path, as torch maps nothing else
+    for source, mmap in sources:
         try:
-            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+            return torch.load(source, map_location=map_location, mmap=mmap, weights_only=True)
+        except (MilepostError, MemoryError):
+            raise
         except pickle.UnpicklingError as error:
             raise CorruptCheckpointError(
-                f"torch.load refuses {path}: {str(error).splitlines()[0]}",
-                path=path,
+                f"torch.load refuses {file.path}: {str(error).splitlines()[:1]}",
+                path=file.path,
                 hint="allow your own types with torch.serialization.add_safe_globals, and load again",
             ) from error
-        except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-            if not mmap:
+        except Exception as error:
+            if not mmap:  # files of old versions of torch cannot be mapped
                 raise CorruptCheckpointError(
-                    f"torch.load cannot read {path}: {str(error).splitlines()[:1]}", path=path
+                    f"torch.load cannot read {file.path}: {str(error).splitlines()[:1]}", path=file.path
                 ) from error
     raise AssertionError("unreachable")
 

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from isal.isal_zlib import crc32_combine
 
@@ -17,8 +16,9 @@ from milepost.commit.hidden import data_rank, file_digest, read_manifest
 from milepost.errors import CorruptCheckpointError, IncompleteCheckpointError, LoadError, StorageError
 from milepost.manifest import CHUNK_BYTES, DataFile, FileDigest, Index, Manifest, decode_index
 from milepost.outline import Line, outline
-from milepost.storage import Folder, OpenFile, Storage
+from milepost.storage import Folder, Storage
 from milepost.storage.reading import scan_file
+from milepost.storage.stream import FileStream
 from milepost.storage.writing import Ring
 
 __all__ = ["Problem", "Report", "verify"]
@@ -161,6 +161,9 @@ def _verify_all(run: _Verification, manifest: Manifest) -> None:
 
 
 def _verify_digest(run: _Verification, listed: FileDigest) -> None:
+    stat = run.folder.stat(listed.name)
+    if stat is not None and stat.kind == "file" and stat.size_bytes != listed.size:
+        raise CorruptCheckpointError(f"{listed.size} bytes expected, {stat.size_bytes} found")
     found = file_digest(run.folder, listed.name)
     run.report.bytes += found.size
     run.tell(listed.size)
@@ -232,10 +235,8 @@ def _verify_data(
         extents = [
             (piece.offset, min(piece.end, size) - piece.offset) for piece in pieces if piece.offset < size
         ]
-        if size > listed.size:
-            extents.append((listed.size, size - listed.size))
         found = scan_file(file, extents, ring=ring, progress=run.tell)
-    run.report.bytes += size
+    run.report.bytes += min(size, listed.size)
     keys = _Keys(described[0] if described else None)
     whole = true_whole = 0
     damage: list[tuple[_Piece, str]] = []
@@ -297,35 +298,6 @@ class _Keys:
 # ---------------------------------------------------------------------------- plain torch.save files
 
 
-class _Stream(io.RawIOBase):
-    """An open file as zipfile wants it."""
-
-    def __init__(self, file: OpenFile) -> None:
-        self._file, self._position = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._file.size - self._position))
-        if count:
-            self._file.read_into(self._position, [view[:count]])
-        self._position += count
-        return count
-
-
 def _verify_plain(located: Located, progress: Progress | None) -> Report:
     """Entry CRCs of plain archives. They can be off in whole files, so a mismatch is a warning."""
     names = [name for name in located.folder.names() if data_rank(name) is not None]
@@ -335,7 +307,7 @@ def _verify_plain(located: Located, progress: Progress | None) -> Report:
     for name in names:
         with run.file(name), closing(located.folder.open(name)) as file:
             try:
-                with zipfile.ZipFile(io.BufferedReader(_Stream(file), _PLAIN_BYTES)) as archive:
+                with zipfile.ZipFile(io.BufferedReader(FileStream(file), _PLAIN_BYTES)) as archive:
                     for entry in archive.infolist():
                         _verify_entry(run, name, archive, entry)
             except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, OverflowError) as error:

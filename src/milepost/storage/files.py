@@ -224,6 +224,10 @@ class LocalOpenFile:
         length = min(length, self.size - offset)
         return syscalls.cached_fraction(self._descriptor, offset, length) > 0.5
 
+    def fileno(self) -> int:
+        """The descriptor, for libraries that open files themselves."""
+        return self._descriptor
+
     def map(self) -> memoryview | None:
         if not self.size or syscalls.is_network_file_system(self._descriptor):
             return None
