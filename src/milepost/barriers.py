@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import logging
+import secrets
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ __all__ = [
     "BarrierConfig",
     "DistBarrier",
     "TCPStoreBarrier",
+    "common_start_id",
     "create_barrier_from_config",
     "register_barrier",
 ]
@@ -69,6 +71,20 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
         raise ValueError(f"Unknown barrier type: {name}. Known types: {', '.join(sorted(BARRIER_REGISTRY))}")
     barrier: Barrier = BARRIER_REGISTRY[name](**barrier_config.barrier_args)
     return barrier
+
+
+def common_start_id(barrier: object) -> str | None:
+    """An id that all ranks of this job have in common, from the barrier's store or the default group's.
+
+    The first rank puts it there, and no rank waits for another. None where there is no store.
+    """
+    store: Any = getattr(barrier, "store", None)
+    if store is None and dist.is_available() and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
+    if store is None:
+        return None
+    found: object = store.compare_set("milepost/start_id", "", secrets.token_hex(8))
+    return found.decode() if isinstance(found, bytes) else None
 
 
 @register_barrier
@@ -127,7 +143,7 @@ class TCPStoreBarrier(Barrier):
         self._prefix = barrier_prefix
         self._timeout_secs = timeout_secs
         self._sequence = 0
-        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+        self.store = dist.TCPStore(  # type: ignore[attr-defined]
             master_address,
             int(tcpstore_port),
             world_size=global_world_size,
@@ -143,19 +159,19 @@ class TCPStoreBarrier(Barrier):
         """
         sequence = self._sequence
         self._sequence += 1
-        self._store.set(f"rank{self._rank}", str(sequence))
+        self.store.set(f"rank{self._rank}", str(sequence))
         key_prefix = f"{self._prefix}{sequence}"
         self._await_all(key_prefix)
-        store_util.barrier(store=self._store, world_size=self._world_size, key_prefix=key_prefix)
+        store_util.barrier(store=self.store, world_size=self._world_size, key_prefix=key_prefix)
 
     def _await_all(self, key_prefix: str) -> None:
         """Wait with our own timeout: the store's barrier knows only the store's, and names nobody."""
         keys = [f"{key_prefix}/rank{rank}" for rank in range(self._world_size)]
-        self._store.add(keys[self._rank], 1)
+        self.store.add(keys[self._rank], 1)
         try:
-            self._store.wait(keys, timedelta(seconds=self._timeout_secs))
+            self.store.wait(keys, timedelta(seconds=self._timeout_secs))
         except (dist.DistStoreError, RuntimeError) as error:
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             if not missing:
                 return
             raise CommitTimeoutError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from milepost.barriers import Barrier
+from milepost.barriers import Barrier, common_start_id
 from milepost.commit import attempt_id, check_target, environment_start_id
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, error_context
@@ -79,6 +79,7 @@ class CheckpointWriter:
         self._ring = Ring()
         self._lock = threading.Lock()
         self._closed = False
+        self._start_id = config.start_id
 
     def write(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
         """Write a state dict to ``<path>/checkpoint_<rank>.pt`` and commit the checkpoint.
@@ -107,17 +108,20 @@ class CheckpointWriter:
             target = check_target(self._storage, path)
             labels = Labels.of(kwargs)
             snapshot = self._encoder.encode(state_dict)
+            size = self._rank_info.global_world_size
+            if size > 1 and self._start_id is None and environment_start_id() is None:
+                self._start_id = common_start_id(self._barrier)
             options = SaveOptions(
                 storage=self._storage,
                 rank=self._rank_info.global_rank,
-                world_size=self._rank_info.global_world_size,
+                world_size=size,
                 attempt=attempt_id(
                     target.path,
                     self._rank_info.global_rank,
-                    self._rank_info.global_world_size,
-                    start_id=self._config.start_id,
+                    size,
+                    start_id=self._start_id,
                 ),
-                private=not (self._config.start_id or environment_start_id()),
+                private=not (self._start_id or environment_start_id()),
                 timeout_seconds=self._config.write_barrier_timeout_secs,
                 ring=self._ring,
                 barrier=None if self._barrier is None else self._barrier.execute_barrier,

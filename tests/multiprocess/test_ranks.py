@@ -1,0 +1,284 @@
+"""Several ranks: threads and processes that save together, with and without a barrier."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from states import assert_same, manifest_of
+
+from milepost.checkpoint_reader import CheckpointReader
+from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
+from milepost.errors import AbortedError, CheckpointNotFoundError, CommitTimeoutError
+from milepost.types import RankInfo
+
+WORLD = 3
+
+
+def state_of(rank, step=0):
+    return {"w": torch.full((1000,), float(rank + 10 * step)), "rank": rank, "step": step}
+
+
+class Log(WriterHook):
+    def __init__(self, fail=False):
+        self.calls, self.fail = [], fail
+
+    def pre_commit(self, path, **kwargs):
+        self.calls.append("pre")
+        if self.fail:
+            raise OSError("this rank is broken")
+
+    def post_commit(self, path, **kwargs):
+        loaded = CheckpointReader(RankInfo(0, WORLD)).read(path)[0]
+        self.calls.append("post" if loaded["step"] == kwargs["step"] else "post too early")
+
+
+class Meeting:
+    """A barrier for threads."""
+
+    def __init__(self):
+        self.barrier, self.calls = threading.Barrier(WORLD, timeout=60), 0
+
+    def execute_barrier(self):
+        self.calls += 1
+        self.barrier.wait()
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Makes the writers of all ranks, with hooks; they are closed at the end."""
+    made = []
+
+    def make(barrier=None, timeout=60, **hooks):
+        made.extend(
+            CheckpointWriter(
+                CheckpointWriterConfig(write_barrier_timeout_secs=timeout),
+                RankInfo(rank, WORLD),
+                barrier,
+                hooks.get(f"rank{rank}") or Log(),
+            )
+            for rank in range(WORLD)
+        )
+        return made
+
+    yield make
+    for writer in made:
+        writer.close()
+
+
+def load(path, rank):
+    return CheckpointReader(RankInfo(rank, WORLD)).read(str(path))[0]
+
+
+def all_at_once(writers, path, step=0):
+    """Each rank writes in a thread of its own; returns their errors."""
+
+    def work(rank):
+        try:
+            writers[rank].write(str(path), state_of(rank, step), step=step)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(WORLD) as pool:
+        return [*pool.map(work, range(WORLD))]
+
+
+def test_without_a_barrier_the_last_rank_commits(tmp_path, ranks):
+    """Without a barrier each rank does its part and returns; the one that completes the set commits it."""
+    writers = ranks()
+    path = tmp_path / "c"
+    for rank in (2, 0):
+        writers[rank].write(str(path), state_of(rank), step=0)
+        assert not path.exists()
+        with pytest.raises(CheckpointNotFoundError):
+            load(path, rank)
+    writers[1].write(str(path), state_of(1), step=0)
+    for rank in range(WORLD):
+        assert_same(state_of(rank), load(path, rank))
+        assert_same(state_of(rank), torch.load(path / f"checkpoint_{rank}.pt"))
+    hooks = [writer._commit_hook.calls for writer in writers]
+    assert hooks == [["pre"], ["pre", "post"], ["pre"]]
+    assert manifest_of(path).world_size == WORLD
+    assert sorted(os.listdir(path)) == sorted(
+        [
+            "manifest.json",
+            *(f"{name}" for r in range(WORLD) for name in (f"checkpoint_{r}.pt", f"index_{r}.json")),
+        ]
+    )
+
+
+def test_without_a_barrier_in_threads(tmp_path, ranks):
+    """Ranks that save at once, again and again, commit each one whole; exactly one runs post_commit."""
+    writers = ranks()
+    for step in range(5):
+        assert all_at_once(writers, tmp_path / "c", step) == [None] * WORLD
+        for rank in range(WORLD):
+            assert_same(state_of(rank, step), load(tmp_path / "c", rank))
+    posts = sum(writer._commit_hook.calls.count("post") for writer in writers)
+    assert posts == 5
+    assert all("post too early" not in writer._commit_hook.calls for writer in writers)
+
+
+def test_with_a_barrier_all_see_the_commit(tmp_path, ranks):
+    """With a barrier every rank returns when it is committed, and runs post_commit after that."""
+    barrier = Meeting()
+    writers = ranks(barrier)
+    for step in range(3):
+        assert all_at_once(writers, tmp_path / "c", step) == [None] * WORLD
+        for rank in range(WORLD):
+            assert_same(state_of(rank, step), load(tmp_path / "c", rank))
+    assert [writer._commit_hook.calls for writer in writers] == [["pre", "post"] * 3] * WORLD
+    assert barrier.calls == 3 * WORLD
+
+
+def test_a_rank_that_fails_stops_the_others(tmp_path, ranks):
+    """When one rank fails the others stop at once with its error, and the old checkpoint still loads."""
+    writers = ranks(Meeting())
+    assert all_at_once(writers, tmp_path / "c", 0) == [None] * WORLD
+    writers[1]._commit_hook.fail = True
+    errors = all_at_once(writers, tmp_path / "c", 1)
+    assert type(errors[1]) is OSError
+    for error in (errors[0], errors[2]):
+        assert isinstance(error, AbortedError)
+        assert "this rank is broken" in str(error)
+        assert "rank 1" in str(error)
+    for rank in range(WORLD):
+        assert_same(state_of(rank, 0), load(tmp_path / "c", rank))
+    writers[1]._commit_hook.fail = False
+    assert all_at_once(writers, tmp_path / "c", 2) == [None] * WORLD
+    assert_same(state_of(1, 2), load(tmp_path / "c", 1))
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path, ranks):
+    """A rank that waits longer than write_barrier_timeout_secs is told which ranks are missing."""
+    writers = ranks(Meeting(), timeout=0.3)
+    with pytest.raises(CommitTimeoutError, match="1, 2"):
+        writers[0].write(str(tmp_path / "c"), state_of(0))
+    assert not (tmp_path / "c").exists()
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import sys, torch
+    from milepost import CheckpointerConfig, RankInfo, make_sync_checkpointer
+    from milepost.barriers import BarrierConfig
+
+    rank, world, port, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    config = CheckpointerConfig()
+    config.writer_config.write_barrier_timeout_secs = 60
+    if port != "0":
+        config.barrier_config = BarrierConfig("tcp_store", dict(
+            global_rank=rank, global_world_size=world, barrier_prefix="milepost",
+            timeout_barrier_init_secs=60, use_checkpoint_barrier_tcpstore_libuv=True,
+            tcpstore_port=int(port), master_address="127.0.0.1", timeout_secs=60))
+    with make_sync_checkpointer(config, RankInfo(rank, world)) as checkpointer:
+        for step in range(2 if port != "0" else 1):
+            state = {"rank": rank, "step": step, "w": torch.full((5,), float(rank))}
+            checkpointer.save(path, state, step=step)
+            if port != "0":
+                assert checkpointer.load(path)["step"] == step
+    print("done", flush=True)
+    sys.stdin.read()  # rank 0 serves the store until the others are done
+    """
+)
+
+
+def start(rank, world, port, path, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(rank), str(world), str(port), str(path)],
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(processes):
+    try:
+        return [(process.communicate(timeout=90), process.returncode) for process in reversed(processes)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("way", ["tcp_store", "start id", "both"])
+def test_processes_save_together(tmp_path, way):
+    """Processes with a TCP store's barrier, or with nothing but a common start id, commit together."""
+    port = 0 if way == "start id" else free_port()
+    environment = {} if way == "tcp_store" else {"MILEPOST_START_ID": f"test-{os.getpid()}"}
+    processes = [start(rank, 2, port, tmp_path / "c", **environment) for rank in range(2)]
+    for (out, err), code in outcome(processes):
+        assert (out, code) == ("done\n", 0), err
+    for rank in range(2):
+        loaded = CheckpointReader(RankInfo(rank, 2)).read(str(tmp_path / "c"))[0]
+        assert loaded["rank"] == rank
+        assert loaded["step"] == (0 if way == "start id" else 1)
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_the_stores_barrier_times_out_by_name(tmp_path):
+    """A real TCP store's barrier gives up after timeout_secs, and names the rank that never came."""
+    code = textwrap.dedent(
+        """
+        import sys, threading
+        from milepost.barriers import TCPStoreBarrier
+        from milepost.errors import CommitTimeoutError
+        made = {}
+        def make(rank):
+            made[rank] = TCPStoreBarrier(rank, 2, "p", 60, True, int(sys.argv[1]), "127.0.0.1", 1)
+        threads = [threading.Thread(target=make, args=(rank,)) for rank in range(2)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        try:
+            made[0].execute_barrier()
+        except CommitTimeoutError as error:
+            print(error)
+        """
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(free_port())],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert "ranks [1] did not reach the barrier within 1 seconds" in run.stdout, run.stderr
+
+
+class Store(dict):
+    """A store as torch's, of which only compare_set is used."""
+
+    def compare_set(self, key, expected, desired):
+        if self.get(key, "") == expected:
+            self[key] = desired
+        return self[key].encode()
+
+
+def test_a_start_id_comes_from_the_barriers_store():
+    """Ranks whose barrier has a store agree on the id that the first of them puts there."""
+    from unittest import mock
+
+    from milepost.barriers import common_start_id
+
+    barrier = mock.Mock(store=Store())
+    one, two = common_start_id(barrier), common_start_id(barrier)
+    assert one == two
+    assert len(one) == 16
+    assert common_start_id(None) is None
+    assert common_start_id(mock.Mock()) is None
