@@ -174,11 +174,9 @@ tags = st.sampled_from(
 
 
 @settings(max_examples=300)
-@given(
-    st.tuples(tags, json_values, json_values).map(list) | st.tuples(tags, json_values).map(list) | json_values
-)
-def test_no_malformed_tree_gets_past_the_check(node):
 @given(st.tuples(tags, json_values, json_values).map(list) | st.tuples(tags, json_values).map(list))
+def test_no_malformed_tree_gets_past_the_check(node):
+    """Whatever stands for a node is refused by the check with ValueError, or decodes without a crash."""
     try:
         check_tree(node, tensors=2, records=2)
     except ValueError:
