@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+collect_ignore = ["golden"]
 SAMPLE = Path(__file__).parent / "golden" / "sample"
 
 settings.register_profile("gazetteer", deadline=None, derandomize=True, max_examples=150)

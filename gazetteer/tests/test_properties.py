@@ -116,3 +116,8 @@ def test_slugs_are_those_of_github() -> None:
     assert slug("Architecture & Design") == "architecture--design"
     assert slug("Security & Safety") == "security--safety"
     assert slug("Keyword → Section Map") == "keyword--section-map"
+
+
+def test_a_long_name_with_a_backtick_takes_no_time() -> None:
+    """Telling a simple name from others is linear; a pattern that tried every split once hung here."""
+    assert code("a" * 50_000 + "`") == "`` " + "a" * 50_000 + "` ``"

@@ -381,11 +381,19 @@ def extract(path: str, source: bytes, language: str, *, size: int, with_names: b
     )
 
 
+def _first_error(node: Node) -> int:
+    """Return the line of the first error below a node; what is missing counts where it was expected."""
+    while True:
+        below = next((child for child in node.children if child.has_error or child.is_missing), None)
+        if below is None:
+            return node.start_point[0] + 1
+        node = below
+
+
 def _status(found: _Tree, tree: tree_sitter.Tree, comments: _Comments) -> tuple[Status, str]:
     if tree.root_node.has_error:
-        lines = sorted(set(found.errors))
-        where = f" (first at line {lines[0]})" if lines else ""
-        return Status.PARTIAL, f"The parser met text it could not fit to the grammar{where}; what it could read is listed."
+        line = min([*found.errors, _first_error(tree.root_node)])
+        return Status.PARTIAL, f"The parser met text it could not fit to the grammar (first at line {line}); what it could read is listed."
     for start, _, text in comments.groups():
         if start >= _HEAD_LINES:
             break

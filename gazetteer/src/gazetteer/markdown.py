@@ -20,7 +20,7 @@ _UNPRINTABLE = re.compile(
 _INNER = re.compile(r"([\\`*\[\]<>&~$]|(?<!\w)_|_(?!\w)|:(?=//)|@(?=\w)|\|)")
 # ``x``, `x` and :role:`x`; the ticks of a run are alike and hold none.
 _CODE_RUN = re.compile(r"(?::[\w:+-]+:)?(``[^`]+``|`[^`]+`)(?!`)_*")
-_SIMPLE = re.compile(r"(?:[!-_a-~]+ ?)*[!-_a-~]\Z")
+_SIMPLE = re.compile(r"[!-_a-~]+(?: [!-_a-~]+)*\Z")
 _TICKS = re.compile(r"`+")
 _SLUG_DROP = re.compile(r"[^\w\- ]")
 
