@@ -10,6 +10,7 @@ from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    MilepostError,
     MismatchError,
     error_context,
 )
@@ -58,8 +59,8 @@ class CheckpointReader:
         """Read what this rank saved at `path`.
 
         On return every byte that was loaded has been checked against the checksums made when it was
-        saved (unless `verify` is False). If it raises, the template is as it was; the one exception is
-        damage found while reading, whose `CorruptCheckpointError` then has ``targets_modified`` True.
+        saved (unless `verify` is False). If it raises, the template is as it was; the one exception are
+        damage and failures found while reading, whose error then has ``targets_modified`` True.
 
         Args:
             path: The checkpoint's folder, or one with a ``checkpoint_<rank>.pt`` of plain ``torch.save``.
@@ -110,8 +111,12 @@ class CheckpointReader:
                     found = source.match(state_dict)
                 if found.misfits or (strict and found.missing):
                     raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
-                source.fill(found.fills)
-                found.finish()
+                try:
+                    source.fill(found.fills)
+                    found.finish()
+                except MilepostError as error:
+                    error.targets_modified = source.filling
+                    raise
                 if found.missing or found.unexpected:
                     logger.warning("%s", _differences(path, found))
                 return state_dict, found.missing

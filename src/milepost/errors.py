@@ -71,7 +71,12 @@ class MilepostError(Exception):
         key: The key of the state dict concerned, as a path such as ``model.0.weight``.
         phase: The phase of the save or load in which it happened.
         hint: What the user can do about it.
+
+    Attributes:
+        targets_modified: Tensors of a load's template had been written to when it happened.
     """
+
+    targets_modified: bool = False
 
     def __init__(
         self,

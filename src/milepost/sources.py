@@ -44,6 +44,7 @@ class PlainSource:
         with closing_file(file):
             self._state = _torch_load(file, map_location)
         self._path = file.path
+        self.filling = False
 
     def __enter__(self) -> Self:
         return self
@@ -65,6 +66,7 @@ class PlainSource:
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """Copy the tensors."""
+        self.filling = True
         for fill in fills:
             copy_into(fill.target, self._taken.walk.tensors[fill.number])
 
@@ -110,7 +112,7 @@ class IndexedSource:
             self._located.setdefault(record, device)
         self._builder = TensorBuilder(index.tensors, self._storage_of, self._bytes_of)
         self._map: memoryview | None = None
-        self._filling = False
+        self.filling = False
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +176,7 @@ class IndexedSource:
             parts = [self._part(record, direct[record].target.data_ptr()) for record in sorted(direct)]
         if self._verify == "first":
             self._read([self._part(record, None) for record in sorted({*direct, *aside})])
-        self._filling = True
+        self.filling = True
         self._read(parts)
         for fill, source in copies:  # the same bytes, even where shape or dtype differ
             length = self._index.records.length[self._index.tensors.record[fill.number]]
@@ -293,7 +295,7 @@ class IndexedSource:
         raise CorruptCheckpointError(
             f"{self._file.path} is damaged: {'; '.join(where)}"
             + (f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""),
-            targets_modified=self._filling,
+            targets_modified=self.filling,
             path=self._file.path,
             hint="load another checkpoint; `milepost ls` on the folder above lists them",
         )

@@ -371,12 +371,20 @@ def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str])
             parts = name.split("/")[:-1]
             inner |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
     for name in sorted(inner, key=len, reverse=True):
-        with suppress(CorruptCheckpointError, StorageError):
+        with suppress(CorruptCheckpointError, EntryNotFoundError):
             found = folder.stat(name)
             if found is not None and found.kind == "folder":
-                storage.remove(os.path.join(path, name))
+                _remove_if_empty(storage, os.path.join(path, name))
     with suppress(EntryNotFoundError):
         storage.remove(os.path.join(path, MANIFEST_NAME))
+
+
+def _remove_if_empty(storage: Storage, path: str) -> None:
+    try:
+        storage.remove(path)
+    except StorageError as error:
+        if error.errno not in _NOT_EMPTY:
+            raise  # while the manifest is there still, so that this folder is known to be ours
 
 
 def sweep(storage: Storage, path: str) -> None:

@@ -44,7 +44,11 @@ class LocalNewFile:
         self._direct = False
         self._owner = os.getpid()
         self._identity: os.stat_result | None = None
-        self._identity = os.fstat(descriptor)
+        try:
+            self._identity = os.fstat(descriptor)
+        except BaseException:
+            self.discard()
+            raise
 
     def go_direct(self) -> None:
         """Write round the page cache from now on, if the file system allows it."""
