@@ -21,6 +21,7 @@ from milepost.checkpoint_writer import (
 )
 from milepost.errors import CheckpointNotFoundError, IncompleteCheckpointError
 from milepost.storage import Storage, default_storage
+from milepost.storage.writing import write_bytes
 from milepost.types import RankInfo
 from milepost.verify import verify
 
@@ -79,9 +80,7 @@ class AddsFiles(WriterHook):
         self.storage.make_folder(f"{folder}/logs")
         for name in ("vocabulary.txt", "logs/loss.csv"):
             data = f"{name} of step {kwargs.get('step')}".encode()
-            file = self.storage.create(f"{folder}/{name}")
-            file.write(0, memoryview(data))
-            file.finish(len(data), sync=False)
+            write_bytes(self.storage, f"{folder}/{name}", data, sync=False)
 
     def post_commit(self, path: str, **kwargs: Any) -> None:
         pass

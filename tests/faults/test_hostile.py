@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -24,7 +25,6 @@ from milepost.errors import (
 )
 from milepost.storage import default_storage
 from milepost.verify import verify
-import contextlib
 
 MEMORY_BYTES = 1 << 30
 BIG, TOO_BIG = (1 << 63) - 1, 1 << 63
