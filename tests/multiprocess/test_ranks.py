@@ -232,6 +232,54 @@ def test_processes_save_together(tmp_path, way):
     assert os.listdir(tmp_path) == ["c"]
 
 
+GROUP = textwrap.dedent(
+    """
+    import sys, torch, torch.distributed as dist
+    from milepost import CheckpointerConfig, make_sync_checkpointer
+    from milepost.barriers import BarrierConfig
+
+    rank, rendezvous, path, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+    dist.init_process_group("gloo", init_method="file://" + rendezvous, rank=rank, world_size=2)
+    config = CheckpointerConfig(barrier_config=BarrierConfig("dist_barrier" if kind == "barrier" else None))
+    config.writer_config.write_barrier_timeout_secs = 60
+    with make_sync_checkpointer(config) as checkpointer:
+        for step in range(2):
+            checkpointer.save(path, {"rank": rank, "step": step}, step=step)
+            dist.barrier()
+            assert checkpointer.load(path) == {"rank": rank, "step": step}
+            dist.barrier()
+    dist.destroy_process_group()
+    print("done")
+    """
+)
+
+
+@pytest.mark.parametrize("kind", ["barrier", "no barrier"])
+def test_the_ranks_of_a_process_group_need_nothing_else(tmp_path, kind):
+    """Ranks of the default process group find each other without a start id, with its barrier or none."""
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                GROUP,
+                str(rank),
+                str(tmp_path / "meet"),
+                str(tmp_path / "run" / "c"),
+                kind,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for (out, err), code in outcome(processes):
+        assert (out, code) == ("done\n", 0), err
+    assert os.listdir(tmp_path / "run") == ["c"]
+
+
 def test_the_stores_barrier_times_out_by_name(tmp_path):
     """A real TCP store's barrier gives up after timeout_secs, and names the rank that never came."""
     code = textwrap.dedent(
