@@ -91,6 +91,8 @@ class Packed(msgspec.Struct):
         metadata: The user's metadata, as a tree, or None.
         writer: Facts about the trainer, for the index.
         arguments: Pickle of the save's keyword arguments, where a hook or writer of the user's wants them.
+        shared: Records that are not in the arena but in memory attached to the request: (record, which
+            of the attached, where in that memory).
     """
 
     tree: Any
@@ -100,6 +102,7 @@ class Packed(msgspec.Struct):
     metadata: Any = None
     writer: dict[str, str] = {}
     arguments: bytes = b""
+    shared: list[tuple[int, int, int]] = []
 
 
 def _in_place(record: int, position: int, size: int, address: int) -> None:
@@ -223,7 +226,8 @@ def save_snapshot(
                 attempt.wait_for_marks(options.timeout_seconds)
                 options.barrier()
         with _phase(attempt, "commit", options):
-            committer = attempt.complete()
+            # With a barrier rank 0 reads all the marks; the others step in only if it stands still.
+            committer = (options.barrier is None or options.rank == 0) and attempt.complete()
             if options.barrier is not None:
                 attempt.wait_for_commit(options.timeout_seconds)
     if committed_before:

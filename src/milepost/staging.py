@@ -12,9 +12,9 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,25 +24,23 @@ from milepost.accelerator import copy_tensors
 from milepost.arena import Arena, available_bytes
 from milepost.config import CheckpointStagerConfig
 from milepost.errors import ClosedError, LowMemoryError, StateError
-from milepost.image import Layout
-from milepost.manifest import Tensors
 from milepost.rebuild import TensorBuilder
+from milepost.staged import SharedRecords, StagedImage
 from milepost.state import Parts, StateEncoder
 from milepost.template import is_dense
-from milepost.tree import Node, path_text
+from milepost.tree import path_text
 from milepost.types import STATE_DICT
 
 __all__ = [
     "CheckpointStager",
     "CheckpointStagerConfig",
     "DefaultStager",
-    "StagedImage",
     "StagingPlan",
-    "WriteAttempt",
-    "image_of",
 ]
 
 logger = logging.getLogger(__name__)
+
+Copy = Callable[[int, int, int, int], None]
 
 _TAIL_BYTES = 1 << 20
 _LOW_PRIORITY = 10
@@ -80,85 +78,6 @@ class StagingPlan:
     def fits(self) -> bool:
         """Whether the memory that is left is enough for one more arena."""
         return self.available_bytes is None or self.arena_bytes <= self.available_bytes
-
-
-@dataclass
-class WriteAttempt:
-    """An attempt that survives the loss of its writer.
-
-    Attributes:
-        id: The attempt's id.
-        met: Its barrier has been executed.
-    """
-
-    id: str
-    met: bool = False
-
-
-@dataclass
-class StagedImage:
-    """A state dict staged into an arena: all that the checkpoint process needs to write it.
-
-    Attributes:
-        arena: Holds the records, each at its place in the file.
-        tree: The tree for the index.
-        layout: Where the records lie.
-        tensors: The tensor columns.
-        objects: The bytes of the records that are no tensors.
-        outline: The staged state dict's keys and leaves, to recognise it.
-        attempts: What it is being written as, by path; a fresh writer goes on with it.
-    """
-
-    arena: Arena
-    tree: Node
-    layout: Layout
-    tensors: Tensors
-    objects: list[bytes]
-    outline: list[Any]
-    attempts: dict[str, WriteAttempt] = field(default_factory=dict)
-
-
-def image_of(state_dict: STATE_DICT) -> StagedImage | None:
-    """The image behind a staged state dict, if each of its leaves is the very object that was staged."""
-    for leaf in _walk(state_dict):
-        image: StagedImage | None = getattr(leaf, _IMAGE, None) if isinstance(leaf, torch.Tensor) else None
-        if image is not None:
-            outline = _outline(state_dict)
-            same = len(outline) == len(image.outline) and all(map(_same, outline, image.outline))
-            return image if same else None
-    return None
-
-
-_IMAGE = "_milepost_image"
-_PLAIN = (str, int, float, bool, type(None), bytes)
-
-
-def _outline(state_dict: Any) -> list[Any]:
-    """Keys, plain values and the types of containers as they are; of anything else, which object it is."""
-    return [
-        item if type(item) in _PLAIN or isinstance(item, type) else id(item) for item in _walk(state_dict)
-    ]
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and (one == other or one != one))  # noqa: PLR0124 - NaN
-
-
-def _walk(value: Any) -> Iterator[Any]:
-    """Every key and leaf of nested dicts, lists and tuples, and the types of these, in order."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        kind = type(item)
-        if isinstance(item, dict):
-            yield kind
-            yield from item
-            stack += reversed(item.values())
-        elif kind is list or kind is tuple:
-            yield kind
-            stack += reversed(item)
-        else:
-            yield item
 
 
 class DefaultStager(CheckpointStager):
@@ -212,19 +131,36 @@ class DefaultStager(CheckpointStager):
             slot.busy = True
             if not self._config.use_async_staging:
                 return slot.fill(parts)[0]
-            versions = [tensor._version for tensor in parts.walk.tensors]  # noqa: SLF001 - torch's own alarm
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(1, "milepost-stage")
-            return self._pool.submit(self._fill_later, slot, parts, versions)
+            try:
+                return self._pool.submit(
+                    self._fill_later, slot, parts, _versions(parts.walk.tensors), parts.copier()
+                )
+            except BaseException:
+                slot.busy = False
+                raise
 
-    def stage_image(self, state_dict: STATE_DICT) -> tuple[STATE_DICT, StagedImage]:
-        """As `stage`, at once, and with the image behind the result."""
+    def stage_image(
+        self,
+        state_dict: STATE_DICT,
+        *,
+        leave_shared: bool = False,
+    ) -> tuple[STATE_DICT, StagedImage]:
+        """As `stage`, at once, and with the image behind the result.
+
+        Args:
+            state_dict: What to copy.
+            leave_shared: Do not copy what lies in memory that another process can map: see the image's
+                `shared`.
+        """
         with self._lock:
             self._check_open()
             parts = self._encoder.take_apart(state_dict)
             slot = self._free_slot(parts)
             slot.busy = True
-            return slot.fill(parts)
+            shared = SharedRecords.of(parts) if leave_shared else SharedRecords()
+            return slot.fill(parts, shared)
 
     def prepare(self, state_dict: STATE_DICT) -> None:
         """Get an arena for such a state dict ready in the background, so that the first save is not slower.
@@ -263,6 +199,9 @@ class DefaultStager(CheckpointStager):
         self._closed = True
         if self._pool is not None:
             self._pool.shutdown()
+        with self._lock:
+            for slot in self._slots:
+                slot.arena.stop_populating()
         self.wait_prepared()
         with self._lock:
             for slot in self._slots:
@@ -270,26 +209,34 @@ class DefaultStager(CheckpointStager):
             self._slots = []
 
     def _check_open(self) -> None:
+        if self._owner != os.getpid():
+            raise ClosedError(
+                f"the stager belongs to process {self._owner}, from which this one was forked",
+                hint="make one in this process",
+            )
         if self._closed:
             raise ClosedError("the stager is closed", hint="make a new one")
 
-    def _fill_later(self, slot: _Slot, parts: Parts, versions: list[int]) -> STATE_DICT:
-        staged, _ = slot.fill(parts)
-        for number, (tensor, version) in enumerate(zip(parts.walk.tensors, versions, strict=True)):
-            if tensor._version != version:  # noqa: SLF001 - as above
-                raise StateError(
-                    "a tensor changed while it was being staged: this save would mix old and new values",
-                    key=path_text(parts.walk.paths[number]),
-                    phase="stage",
-                    hint="checkpointer.guard(optimizer), or checkpointer.wait_staged() before the update",
-                )
-        return staged
+    def _fill_later(self, slot: _Slot, parts: Parts, versions: list[int], copy: Copy) -> STATE_DICT:
+        staged, _ = slot.fill(parts, copy=copy)
+        after = _versions(parts.walk.tensors)
+        if after == versions:
+            return staged
+        del staged  # the error's traceback would keep the arena from being used again
+        changed = next(
+            number for number, pair in enumerate(zip(versions, after, strict=True)) if pair[0] != pair[1]
+        )
+        raise StateError(
+            "a tensor changed while it was being staged: this save would mix old and new values",
+            key=path_text(parts.walk.paths[changed]),
+            phase="stage",
+            hint="checkpointer.guard(optimizer), or checkpointer.wait_staged() before the update",
+        )
 
     def _free_slot(self, parts: Parts) -> _Slot:
         """An arena that nobody uses and that is large enough, or a new one if it fits into memory."""
         need = _arena_bytes(parts)
         free = [slot for slot in self._slots if slot.is_free()]
-        self._slots = [slot for slot in self._slots if slot in free or not slot.is_abandoned()]
         slot = max(free, key=lambda slot: slot.arena.size, default=None)
         missing = need - (slot.arena.size if slot else 0)
         if missing > 0:
@@ -319,6 +266,11 @@ class DefaultStager(CheckpointStager):
         thread = threading.Thread(target=work, name="milepost-populate", daemon=True)
         self._background.append(thread)
         thread.start()
+
+
+def _versions(tensors: list[torch.Tensor]) -> list[int]:
+    """Torch's counters of changes; -1 for inference tensors, which have none."""
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]  # noqa: SLF001
 
 
 def _arena_bytes(parts: Parts) -> int:
@@ -367,10 +319,6 @@ class _Slot:
         """Whether no copy is under way and nobody holds a view of the arena."""
         return not self.busy and self._uses() == self._baseline
 
-    def is_abandoned(self) -> bool:
-        """Whether it was not free for a reason other than a save that is under way: somebody kept a view."""
-        return not self.busy and (self.image is None or not self.image.attempts)
-
     def _uses(self) -> list[int]:
         """How often each view, and each storage below them, is referred to."""
         counts = list(map(sys.getrefcount, self._values))
@@ -385,6 +333,13 @@ class _Slot:
         if self._plan is plan:
             return self._values
         self._drop()
+        with torch.inference_mode(mode=False):  # views that count their changes, and can be changed
+            self._make_views(plan)
+        self._plan = plan
+        self._baseline = self._uses()
+        return self._values
+
+    def _make_views(self, plan: Any) -> None:
         layout, memory = plan.layout, self.arena.view
         self._storages = [
             torch.frombuffer(memory[offset : offset + length], dtype=torch.uint8).untyped_storage()
@@ -402,30 +357,39 @@ class _Slot:
                 self._copies.append((number, view))
             elif layout.lengths[record]:
                 self._raw.append(record)
-        del builder
-        self._plan = plan
-        self._baseline = self._uses()
-        return self._values
 
-    def fill(self, parts: Parts) -> tuple[STATE_DICT, StagedImage]:
-        """Copy every record to its place; returns the state dict of views, and the image. Ends `busy`."""
+    def fill(
+        self, parts: Parts, shared: SharedRecords | None = None, copy: Copy | None = None
+    ) -> tuple[STATE_DICT, StagedImage]:
+        """Copy every record to its place; returns the state dict of views, and the image. Ends `busy`.
+
+        Args:
+            parts: What to copy.
+            shared: Records that need not be copied.
+            copy: The state's copier, if other states were taken apart since.
+        """
         try:
-            return self._fill(parts)
+            return self._fill(parts, shared or SharedRecords(), copy)
         finally:
             self.busy = False
 
-    def _fill(self, parts: Parts) -> tuple[STATE_DICT, StagedImage]:
+    def _fill(self, parts: Parts, shared: SharedRecords, copy: Copy | None) -> tuple[STATE_DICT, StagedImage]:
         values = self.views(parts)
-        tensors = parts.walk.tensors
+        tensors, left = parts.walk.tensors, {record for record, _, _ in shared.records}
+        copies, raw = self._copies, self._raw
+        if left:
+            numbers = {parts.plan.firsts[record][0] for record in left}
+            copies = [copy for copy in copies if copy[0] not in numbers]
+            raw = [record for record in raw if record not in left]
         copy_tensors(
-            [view for _, view in self._copies],
-            [tensors[number] for number, _ in self._copies],
+            [view for _, view in copies],
+            [tensors[number] for number, _ in copies],
             pinned=self._unpin is not None,
         )
         address = syscalls.address_of(self.arena.view)
-        if self._raw and address is not None:
-            copy, layout = parts.copier(), parts.plan.layout
-            for record in self._raw:
+        if raw and address is not None:
+            copy, layout = copy or parts.copier(), parts.plan.layout
+            for record in raw:
                 copy(record, 0, layout.lengths[record], address + layout.offsets[record])
         staged: STATE_DICT = parts.rebuild(values.__getitem__)
         self.image = StagedImage(
@@ -434,12 +398,9 @@ class _Slot:
             parts.plan.layout,
             parts.plan.tensors,
             parts.walk.objects,
-            _outline(staged),
+            shared=shared,
         )
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                setattr(value, _IMAGE, self.image)
-                break
+        self.image.recognise(staged, values)
         return staged, self.image
 
     def _drop(self) -> None:

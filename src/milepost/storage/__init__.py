@@ -142,7 +142,12 @@ class Lock(Protocol):
 
 
 class Storage(Protocol):
-    """A place where checkpoints live. Instances are cheap, comparable and picklable."""
+    """A place where checkpoints live. Instances are cheap, comparable and picklable.
+
+    A storage may also offer ``sync_file(path)``, which makes an existing file durable (without it,
+    attachments are rewritten), and ``is_network(folder)``, which tells that locks of other hosts may not
+    show there (what a dead save left is then cleared after a day only).
+    """
 
     def create(self, path: str, *, direct: bool = False) -> NewFile:
         """Create a file that does not exist yet (EntryExistsError if it does).
