@@ -10,6 +10,7 @@ from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    EntryNotFoundError,
     MilepostError,
     MismatchError,
     error_context,
@@ -32,6 +33,7 @@ __all__ = ["CheckpointReader"]
 logger = logging.getLogger(__name__)
 
 _SHOWN = 20
+_TRIES = 20
 
 
 class CheckpointReader:
@@ -93,33 +95,42 @@ class CheckpointReader:
         if unknown:
             logger.warning("load ignores the unknown arguments %s", sorted(unknown))
         rank = self._rank_info.global_rank
-        with error_context(path=path, rank=rank, phase="load"):
+        with (
+            error_context(path=path, rank=rank, phase="load"),
+            self._source(path, map_location, verify) as source,
+        ):
+            if state_dict is None:
+                return source.whole(), []
+            with gc_paused():
+                found = source.match(state_dict)
+            if found.misfits or (strict and found.missing):
+                raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
+            try:
+                source.fill(found.fills)
+                found.finish()
+            except MilepostError as error:
+                error.targets_modified = source.filling
+                raise
+            if found.missing or found.unexpected:
+                logger.warning("%s", _differences(path, found))
+            return state_dict, found.missing
+
+    def _source(self, path: str, map_location: Any, verify: Verify) -> PlainSource | IndexedSource:
+        """Open what is to be read. A save that replaces it may take a file away meanwhile: look again."""
+        for final in (*[False] * _TRIES, True):
             located = locate(self._storage, path)
             try:
                 if located.manifest is None:
-                    source: PlainSource | IndexedSource = PlainSource(self._open_plain(located), map_location)
-                else:
-                    with gc_paused():
-                        index, file = self._open(located)
-                    source = IndexedSource(index, file, map_location, verify)
+                    return PlainSource(self._open_plain(located), map_location)
+                with gc_paused():
+                    index, file = self._open(located)
+                return IndexedSource(index, file, map_location, verify)
+            except (EntryNotFoundError, CheckpointNotFoundError):
+                if final:
+                    raise
             finally:
                 located.folder.close()
-            with source:
-                if state_dict is None:
-                    return source.whole(), []
-                with gc_paused():
-                    found = source.match(state_dict)
-                if found.misfits or (strict and found.missing):
-                    raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
-                try:
-                    source.fill(found.fills)
-                    found.finish()
-                except MilepostError as error:
-                    error.targets_modified = source.filling
-                    raise
-                if found.missing or found.unexpected:
-                    logger.warning("%s", _differences(path, found))
-                return state_dict, found.missing
+        raise AssertionError("unreachable")
 
     def _open(self, located: Located) -> tuple[Index, OpenFile]:
         manifest = located.manifest

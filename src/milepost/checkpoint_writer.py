@@ -113,6 +113,7 @@ class CheckpointWriter:
                 self._start_id = common_start_id(self._barrier)
             options = SaveOptions(
                 storage=self._storage,
+                target=target.path,
                 rank=self._rank_info.global_rank,
                 world_size=size,
                 attempt=attempt_id(

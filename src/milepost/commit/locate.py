@@ -72,7 +72,14 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
         CorruptCheckpointError: The manifest is damaged, or files are not as it says.
         UnsupportedFormatError: It was written by a later Milepost.
     """
-    path = os.path.abspath(os.fspath(path))
+    try:
+        path = os.path.abspath(os.fspath(path))
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(
+            f"the working directory has been removed, so this path leads nowhere: {path!s}",
+            path=str(path),
+            hint="load from an absolute path",
+        ) from None
     before: object = None
     for _ in range(_TRIES):
         state: list[object] = []

@@ -74,7 +74,15 @@ def check_target(storage: Storage, path: str | os.PathLike[str]) -> Target:
     text = os.fspath(path)
     if not text or "\0" in text:
         raise TargetError(f"this is no path of a checkpoint: {text!r}", path=text, phase="check")
-    absolute = os.path.abspath(text)
+    try:
+        absolute = os.path.abspath(text)
+    except FileNotFoundError:
+        raise TargetError(
+            f"the working directory has been removed, so this path leads nowhere: {text}",
+            path=text,
+            phase="check",
+            hint="save to an absolute path",
+        ) from None
     try:
         target = Target(absolute, _what_is_at(storage, absolute))
         _check_parents(storage, absolute)
