@@ -41,7 +41,7 @@ def make_state(number: int) -> dict[Any, Any]:
         "empty": torch.zeros(0, 3),
         "sparse": torch.eye(2).to_sparse() * number,
         "array": np.arange(4, dtype=np.int16) * number,
-        "words": np.array(["ab", f"c{number}"]),
+        "words": np.array(["ab", f"{number:04}"]),
         "numbers": [number, number / 3, 2**70 + number, float("nan"), None, (True, b"\0\xff")],
         1: {"text": f"état {number}", None: -0.0},
     }
