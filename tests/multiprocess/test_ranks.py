@@ -232,6 +232,26 @@ def test_processes_save_together(tmp_path, way):
     assert os.listdir(tmp_path) == ["c"]
 
 
+def test_a_rank_may_be_saves_ahead_and_end(tmp_path):
+    """A rank that has done its part of several saves and ended loses none of them to a slower rank's."""
+    code = textwrap.dedent(
+        """
+        import sys
+        from milepost import RankInfo, make_sync_checkpointer
+        with make_sync_checkpointer(rank_info=RankInfo(int(sys.argv[1]), 2)) as checkpointer:
+            for step in range(3):
+                checkpointer.save(sys.argv[2], {"rank": sys.argv[1], "step": step}, step=step)
+        """
+    )
+    environment = {**os.environ, "MILEPOST_START_ID": "ahead"}
+    for rank in "10":
+        subprocess.run([sys.executable, "-c", code, rank, str(tmp_path / "c")], env=environment, check=True)
+    for rank in range(2):
+        loaded = CheckpointReader(RankInfo(rank, 2)).read(str(tmp_path / "c"))[0]
+        assert loaded == {"rank": str(rank), "step": 2}
+    assert os.listdir(tmp_path) == ["c"]
+
+
 GROUP = textwrap.dedent(
     """
     import sys, torch, torch.distributed as dist

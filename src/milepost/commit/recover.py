@@ -143,7 +143,8 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
     Args:
         storage: Where.
         path: The checkpoint.
-        keep: An attempt that is left alone: other ranks may have done their part of it already.
+        keep: An attempt that is left alone, with the later ones of the same start: other ranks may have
+            done their part of them already, and ended.
 
     Returns:
         The hidden folders that were removed.
@@ -152,7 +153,7 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
     removed = []
     for hidden in siblings(storage, path):
         try:
-            if hidden.attempt != keep and _clear(storage, path, hidden):
+            if not _is_kept(hidden.attempt, keep) and _clear(storage, path, hidden):
                 removed.append(hidden.path)
         except MilepostError as error:
             _logger.warning("could not clear what an earlier save left: %s", error)
@@ -161,6 +162,14 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
     except StorageError as error:
         _logger.warning("could not clear what an earlier save left: %s", error)
     return removed
+
+
+def _is_kept(attempt: str, keep: str | None) -> bool:
+    """Whether `attempt` is `keep` itself, or one with the same start id and a higher number."""
+    if keep is None or attempt == keep:
+        return keep is not None
+    (start, _, number), (kept, _, first) = attempt.rpartition("-"), keep.rpartition("-")
+    return bool(start) and start == kept and number.isdecimal() and int(number) > int(first)
 
 
 def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
