@@ -34,6 +34,7 @@ class Arena:
         self.view = memoryview(b"")
         self.size = 0
         self._populated = 0
+        self._hurry = False
         self._lock = threading.Lock()
         if descriptor is not None:
             size = max(size, os.fstat(descriptor).st_size)
@@ -59,10 +60,14 @@ class Arena:
         """
         with self._lock:
             view, address = self.view, syscalls.address_of(self.view)
-            while self._populated < len(view) and address is not None:
+            while self._populated < len(view) and address is not None and not self._hurry:
                 step = min(_STEP_BYTES, len(view) - self._populated)
                 syscalls.populate(address + self._populated, step)
                 self._populated += step
+
+    def stop_populating(self) -> None:
+        """Have `populate` return soon, and do nothing from now on."""
+        self._hurry = True
 
     def close(self) -> None:
         """Give up the descriptor and this object's hold on the memory; idempotent."""
@@ -78,25 +83,61 @@ def _close(descriptor: int, owner: int) -> None:
             os.close(descriptor)
 
 
-def available_bytes(meminfo: str = "/proc/meminfo", cgroup: str = "/sys/fs/cgroup") -> int | None:
+def available_bytes(
+    meminfo: str = "/proc/meminfo", cgroup: str = "/sys/fs/cgroup", groups: str = "/proc/self/cgroup"
+) -> int | None:
     """How much memory is left, to the machine or to the control group, whichever is less; None if unknown.
+
+    Cached file content counts as left, as the system drops it for memory that is asked for. Not only the
+    control group of this process has limits, but each of those around it.
 
     Args:
         meminfo: The kernel's file of that name.
         cgroup: Where the control groups are mounted.
+        groups: The kernel's file that names the control groups of this process.
     """
     found = []
     with suppress(OSError, ValueError, IndexError), open(meminfo) as file:
         for line in file:
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):
-            with open(f"{cgroup}/{limit_name}") as file:
-                limit = int(file.read())
-            with open(f"{cgroup}/{used_name}") as file:
-                found.append(max(limit - int(file.read()), 0))
+    for folder in _group_folders(cgroup, groups):
+        for limit_name, used_name, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            with suppress(OSError, ValueError):
+                limit, used = (_number(f"{folder}/{name}") for name in (limit_name, used_name))
+                found.append(max(limit - used + _cached(folder, prefix), 0))
     return min(found, default=None)
+
+
+def _group_folders(cgroup: str, groups: str) -> list[str]:
+    """The folders of this process's control groups and of those around them, as far as they are mounted."""
+    folders = [cgroup, f"{cgroup}/memory"]
+    with suppress(OSError), open(groups) as file:
+        for line in file:
+            _, _, rest = line.rstrip("\n").partition(":")
+            controllers, _, path = rest.partition(":")
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            parts = [part for part in path.split("/") if part and part != ".."]
+            root = f"{cgroup}/memory" if controllers else cgroup
+            folders += ["/".join([root, *parts[:count]]) for count in range(1, len(parts) + 1)]
+    return folders
+
+
+def _number(path: str) -> int:
+    with open(path) as file:
+        return int(file.read())
+
+
+def _cached(folder: str, prefix: str) -> int:
+    """Bytes of file content that a control group could give back."""
+    count = 0
+    with suppress(OSError, ValueError, IndexError), open(f"{folder}/memory.stat") as file:
+        for line in file:
+            name, _, value = line.partition(" ")
+            if name in (f"{prefix}inactive_file", f"{prefix}active_file"):
+                count += int(value)
+    return count

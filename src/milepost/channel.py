@@ -23,7 +23,9 @@ from milepost import errors, syscalls
 from milepost.errors import MilepostError, RemoteError
 
 __all__ = [
+    "MAX_DESCRIPTORS",
     "Arrived",
+    "Attached",
     "Channel",
     "Exit",
     "Failure",
@@ -41,7 +43,11 @@ __all__ = [
 ]
 
 _MAX_MESSAGE_BYTES = 128 * 1024
-_MAX_DESCRIPTORS = 16
+MAX_DESCRIPTORS = 64
+"""How many descriptors a message can carry."""
+
+_MAX_TEXT_BYTES = 16_000
+_MAX_TRACE_BYTES = 32_000
 
 
 class Failure(msgspec.Struct, tag=True):
@@ -87,6 +93,12 @@ class Write(msgspec.Struct, tag=True):
     has_arena: bool
 
 
+class Attached(msgspec.Struct, tag=True):
+    """Trainer to writer, before a `Write`: descriptors of memory that its tensors lie in already."""
+
+    number: int
+
+
 class Go(msgspec.Struct, tag=True):
     """Trainer to writer: the barrier was passed, or failed."""
 
@@ -124,7 +136,7 @@ class Finished(msgspec.Struct, tag=True):
     failure: Failure | None = None
 
 
-Message = Failure | Init | Write | Go | Exit | Ready | Moved | Arrived | Finished
+Message = Failure | Init | Write | Attached | Go | Exit | Ready | Moved | Arrived | Finished
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
@@ -174,7 +186,7 @@ class Channel:
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(
                     _MAX_MESSAGE_BYTES,
-                    socket.CMSG_SPACE(4 * _MAX_DESCRIPTORS),
+                    socket.CMSG_SPACE(4 * MAX_DESCRIPTORS),
                     getattr(socket, "MSG_CMSG_CLOEXEC", 0),
                 )
             except ConnectionResetError:
@@ -235,22 +247,36 @@ def read_blob(descriptor: int) -> bytes:
 def describe_error(error: BaseException) -> Failure:
     """An error as facts that can cross to another process."""
     facts = {
-        name: value
+        name: _printable(value) if isinstance(value, str) else value
         for name, value in (vars(error) if isinstance(error, MilepostError) else {}).items()
         if name != "message" and isinstance(value, str | int | bool | None)
     }
     if isinstance(error, OSError) and error.errno is not None:
         facts["errno"] = error.errno
-    message = error.message if isinstance(error, MilepostError) else str(error)
-    trace = "".join(traceback.format_exception(error))
     kind = type(error)
     return Failure(
-        kind.__module__, kind.__qualname__, _printable(message), facts, _printable(trace[-32_000:])
+        _printable(str(kind.__module__)),
+        _printable(kind.__qualname__),
+        _printable(_text(error)),
+        facts,
+        _printable("".join(traceback.format_exception(error)), _MAX_TRACE_BYTES, end=True),
     )
 
 
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+def _text(error: BaseException) -> str:
+    """What it says, also where the class of a user's error cannot tell."""
+    try:
+        return error.message if isinstance(error, MilepostError) else str(error)
+    except Exception as another:  # noqa: BLE001 - whatever its __str__ raises
+        return f"(its text could not be had: {type(another).__name__})"
+
+
+def _printable(text: str, limit: int = _MAX_TEXT_BYTES, *, end: bool = False) -> str:
+    """A text that fits into a message: cut in the middle of nowhere if it must be, `end` says where."""
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) > limit:
+        data = b"... " + data[-limit:] if end else data[:limit] + b" ..."
+    return data.decode("utf-8", "ignore")
 
 
 def rebuild_error(failure: Failure) -> Exception:

@@ -22,7 +22,8 @@ from milepost.commit import attempt_id, check_target, environment_start_id, proc
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import ClosedError, ConfigError, error_context
 from milepost.snapshot import Labels, Packed
-from milepost.staging import DefaultStager, StagedImage, WriteAttempt, image_of
+from milepost.staged import StagedImage, WriteAttempt, image_of
+from milepost.staging import DefaultStager
 from milepost.storage import Storage, default_storage
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import TrackedFuture
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE_SECONDS = 600
 """How long a writer of the user's own may go on after the trainer has gone."""
+
+_STALL_SECONDS = 60
+"""How much longer than it may wait for other ranks a writer of ours may show no sign of life."""
 
 
 class RequestType(Enum):
@@ -121,16 +125,16 @@ class CheckpointProcess:
         self._config = config
         self._lean = lean
         custom = b""
-        functions: tuple[Any, ...] = ()
         if lean is None:
-            functions = (subprocess_init_fn, checkpoint_writer_init_fn)
             arguments = {"rank_info": rank_info, **(checkpoint_writer_init_args or {})}
             custom = _pickled(
                 (subprocess_init_fn, subprocess_init_args, checkpoint_writer_init_fn, arguments)
             )
         hook = lean.commit_hook if lean else None
         parts = _pickled((lean.storage if lean else None, hook))
-        main = _main_module((*functions, type(hook), subprocess_init_args, checkpoint_writer_init_args))
+        self._wants_arguments = lean is None or hook is not None
+        self._main = _main_module() if self._wants_arguments else b""
+        self._check_main(parts + custom)
         init = Init(
             rank=rank_info.global_rank,
             world_size=rank_info.global_world_size,
@@ -142,13 +146,16 @@ class CheckpointProcess:
         )
         self._orders = Orders(
             init,
-            msgspec.msgpack.encode({"parts": parts, "main": main, "custom": custom}),
+            msgspec.msgpack.encode({"parts": parts, "main": self._main, "custom": custom}),
             config.subprocess_init_timeout_secs,
             lean.barrier if lean else None,
             on_progress or (lambda *_: None),
+            2 * lean.config.write_barrier_timeout_secs + _STALL_SECONDS if lean else None,
         )
         self._stager: DefaultStager | None = None
         self._lock = threading.RLock()
+        self._submitted = threading.Condition(self._lock)
+        self._awaited: set[int] = set()
         self._numbers = 0
         self._unseen: list[TrackedFuture[None]] = []
         self._owner = os.getpid()
@@ -190,15 +197,17 @@ class CheckpointProcess:
             Exception: A failure of an earlier write that nobody has looked at.
         """
         with self._lock:
-            if self._closed:
-                raise ClosedError("the checkpoint process is closed", hint="make a new checkpointer")
+            self._check_open()
             self.raise_unseen()
             self._numbers += 1
             number = self._numbers
         future: TrackedFuture[None] = TrackedFuture()
+        future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
         future.add_done_callback(self._note_failure)
         target = os.path.abspath(path)
         if isinstance(state_dict, Future):
+            with self._lock:
+                self._awaited.add(number)
             state_dict.add_done_callback(
                 lambda done: self._submit_later(done, number, future, path, target, kwargs)
             )
@@ -213,6 +222,10 @@ class CheckpointProcess:
         except BaseException as error:  # noqa: BLE001 - the future carries it
             if not future.done():
                 future.set_exception(error)
+        finally:
+            with self._submitted:
+                self._awaited.discard(rest[0])
+                self._submitted.notify_all()
 
     def _submit(
         self,
@@ -228,11 +241,11 @@ class CheckpointProcess:
             labels = Labels.of(kwargs) if lean else Labels()
             if lean:
                 check_target(lean.storage, target)
+            arguments = _pickled(kwargs) if self._wants_arguments else b""
+            self._check_main(arguments)
             image = image_of(state_dict)
             if image is None:
                 state_dict, image = self._stage(state_dict)
-            wants_arguments = not lean or lean.commit_hook is not None
-            arguments = _pickled(kwargs) if wants_arguments else b""
         start_id = lean.config.start_id if lean else None
         attempt = image.attempts.get(target)
         if attempt is None:
@@ -246,8 +259,9 @@ class CheckpointProcess:
             metadata=labels.metadata,
             writer={"torch": str(torch.__version__), "pid": str(os.getpid())},
             arguments=arguments,
+            shared=image.shared.records,
         )
-        job = Job(number, future, image, target, attempt, state_dict)
+        job = Job(number, future, image, target, attempt, (state_dict, image.shared.storages))
         request = Write(
             number=number,
             path=path,
@@ -259,17 +273,28 @@ class CheckpointProcess:
             has_arena=True,
         )
         with self._lock:
+            self._check_open()
             if not self._child.usable():
-                self._child.stop()
+                self._child.handle.kill()  # its own thread sees to the rest
                 self._child = Child(self._orders)
-            self._child.send(job, request, packed, image.arena.descriptor)
+            with image.shared.opened() as attached:
+                self._child.send(job, request, packed, image.arena.descriptor, attached)
 
     def _stage(self, state_dict: STATE_DICT) -> tuple[STATE_DICT, StagedImage]:
         """Copy a state dict that no `DefaultStager` has staged."""
         with self._lock:
             if self._stager is None:
                 self._stager = DefaultStager()
-            return self._stager.stage_image(state_dict)
+            return self._stager.stage_image(state_dict, leave_shared=self._lean is None)
+
+    def _check_main(self, pickled: bytes) -> None:
+        """Refuse what the child could not find."""
+        if b"__main__" in pickled and not self._main:
+            raise ConfigError(
+                "a function or class given to the checkpoint process is defined in __main__, and there is no "
+                "file to find it in",
+                hint="put it into a module and import it from there",
+            )
 
     # -- failures ----------------------------------------------------------------------------------
 
@@ -297,7 +322,8 @@ class CheckpointProcess:
         """
         if self._owner != os.getpid():
             return
-        with self._lock:
+        with self._submitted:
+            self._submitted.wait_for(lambda: not self._awaited, self._config.subprocess_shutdown_timeout_secs)
             if self._closed:
                 return
             self._closed = True
@@ -308,6 +334,19 @@ class CheckpointProcess:
             if self._stager is not None:
                 self._stager.close()
         self.raise_unseen()
+
+    def stalled(self) -> bool:
+        """Whether nothing has moved for so long that `close` would not wait any more."""
+        return self._child.stalled(self._config.subprocess_shutdown_timeout_secs)
+
+    def _check_open(self) -> None:
+        if self._owner != os.getpid():
+            raise ClosedError(
+                f"the checkpoint process belongs to process {self._owner}, from which this one was forked",
+                hint="make a checkpointer in this process",
+            )
+        if self._closed:
+            raise ClosedError("the checkpoint process is closed", hint="make a new checkpointer")
 
 
 def _pickled(value: Any) -> bytes:
@@ -320,24 +359,8 @@ def _pickled(value: Any) -> bytes:
         ) from error
 
 
-def _main_module(used: tuple[Any, ...]) -> bytes:
-    """What the child needs to find functions of ``__main__``, as `multiprocessing` does it."""
-    if not any(getattr(item, "__module__", None) == "__main__" for item in _flat(used)):
-        return b""
+def _main_module() -> bytes:
+    """What the child needs to find functions of ``__main__``, as `multiprocessing` does it, if it can."""
     data = spawn.get_preparation_data("milepost-writer")
     found = {name: data[name] for name in ("init_main_from_name", "init_main_from_path") if name in data}
-    if not found:
-        raise ConfigError(
-            "a function or class given to the checkpoint process is defined in __main__, and there is no "
-            "file to find it in",
-            hint="put it into a module and import it from there",
-        )
-    return pickle.dumps(found)
-
-
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, tuple | list):
-        return [item for part in value for item in _flat(part)]
-    if isinstance(value, dict):
-        return _flat(list(value.values()))
-    return [value, type(value)]
+    return pickle.dumps(found) if found else b""

@@ -8,8 +8,8 @@ import os
 import threading
 import time
 import weakref
-from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from concurrent.futures import CancelledError, Future, wait
+from contextlib import ExitStack, suppress
 from typing import Any, Self
 
 from milepost.checkpoint_process import CheckpointProcess
@@ -17,7 +17,8 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import AsyncConfig
 from milepost.errors import ClosedError, ConfigError, LostWriterError, LowMemoryError, MismatchError
-from milepost.saves import Save, SaveFuture, finish_abandoned
+from milepost.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
+from milepost.staged import staged_bytes
 from milepost.staging import CheckpointStager, StagingPlan
 from milepost.telemetry import Event, Kind, notify
 from milepost.types import STATE_DICT
@@ -154,8 +155,15 @@ class AsyncCheckpointer(Checkpointer):
         self._guards: list[Any] = []
         self._warned = False
         self._closed = False
+        self._owner = os.getpid()
         self._finalizer = weakref.finalize(
-            self, finish_abandoned, checkpoint_process, checkpoint_stager, self._saves, os.getpid()
+            self,
+            finish_abandoned,
+            checkpoint_process,
+            checkpoint_stager,
+            self._saves,
+            self._unseen,
+            self._owner,
         )
 
     def __enter__(self) -> Self:
@@ -197,35 +205,41 @@ class AsyncCheckpointer(Checkpointer):
         started = time.monotonic()
         step = kwargs.get("step")
         stage_future, write_future = SaveFuture(path, step, started), SaveFuture(path, step, started)
-        if not self._wait_for_turn():
-            for future in (stage_future, write_future):
-                future.skipped = True
-                future.finished_at = time.monotonic()
-                future.set_result(None)
+        its_turn = self._wait_for_turn()
+        self._raise_unseen()
+        if not its_turn:
+            stage_future.skip()
+            write_future.skip()
             self._tell("skipped", write_future)
             return stage_future, write_future
         save = Save(os.path.abspath(path), None, kwargs, stage_future, write_future, self._config.retries)
         with self._lock:
             self._saves.append(save)
         try:
-            self._tell("staging", stage_future)
+            self._start(save, state_dict)
+        except BaseException as error:
+            self._forget(save)
+            write_future.finished_at = time.monotonic()
+            self._tell("failed", write_future, error)
+            raise
+        return stage_future, write_future
+
+    def _start(self, save: Save, state_dict: STATE_DICT) -> None:
+        """Stage the state, and hand it over or have it handed over."""
+        self._tell("staging", save.stage_future)
+        try:
             save.staged = self._stager.stage(state_dict)
         except LowMemoryError as error:
-            self._save_without_staging(save, state_dict, error)
-            return stage_future, write_future
-        except BaseException:
-            self._forget(save)
-            raise
+            if self._fallback is None or self._config.on_low_memory == "raise":
+                raise
+            logger.warning("%s: it is saved without staging", error.message)
+            self._save_without_staging(save, self._fallback, state_dict)
+            return
         if isinstance(save.staged, Future):
             save.staged.add_done_callback(lambda done: self._staged(save, done))
         else:
             self._staged(save, None)
-        try:
-            self._write(save)
-        except BaseException:
-            self._forget(save)
-            raise
-        return stage_future, write_future
+        self._write(save)
 
     def _wait_for_turn(self) -> bool:
         """Wait until another save may begin; False where it is to be skipped."""
@@ -241,8 +255,10 @@ class AsyncCheckpointer(Checkpointer):
         future.finished_at = time.monotonic()
         error = done.exception() if done is not None else None
         if error is None:
-            future.set_result(None)
+            staged = done.result() if done is not None else save.staged
+            future.bytes_done = staged_bytes(staged) if isinstance(staged, dict) else 0
             self._tell("staged", future)
+            future.set_result(None)
         else:
             future.seen = True  # the write's future carries the same failure
             future.set_exception(error)
@@ -252,12 +268,14 @@ class AsyncCheckpointer(Checkpointer):
         written.add_done_callback(lambda done: self._written(save, done))
 
     def _written(self, save: Save, done: Future[Any]) -> None:
-        error = None if done.cancelled() else done.exception()
+        error = CancelledError("the write was cancelled") if done.cancelled() else done.exception()
         if isinstance(error, LostWriterError) and self._config.on_failure == "retry" and save.retries > 0:
             save.retries -= 1
             logger.warning("%s: %s; writing it again with a new one", save.write_future.path, error.message)
             try:
                 self._write(save)
+            except ClosedError:
+                pass  # too late to try: what was lost stays the reason
             except BaseException as again:  # noqa: BLE001 - the future carries it
                 error = again
             else:
@@ -267,33 +285,27 @@ class AsyncCheckpointer(Checkpointer):
     def _finish(self, save: Save, error: BaseException | None) -> None:
         future = save.write_future
         future.finished_at = time.monotonic()
-        self._forget(save)
-        if error is None:
-            self._tell("committed", future)
-            future.set_result(None)
-            return
-        self._tell("failed", future, error)
-        if isinstance(error, LostWriterError) and self._config.on_failure == "warn":
+        warn = isinstance(error, LostWriterError) and self._config.on_failure == "warn"
+        if warn:
             logger.warning("%s was not saved: %s", future.path, error)
             future.seen = True
-        else:
+        elif error is not None:
             with self._lock:
                 self._unseen.append(future)
-        future.set_exception(error)
+        self._tell("committed" if error is None else "failed", future, error)
+        self._forget(save)  # before the future is done: what is called then may save again
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
-    def _save_without_staging(self, save: Save, state_dict: STATE_DICT, reason: LowMemoryError) -> None:
+    def _save_without_staging(self, save: Save, writer: CheckpointWriter, state_dict: STATE_DICT) -> None:
         """Save while the caller waits; constant memory."""
-        if self._fallback is None or self._config.on_low_memory == "raise":
-            self._forget(save)
-            raise reason
         self._tell("low_memory", save.write_future)
-        try:
-            self._wait_for_writes()
-            self._fallback.write(save.write_future.path, state_dict, **save.arguments)
-        except BaseException:
-            self._forget(save)
-            raise
+        self._wait_for_writes()
+        writer.write(save.write_future.path, state_dict, **save.arguments)
         self._staged(save, None)
+        save.write_future.written_at = time.monotonic()
         self._finish(save, None)
 
     def _wait_for_writes(self) -> None:
@@ -303,18 +315,19 @@ class AsyncCheckpointer(Checkpointer):
 
     def _forget(self, save: Save) -> None:
         save.staged = None  # the arena may be used again
-        with self._changed:
-            if save in self._saves:
-                self._saves.remove(save)
+        with self._changed, suppress(ValueError):
             self._changed.notify_all()
+            self._saves.remove(save)
 
     def on_progress(self, path: str, phase: str, done: int, size: int) -> None:
-        """Called by the checkpoint process as a save advances."""
+        """Called as a save advances."""
         with self._lock:
-            futures = [save.write_future for save in self._saves if save.target == path]
-        if futures and phase == "write":
-            futures[0].bytes_done = done
-            self._tell("writing", futures[0], size=size)
+            future = next((save.write_future for save in self._saves if save.target == path), None)
+        if future is not None and phase == "write":
+            future.bytes_done = done
+            self._tell("writing", future, size=size)
+        elif future is not None and future.bytes_done and future.written_at is None:
+            future.written_at = time.monotonic()
 
     def _tell(
         self, kind: Kind, future: SaveFuture, error: BaseException | None = None, size: int = 0
@@ -329,8 +342,13 @@ class AsyncCheckpointer(Checkpointer):
         """Get memory for such a state ready in the background, so that the first save is not slower."""
         self._check_open()
         prepare = getattr(self._stager, "prepare", None)
-        if prepare is not None:
-            prepare(state_dict)
+        try:
+            if prepare is not None:
+                prepare(state_dict)
+        except LowMemoryError as error:
+            if self._fallback is None or self._config.on_low_memory == "raise":
+                raise
+            logger.warning("%s: saves will do without staging", error.message)
 
     def plan(self, state_dict: STATE_DICT) -> StagingPlan:
         """What staging such a state takes; nothing is allocated.
@@ -341,8 +359,7 @@ class AsyncCheckpointer(Checkpointer):
         plan = getattr(self._stager, "plan", None)
         if plan is None:
             raise ConfigError(f"{type(self._stager).__name__} has no plan method")
-        found: StagingPlan = plan(state_dict)
-        return found
+        return plan(state_dict)  # type: ignore[no-any-return]
 
     def wait_staged(self, timeout_seconds: float | None = None) -> None:
         """Returns when the state may change: nothing is being copied any more.
@@ -369,23 +386,19 @@ class AsyncCheckpointer(Checkpointer):
 
     def guard(self, optimizer: Any) -> Any:
         """Make an optimizer wait, at each step, until nothing is being copied. Returns what removes it."""
-        handle = optimizer.register_step_pre_hook(lambda *_: self.wait_staged())
+        handle = guard_steps(optimizer, weakref.ref(self))
         self._guards.append(handle)
         return handle
 
     def _check_guard(self) -> None:
-        staging = getattr(getattr(self._stager, "_config", None), "use_async_staging", None)
-        if not staging or self._guards:
+        config = getattr(self._stager, "_config", None)
+        if self._guards or not getattr(config, "use_async_staging", None):
             return
-        advice = (
-            "the state is copied while the training goes on: call checkpointer.guard(optimizer) once, or "
-            "checkpointer.wait_staged() before each update"
-        )
         if self._config.require_guard:
-            raise ConfigError(f"asynchronous staging without a guard: {advice}")
+            raise ConfigError(f"asynchronous staging without a guard: {GUARD_ADVICE}")
         if not self._warned:
             self._warned = True
-            logger.warning("%s", advice)
+            logger.warning("%s", GUARD_ADVICE)
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -416,7 +429,7 @@ class AsyncCheckpointer(Checkpointer):
         Raises:
             Exception: A save failed and nobody has looked at that.
         """
-        if self._closed:
+        if self._closed or self._owner != os.getpid():
             return
         self._closed = True
         self._finalizer.detach()
@@ -425,16 +438,17 @@ class AsyncCheckpointer(Checkpointer):
                 stack.callback(self._fallback.close)
             stack.callback(self._stager.close)
             stack.callback(self._process.close)
-            self._drain()
+            for guard in self._guards:
+                stack.callback(guard.remove)
+            drain(self._process, self._saves)
         self._raise_unseen()
 
-    def _drain(self) -> None:
-        """Wait for the saves under way, so that a lost writer is still replaced."""
-        with self._changed:
-            while self._saves:
-                self._changed.wait(1.0)
-
     def _check_open(self) -> None:
+        if self._owner != os.getpid():
+            raise ClosedError(
+                f"the checkpointer belongs to process {self._owner}, from which this one was forked",
+                hint="make one in this process",
+            )
         if self._closed:
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 

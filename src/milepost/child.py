@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,9 @@ import msgspec
 
 from milepost import syscalls
 from milepost.channel import (
+    MAX_DESCRIPTORS,
     Arrived,
+    Attached,
     Channel,
     Exit,
     Failure,
@@ -33,10 +38,14 @@ from milepost.channel import (
 )
 from milepost.errors import LostWriterError
 from milepost.snapshot import Packed
-from milepost.staging import StagedImage, WriteAttempt
+from milepost.staged import StagedImage, WriteAttempt
 from milepost.utils import TrackedFuture
 
 __all__ = ["Child", "Handle", "Job", "Orders"]
+
+logger = logging.getLogger(__name__)
+
+_HOOKS = ("pre_commit", "post_commit")
 
 
 @dataclass
@@ -49,6 +58,7 @@ class Job:
     target: str
     attempt: WriteAttempt
     keep: Any
+    phase: str = ""
 
 
 @dataclass
@@ -61,6 +71,8 @@ class Orders:
         start_seconds: How long its start may take.
         barrier: Any object with ``execute_barrier()``, or None.
         on_progress: Called with the absolute path of a save, its phase, bytes written and bytes in all.
+        stall_seconds: How long a save may show no sign of life, unless a hook of the user's is running;
+            None for any time.
     """
 
     init: Init
@@ -68,6 +80,7 @@ class Orders:
     start_seconds: float
     barrier: Any
     on_progress: Callable[[str, str, int, int], None]
+    stall_seconds: float | None = None
 
 
 class Handle:
@@ -120,14 +133,14 @@ class Child:
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._moved = time.monotonic()
-        self._ended = threading.Condition(self._lock)
         self._gone = False
         self.ready: Future[None] = Future()
+        self.ready.set_running_or_notify_cancel()  # nobody can cancel it
         self._log = syscalls.anonymous_file("milepost-writer-log")
         self.channel, theirs = Channel.pair()
         process = None
         try:
-            with theirs:
+            with theirs, _signals_held_back():
                 process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                     [
                         sys.executable,
@@ -149,8 +162,8 @@ class Child:
                 )
         except OSError as error:
             self.ready.set_exception(RuntimeError(f"the checkpoint process could not be started: {error}"))
-            self._gone = True
         self.handle = Handle(process)
+        self._pidfd = None if process is None else syscalls.watch_process(process.pid)
         self._say_init()
         self._deadline = time.monotonic() + orders.start_seconds
         self._thread = threading.Thread(target=self._listen, name="milepost-process", daemon=True)
@@ -167,14 +180,34 @@ class Child:
         """Whether a request that is sent now can be carried out."""
         return not self._gone and (not self.ready.done() or self.ready.exception() is None)
 
-    def send(self, job: Job, request: Write, packed: Packed, arena: int) -> None:
-        """Hand a request over."""
+    def stalled(self, seconds: float) -> bool:
+        """Whether nothing has moved for so long."""
+        return time.monotonic() - self._moved >= seconds
+
+    def send(
+        self, job: Job, request: Write, packed: Packed, arena: int, attached: Sequence[int] = ()
+    ) -> None:
+        """Hand a request over.
+
+        Args:
+            job: The write.
+            request: The request for it.
+            packed: Its blob.
+            arena: The arena's descriptor.
+            attached: Descriptors of memory beside the arena.
+        """
         blob = write_blob(msgspec.msgpack.encode(packed))
         with self._lock:
             self._jobs[job.number] = job
             self._moved = time.monotonic()
+            gone = self._gone
         try:
-            sent = self.channel.send(request, [arena, blob])
+            parts = range(0, len(attached), MAX_DESCRIPTORS)
+            sent = not gone and all(
+                self.channel.send(Attached(job.number), attached[start : start + MAX_DESCRIPTORS])
+                for start in parts
+            )
+            sent = sent and self.channel.send(request, [arena, blob])
         finally:
             os.close(blob)
         if not sent:
@@ -183,16 +216,52 @@ class Child:
     # -- listening ---------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        while True:
-            left = None if self.ready.done() else max(self._deadline - time.monotonic(), 0.0)
-            if not self.channel.wait(left):
-                self._give_up_start()
-                break
-            message, _ = self.channel.receive()
-            if message is None:
-                break
-            self._take(message)
-        self.handle.join(5)
+        """Until the child has ended (a process of its own may hold the line open), or is given up."""
+        others = () if self._pidfd is None else (self._pidfd,)
+        try:
+            while True:
+                ready = self.channel.wait(self._patience(), *others)
+                if self.channel.fileno() in ready:
+                    message, _ = self.channel.receive()
+                    if message is None:
+                        break
+                    self._take(message)
+                elif not self.handle.is_alive():
+                    break
+                elif self._is_given_up():
+                    self.handle.kill()
+                    break
+        except Exception:
+            logger.exception("the checkpoint process cannot be understood")
+        self._end()
+
+    def _patience(self) -> float | None:
+        """How long to wait for a message, in seconds."""
+        if not self.ready.done():
+            return max(self._deadline - time.monotonic(), 0.0)
+        if self._jobs and self._orders.stall_seconds is not None:
+            return min(max(self._moved + self._orders.stall_seconds - time.monotonic(), 0.1), 60.0)
+        return 60.0 if self._pidfd is not None else 1.0
+
+    def _is_given_up(self) -> bool:
+        if not self.ready.done():
+            seconds = self._orders.start_seconds
+            if time.monotonic() < self._deadline:
+                return False
+            self.ready.set_exception(
+                TimeoutError(f"Timed out after {seconds} seconds waiting for the checkpoint process to start")
+            )
+            return True
+        stall = self._orders.stall_seconds
+        with self._lock:
+            in_hook = any(job.phase in _HOOKS for job in self._jobs.values())
+            return bool(self._jobs) and not in_hook and stall is not None and self.stalled(stall)
+
+    def _end(self) -> None:
+        """The child is gone or has to go: whoever waits for it is told, and what it took is released."""
+        if not self.handle.join(5):
+            self.handle.kill()
+            self.handle.join(5)
         with self._lock:
             self._gone = True
             jobs = list(self._jobs.values())
@@ -200,15 +269,12 @@ class Child:
             self.ready.set_exception(RuntimeError(f"the checkpoint process ended at once:\n{self._output()}"))
         for job in jobs:
             self._lose(job)
-        with self._ended:
-            self._ended.notify_all()
-
-    def _give_up_start(self) -> None:
-        seconds = self._orders.start_seconds
-        self.handle.kill()
-        self.ready.set_exception(
-            TimeoutError(f"Timed out after {seconds} seconds waiting for the checkpoint process to start")
-        )
+        self.channel.close()
+        log, pidfd = self._log, self._pidfd
+        self._log, self._pidfd = -1, None
+        os.close(log)
+        if pidfd is not None:
+            os.close(pidfd)
 
     def _take(self, message: Message) -> None:
         self._moved = time.monotonic()
@@ -219,14 +285,22 @@ class Child:
                 target=self._meet, args=(message.number,), name="milepost-barrier", daemon=True
             ).start()
         elif isinstance(message, Moved):
-            job = self._jobs.get(message.number)
-            if job is not None:
-                self._orders.on_progress(job.target, message.phase, message.bytes_done, message.size_bytes)
+            self._pass_on(message)
         elif isinstance(message, Finished):
             if message.number < 0 and message.failure is not None:
                 self.ready.set_exception(_start_error(message.failure))
             else:
                 self._finish_job(message)
+
+    def _pass_on(self, message: Moved) -> None:
+        job = self._jobs.get(message.number)
+        if job is None:
+            return
+        job.phase = message.phase
+        try:
+            self._orders.on_progress(job.target, message.phase, message.bytes_done, message.size_bytes)
+        except Exception:
+            logger.exception("what is told of the progress failed")
 
     def _meet(self, number: int) -> None:
         """Execute the barrier for a save, at most once however often its writer is replaced."""
@@ -252,12 +326,11 @@ class Child:
             job.future.set_result(None)
         else:
             job.future.set_exception(rebuild_error(message.failure))
-        with self._ended:
-            self._ended.notify_all()
 
     def _lose(self, job: Job) -> None:
         with self._lock:
-            self._jobs.pop(job.number, None)
+            if self._jobs.pop(job.number, None) is None:
+                return
         job.keep = None
         code = self.handle.exitcode
         error = LostWriterError(
@@ -270,8 +343,7 @@ class Child:
             error.add_note(f"its last output:\n{output}")
         if self.ready.done() and self.ready.exception() is not None:
             error.add_note(f"it failed to start: {self.ready.exception()}")
-        if not job.future.done():
-            job.future.set_exception(error)
+        job.future.set_exception(error)
 
     def _output(self) -> str:
         try:
@@ -285,19 +357,27 @@ class Child:
     def finish(self, stall_seconds: float) -> None:
         """Ask the child to end when it is done, and wait for it as long as it gets on."""
         self.channel.send(Exit())
-        self._moved = time.monotonic()
-        while self.handle.is_alive() and time.monotonic() - self._moved < stall_seconds:
+        if not self._jobs:
+            self._moved = time.monotonic()
+        while self.handle.is_alive() and not self.stalled(stall_seconds):
             self.handle.join(0.05 if self._jobs else 0.01)
 
     def stop(self) -> None:
-        """End the child in any case, and release everything."""
+        """End the child in any case, and wait until everything is released."""
         self.handle.kill()
         self.handle.join(10)
-        self._thread.join(10)
-        self.channel.close()
-        if self._log >= 0:
-            os.close(self._log)
-            self._log = -1
+        if threading.current_thread() is not self._thread:  # as in a callback: then that goes on to the end
+            self._thread.join(10)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A process started inside begins with these signals blocked, until it has said that it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_error(failure: Failure) -> RuntimeError:

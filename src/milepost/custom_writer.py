@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -14,11 +16,11 @@ from milepost.channel import Write
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.rebuild import TensorBuilder
-from milepost.snapshot import Labels, Packed
+from milepost.snapshot import Packed
 
 __all__ = ["start"]
 
-Serve = Callable[[Write, Packed, Arena, Labels], None]
+Serve = Callable[[Write, Packed, Arena, list[int]], None]
 
 
 def start(setup: bytes) -> tuple[Serve, Callable[[], None]]:
@@ -32,20 +34,32 @@ def start(setup: bytes) -> tuple[Serve, Callable[[], None]]:
         init(*init_arguments)
     writer = make_writer(**writer_arguments)
 
-    def serve(request: Write, packed: Packed, arena: Arena, _: Labels) -> None:
+    def serve(request: Write, packed: Packed, arena: Arena, attached: list[int]) -> None:
         arguments = pickle.loads(packed.arguments)  # noqa: S301 - our trainer's
-        writer.write(path=request.path, state_dict=state_dict(packed, arena), **arguments)
+        state = state_dict(packed, arena, attached)
+        result = writer.write(path=request.path, state_dict=state, **arguments)
+        if isinstance(result, Future):  # it may work in the background: its outcome counts
+            result.result()
 
     return serve, getattr(writer, "close", lambda: None)
 
 
-def state_dict(packed: Packed, arena: Arena) -> Any:
-    """The state dict whose tensors are views of the arena."""
+def state_dict(packed: Packed, arena: Arena, attached: list[int]) -> Any:
+    """The state dict whose tensors are views of the arena, or lie in shared memory of their own."""
+    from_descriptor: Any = torch.UntypedStorage._new_shared_fd_cpu  # type: ignore[attr-defined]  # noqa: SLF001
+    sizes = [os.fstat(descriptor).st_size for descriptor in attached]
+    wholes = [from_descriptor(descriptor, size) for descriptor, size in zip(attached, sizes, strict=True)]
+    shared = {record: (wholes[which], offset) for record, which, offset in packed.shared}
     layout, tensors = Layout(packed.lengths), msgspec.msgpack.decode(packed.tensors, type=Tensors)
     memory = arena.view
 
     def storage_of(record: int) -> torch.UntypedStorage:
-        if record not in storages:
+        if record in shared:
+            whole, start = shared[record]
+            length = layout.lengths[record]
+            complete = start == 0 and length == whole.nbytes()
+            storages[record] = whole if complete else whole[start : start + length]
+        elif record not in storages:
             offset, length = layout.offsets[record], layout.lengths[record]
             data = (
                 torch.frombuffer(memory[offset : offset + length], dtype=torch.uint8)

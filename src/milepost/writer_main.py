@@ -23,6 +23,7 @@ from milepost import syscalls
 from milepost.arena import Arena
 from milepost.channel import (
     Arrived,
+    Attached,
     Channel,
     Exit,
     Finished,
@@ -36,6 +37,7 @@ from milepost.channel import (
     read_blob,
     rebuild_error,
 )
+from milepost.errors import CommitTimeoutError
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.pickle_view import tensor_fragments
@@ -59,10 +61,14 @@ class Service:
         self._channel = channel
         self._trainer = trainer
         self._pidfd = syscalls.watch_process(trainer)
+        if self._pidfd is not None and self._trainer_gone():  # then it may show another process
+            os.close(self._pidfd)
+            self._pidfd = None
         self._inbox: deque[tuple[Message, list[int]]] = deque()
+        self._attached: dict[int, list[int]] = {}
         self._line_ended = False
         self._plans: dict[bytes, tuple[Layout, list[bytes], Tensors]] = {}
-        self._write: Callable[[Write, Packed, Arena | None, Labels], None] = self._write_lean
+        self._write: Callable[[Write, Packed, Arena, list[int]], None] = self._write_lean
 
     def run(self) -> None:
         """Serve until the trainer says `Exit`, or has gone and all it had asked for is done."""
@@ -70,6 +76,7 @@ class Service:
         if not isinstance(first, Init):
             return
         self._init = first
+        threading.Thread(target=self._watch_trainer, daemon=True).start()
         try:
             syscalls.lower_priority(first.nice, idle_io=first.idle_io)
             self._start(read_blob(descriptors[0]))
@@ -77,7 +84,6 @@ class Service:
             self._channel.send(Finished(-1, describe_error(error)))
             return
         self._channel.send(Ready())
-        threading.Thread(target=self._watch_trainer, daemon=True).start()
         while True:
             request, descriptors = self._next(None)
             if request is None or isinstance(request, Exit):
@@ -91,14 +97,19 @@ class Service:
 
     def _start(self, blob: bytes) -> None:
         self._setup = msgspec.msgpack.decode(blob, type=Setup)
-        if self._setup.main:
-            from multiprocessing import spawn  # noqa: PLC0415 - only for functions of __main__
-
-            spawn.prepare(pickle.loads(self._setup.main))  # noqa: S301 - from our own trainer
+        self._prepare_main(self._setup.parts + self._setup.custom)
         self._storage, self._hook = pickle.loads(self._setup.parts)  # noqa: S301 - from our own trainer
         if self._setup.custom:
             custom = importlib.import_module("milepost.custom_writer")
             self._write, self._close = custom.start(self._setup.custom)  # type: ignore[method-assign]
+
+    def _prepare_main(self, pickled: bytes) -> None:
+        """Import the trainer's main module, once, if a pickle refers to it."""
+        if b"__main__" in pickled and self._setup.main:
+            from multiprocessing import spawn  # noqa: PLC0415 - only for functions of __main__
+
+            spawn.prepare(pickle.loads(self._setup.main))  # noqa: S301 - from our own trainer
+            self._setup.main = b""
 
     # -- the line ----------------------------------------------------------------------------------
 
@@ -120,6 +131,8 @@ class Service:
                 message, descriptors = self._channel.receive()
                 if message is None:
                     self._line_ended = True
+                elif isinstance(message, Attached):
+                    self._attached.setdefault(message.number, []).extend(descriptors)
                 else:
                     self._inbox.append((message, descriptors))
             elif self._trainer_gone():
@@ -151,23 +164,23 @@ class Service:
 
     def _serve(self, request: Write, descriptors: list[int]) -> None:
         arena = None
+        attached = self._attached.pop(request.number, [])
         try:
             packed = msgspec.msgpack.decode(read_blob(descriptors.pop()), type=Packed)
-            if request.has_arena:
-                arena = Arena(0, descriptors.pop())
-            self._write(request, packed, arena, Labels(request.step, packed.metadata))
+            arena = Arena(0, descriptors.pop())
+            self._prepare_main(packed.arguments)
+            self._write(request, packed, arena, attached)
         except BaseException as error:  # noqa: BLE001 - a failed save never ends the service
             self._channel.send(Finished(request.number, describe_error(error)))
         else:
             self._channel.send(Finished(request.number))
         finally:
-            for descriptor in descriptors:
+            for descriptor in (*descriptors, *attached):
                 os.close(descriptor)
             if arena is not None:
                 arena.close()
 
-    def _write_lean(self, request: Write, packed: Packed, arena: Arena | None, labels: Labels) -> None:
-        assert arena is not None
+    def _write_lean(self, request: Write, packed: Packed, arena: Arena, _: list[int]) -> None:
         layout, fragments, tensors = self._plan(packed)
 
         def memory(size: int) -> memoryview:
@@ -191,7 +204,7 @@ class Service:
             report=_Reporter(self._channel, request.number),
         )
         arguments = pickle.loads(packed.arguments) if packed.arguments else {}  # noqa: S301 - our own trainer
-        save_snapshot(request.path, snapshot, options, labels, arguments)
+        save_snapshot(request.path, snapshot, options, Labels(request.step, packed.metadata), arguments)
 
     def _plan(self, packed: Packed) -> tuple[Layout, list[bytes], Tensors]:
         """The layout and what follows from it, kept for the next save of the same structure."""
@@ -207,7 +220,15 @@ class Service:
         """Meet the other ranks through the trainer; without a trainer the marks alone decide."""
         if request.barrier_done or self._trainer_gone() or not self._channel.send(Arrived(request.number)):
             return
-        message, _ = self._next(None, Go)
+        message, _ = self._next(self._init.timeout_seconds, Go)
+        while isinstance(message, Go) and message.number != request.number:  # of a save that gave up
+            message, _ = self._next(self._init.timeout_seconds, Go)
+        if message is None and not self._trainer_gone():
+            raise CommitTimeoutError(
+                f"the barrier was not passed within {self._init.timeout_seconds} seconds",
+                rank=self._init.rank,
+                phase="barrier",
+            )
         if isinstance(message, Go) and message.failure is not None:
             raise rebuild_error(message.failure)
 
@@ -241,10 +262,13 @@ class _Reporter:
 
 def main() -> None:
     """Serve the trainer at the other end of the descriptor that is the only argument."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    trainer = int(sys.argv[2])
-    Service(Channel(socket.socket(fileno=int(sys.argv[1]))), trainer).run()
+    ignored = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)  # the trainer starts us with these blocked
+    line = socket.socket(fileno=int(sys.argv[1]))
+    line.set_inheritable(False)
+    Service(Channel(line), int(sys.argv[2])).run()
 
 
 if __name__ == "__main__":
