@@ -39,7 +39,6 @@ _WARM_GAP_BYTES = 64 << 10
 _COLD_GAP_BYTES = 256 << 10
 _WINDOW_BYTES = 8 << 20
 _INLINE_BYTES = 1 << 20
-_SMALL_BYTES = 64 << 10
 _SMALL_BYTES = 32 << 10
 
 
@@ -147,7 +146,8 @@ def read_parts(
         through_ring(file, extents, window_bytes, ring, lambda index, view: targets.copy(cold[index], view))
     if warm:
         # Threads that do little between two system calls only take the interpreter from each other.
-        few = report.cached_bytes <= max(_INLINE_BYTES, _SMALL_BYTES * sum(len(o.pieces) for o in warm))
+        pieces = sum(len(operation.pieces) for operation in warm)
+        few = report.cached_bytes <= max(_INLINE_BYTES, (_PIECE_BYTES >> 4) * pieces)
         enough = 1 if few else threads or default_threads()
         todo = deque(warm)
         run_workers([partial(targets.read, file, todo)] * min(enough, len(warm)), todo.clear)
