@@ -15,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gazetteer.collect import digest_all
+from gazetteer.collect import gather
 from gazetteer.model import Kind
-from gazetteer.scan import scan
+from gazetteer.scan import Found, scan
 from gazetteer.state import facts_of
 from gazetteer.workers import Workers, default_jobs
 
@@ -32,8 +32,22 @@ def from_ctags(root: Path, paths: list[str]) -> set[Key]:
     if not program:
         sys.exit("universal-ctags is not installed (Debian: universal-ctags).")
     done = subprocess.run(
-        [program, "--output-format=json", "--languages=Python", "--python-kinds=cfm", "--fields=+n", "-f", "-", "-L", "-"],
-        input="\n".join(paths), cwd=root, check=True, capture_output=True, text=True,
+        [
+            program,
+            "--output-format=json",
+            "--languages=Python",
+            "--python-kinds=cfm",
+            "--fields=+n",
+            "-f",
+            "-",
+            "-L",
+            "-",
+        ],
+        input="\n".join(paths),
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     found = set()
     for line in done.stdout.splitlines():
@@ -45,11 +59,9 @@ def from_ctags(root: Path, paths: list[str]) -> set[Key]:
 
 def from_gazetteer(root: Path) -> set[Key]:
     """Return what Gazetteer finds."""
-    from gazetteer.collect import gather
-
     files = {f.path: f for f in scan(root).files if f.path.endswith(".py")}
     packed: dict[str, bytes] = {}
-    digest_all({})
+    workers: Workers[Found]
     with Workers(default_jobs()) as workers:
         gather(files, {}, packed, workers)
     found = set()

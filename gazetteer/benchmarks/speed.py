@@ -69,13 +69,15 @@ def run_build(root: Path, out: Path) -> tuple[float, float]:
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(program)
         script.flush()
-        done = subprocess.run([sys.executable, script.name, str(root), str(out)], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, script.name, str(root), str(out)], check=True, capture_output=True, text=True
+        )
     seconds, own, child = map(float, done.stdout.split())
     jobs = len(os.sched_getaffinity(0))
     return seconds, own + child * jobs  # the largest child, as many times as there are children
 
 
-def part_of(root: Path, folder: Path, files: list[Found], share: int, of: int) -> Path:
+def part_of(folder: Path, files: list[Found], share: int, of: int) -> Path:
     """Copy every n-th file of a tree."""
     target = folder / f"part{share}"
     for file in files[:: of // share]:
@@ -94,7 +96,9 @@ def main() -> int:
     options = arguments.parse_args()
     root: Path = options.tree.resolve()
     files = scan(root).files
-    print(f"{root.name}: {len(files):,} files, {sum(f.size for f in files) / 2**20:,.0f} MiB; {len(os.sched_getaffinity(0))} processors, Python {sys.version.split()[0]}, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{root.name}: {len(files):,} files, {sum(f.size for f in files) / 2**20:,.0f} MiB; {len(os.sched_getaffinity(0))} processors, Python {sys.version.split()[0]}, load {os.getloadavg()[0]:.1f}"
+    )
     rows: dict[str, list[float]] = {"parse once": [], "cold build": [], "read and hash": [], "unchanged build": []}
     memory = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +123,7 @@ def main() -> int:
         if not options.no_curve:
             print(f"\n{'files':>8}{'seconds':>10}{'ms/file':>10}")
             for share in (1, 2, 4, 8):
-                part = part_of(root, Path(folder), files, share, 8)
+                part = part_of(Path(folder), files, share, 8)
                 seconds, _ = run_build(part, Path(folder, f"curve{share}"))
                 count = len(scan(part).files)
                 print(f"{count:>8,}{seconds:>10.2f}{1000 * seconds / count:>10.2f}")

@@ -60,8 +60,12 @@ def test_check_names_every_kind_of_broken_link(out: Path) -> None:
     assert done.returncode == 1
     named = {line.split(": ")[1]: line.split(": ")[2] for line in done.stdout.splitlines()}
     assert named == {
-        "gone.md": "no such file", "index.md#nowhere": "no such anchor", "../../nowhere.c#L1": "no such file",
-        "https://example.com": "leads out of the repository", "gone.png": "no such file", f"{source}#L99": "the file has 2 lines",
+        "gone.md": "no such file",
+        "index.md#nowhere": "no such anchor",
+        "../../nowhere.c#L1": "no such file",
+        "https://example.com": "leads out of the repository",
+        "gone.png": "no such file",
+        f"{source}#L99": "the file has 2 lines",
     }
     assert len(json.loads(run("check", out, "--json").stdout)["broken"]) == 6
 

@@ -47,12 +47,30 @@ def test_the_sample_has_every_language() -> None:
     assert found >= set(grammars.languages()) - {"tsx"}
 
 
-@pytest.mark.parametrize("word", ["NotAClass", "not_a_function", "InAString", "notAFunction", "nothing_at_all", "not_a_key", "not_a_target", "Commented", "also_in_a_string", "not_included"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "NotAClass",
+        "not_a_function",
+        "InAString",
+        "notAFunction",
+        "nothing_at_all",
+        "not_a_key",
+        "not_a_target",
+        "Commented",
+        "also_in_a_string",
+        "not_included",
+    ],
+)
 def test_words_in_comments_and_strings_are_no_symbols(word: str) -> None:
     """Definitions that stand only in comments and strings are found nowhere."""
     for file in scan(SAMPLE).files:
         facts = analyze(file)
-        names = {s.name for s in facts.symbols} | {i.name for i in facts.imports} | {i.module.strip('"') for i in facts.imports}
+        names = (
+            {s.name for s in facts.symbols}
+            | {i.name for i in facts.imports}
+            | {i.module.strip('"') for i in facts.imports}
+        )
         assert not any(word in name for name in names), file.path
 
 
@@ -81,14 +99,32 @@ def test_the_keyword_page_of_a_test_lists_its_class_methods_and_imports(tmp_path
     assert named("Classes") == ["TestMakeCheckpointer"]
     assert named("Functions") == []
     assert named("Methods") == [
-        "setUp", "tearDown", "test_make_sync_checkpointer", "test_make_sync_checkpointer_with_config_first",
-        "test_make_sync_checkpointer_with_custom_config", "test_make_async_checkpointer",
+        "setUp",
+        "tearDown",
+        "test_make_sync_checkpointer",
+        "test_make_sync_checkpointer_with_config_first",
+        "test_make_sync_checkpointer_with_custom_config",
+        "test_make_async_checkpointer",
     ]
     assert named("Imports") == [
-        "os", "shutil", "tempfile", "torch", "BarrierConfig", "make_async_checkpointer", "make_sync_checkpointer",
-        "AsyncCheckpointer", "SyncCheckpointer", "CheckpointerConfig", "CheckpointStagerConfig", "RankInfo", "TestCase", "run_tests",
+        "os",
+        "shutil",
+        "tempfile",
+        "torch",
+        "BarrierConfig",
+        "make_async_checkpointer",
+        "make_sync_checkpointer",
+        "AsyncCheckpointer",
+        "SyncCheckpointer",
+        "CheckpointerConfig",
+        "CheckpointStagerConfig",
+        "RankInfo",
+        "TestCase",
+        "run_tests",
     ]
-    from_there = [item for item in section(page, "Imports") if "from `torch.distributed.checkpoint._experimental." in item]
+    from_there = [
+        item for item in section(page, "Imports") if "from `torch.distributed.checkpoint._experimental." in item
+    ]
     assert len(from_there) == 8
     assert "Classs" not in page
 

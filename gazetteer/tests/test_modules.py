@@ -53,7 +53,11 @@ def test_every_language_loads_and_every_rule_is_used() -> None:
         for inline in (False, True):
             if not inline or language.inline_query:
                 query = grammars.grammar(name, inline=inline).query
-                used |= {query.capture_name(i)[5:] for i in range(query.capture_count) if query.capture_name(i).startswith("find.")}
+                used |= {
+                    query.capture_name(i)[5:]
+                    for i in range(query.capture_count)
+                    if query.capture_name(i).startswith("find.")
+                }
     assert used == set(grammars.rules())
 
 
@@ -71,8 +75,15 @@ def test_a_capture_without_a_rule_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("name", "head", "language"),
     [
-        ("a.py", b"", "python"), ("A.CPP", b"", "cpp"), ("x.cmake.in", b"", "cmake"), ("run", b"#!/usr/bin/env python3.11\n", "python"),
-        ("run", b"#!/bin/sh -e\n", "bash"), ("run", b"#!/usr/bin/env -S node --x\n", "javascript"), ("CMakeLists.txt", b"", "cmake"), ("notes.txt", b"", ""), ("x", b"#!", ""),
+        ("a.py", b"", "python"),
+        ("A.CPP", b"", "cpp"),
+        ("x.cmake.in", b"", "cmake"),
+        ("run", b"#!/usr/bin/env python3.11\n", "python"),
+        ("run", b"#!/bin/sh -e\n", "bash"),
+        ("run", b"#!/usr/bin/env -S node --x\n", "javascript"),
+        ("CMakeLists.txt", b"", "cmake"),
+        ("notes.txt", b"", ""),
+        ("x", b"#!", ""),
     ],
 )
 def test_languages_are_told_by_name_and_first_line(name: str, head: bytes, language: str) -> None:
@@ -84,8 +95,12 @@ def test_security_findings_come_from_the_tree() -> None:
     """Calls are found with their lines; the same words in comments, strings and other names are not."""
     source = '# eval("x") pickle.load(f) shell=True\n"""eval(x)"""\ndef evaluate(eval_): pass\nX = "pickle.load(f)"\n'
     assert found(source) == []
-    assert found("import pickle, subprocess\neval('1')\npickle.load(f)\nsubprocess.run(x, shell=True)\nsubprocess.run(x, shell=False)\n") == [
-        ("eval", 2), ("unpickle", 3), ("shell", 4),
+    assert found(
+        "import pickle, subprocess\neval('1')\npickle.load(f)\nsubprocess.run(x, shell=True)\nsubprocess.run(x, shell=False)\n"
+    ) == [
+        ("eval", 2),
+        ("unpickle", 3),
+        ("shell", 4),
     ]
 
 
@@ -107,7 +122,10 @@ def test_blocking_calls_count_in_async_code_only() -> None:
 
 def test_a_name_imported_from_a_module_is_no_import_of_that_name() -> None:
     """``from a import x`` imports ``x`` from ``a``; there is no import of a module ``x``."""
-    items = [(i.module, i.name) for i in facts("from a import x\nfrom . import y as z\nimport b.c as d\nfrom e import *\n").imports]
+    items = [
+        (i.module, i.name)
+        for i in facts("from a import x\nfrom . import y as z\nimport b.c as d\nfrom e import *\n").imports
+    ]
     assert items == [("a", "x"), (".", "y"), ("b.c", ""), ("e", "*")]
 
 
@@ -115,17 +133,27 @@ def test_constants_decorators_and_nested_names() -> None:
     """Capitals at module and class level are constants; nested definitions carry their owners' names."""
     source = "LIMIT = 1\nsmall = 2\nclass A:\n    B = 1\n    @property\n    def c(self):\n        '''Doc. More.'''\n        LOCAL = 1\n        def d(): pass\n"
     assert [(s.kind.value, s.qualname, s.line) for s in facts(source).symbols] == [
-        ("constant", "LIMIT", 1), ("class", "A", 3), ("constant", "A.B", 4), ("method", "A.c", 6), ("function", "A.c.d", 9),
+        ("constant", "LIMIT", 1),
+        ("class", "A", 3),
+        ("constant", "A.B", 4),
+        ("method", "A.c", 6),
+        ("function", "A.c.d", 9),
     ]
     assert facts(source).symbols[3].decorators == ("@property",)
     assert facts(source).symbols[3].doc == "Doc. More."
 
 
 RESOLVED = {
-    "pkg/__init__.py": "from .a import f\n", "pkg/a.py": "from . import b\nfrom .sub.c import g\nimport pkg.b\nimport numpy, yaml, os\n",
-    "pkg/b.py": "", "pkg/sub/__init__.py": "", "pkg/sub/c.py": "from ..b import x\nfrom ...nowhere import y\n",
-    "src/lib/util.h": "", "src/main.cpp": "#include <lib/util.h>\n#include \"lib/util.h\"\n#include <vector>\n",
-    "tests/test_a.py": "from pkg.a import f\n", "scripts/go.py": "import helper\n", "scripts/helper.py": "",
+    "pkg/__init__.py": "from .a import f\n",
+    "pkg/a.py": "from . import b\nfrom .sub.c import g\nimport pkg.b\nimport numpy, yaml, os\n",
+    "pkg/b.py": "",
+    "pkg/sub/__init__.py": "",
+    "pkg/sub/c.py": "from ..b import x\nfrom ...nowhere import y\n",
+    "src/lib/util.h": "",
+    "src/main.cpp": '#include <lib/util.h>\n#include "lib/util.h"\n#include <vector>\n',
+    "tests/test_a.py": "from pkg.a import f\n",
+    "scripts/go.py": "import helper\n",
+    "scripts/helper.py": "",
 }
 
 
@@ -137,12 +165,19 @@ def test_imports_become_files_or_distributions(make: Maker, tmp_path: Path) -> N
     files = {f["path"]: f for f in json.loads((tmp_path / "out" / "index.json").read_text("utf-8"))["files"]}
 
     def imports(path: str) -> list[tuple[str, tuple[str, ...] | str]]:
-        return [(f"{i['module']} {i['name']}".strip(), tuple(i["files"]) or i["distribution"]) for i in files[path]["imports"]]
+        return [
+            (f"{i['module']} {i['name']}".strip(), tuple(i["files"]) or i["distribution"])
+            for i in files[path]["imports"]
+        ]
 
     assert imports("pkg/__init__.py") == [(".a f", ("pkg/a.py",))]
     assert imports("pkg/a.py") == [
-        (". b", ("pkg/b.py",)), (".sub.c g", ("pkg/sub/c.py",)), ("pkg.b", ("pkg/b.py",)),
-        ("numpy", "numpy"), ("os", "Python standard library"), ("yaml", "PyYAML"),
+        (". b", ("pkg/b.py",)),
+        (".sub.c g", ("pkg/sub/c.py",)),
+        ("pkg.b", ("pkg/b.py",)),
+        ("numpy", "numpy"),
+        ("os", "Python standard library"),
+        ("yaml", "PyYAML"),
     ]
     assert imports("pkg/sub/c.py")[0] == ("..b x", ("pkg/b.py",))
     assert imports("pkg/sub/c.py")[1][1] == ""
@@ -154,7 +189,15 @@ def test_imports_become_files_or_distributions(make: Maker, tmp_path: Path) -> N
 
 def test_layers_and_cycles(make: Maker, tmp_path: Path) -> None:
     """What imports nothing is layer 0; files that import each other share a layer and are named."""
-    root = make({"base.py": "", "one.py": "import base, two\n", "two.py": "import one\n", "top.py": "import one\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import cli\n", "cli.py": "import top\n"})
+    root = make(
+        {
+            "base.py": "",
+            "one.py": "import base, two\n",
+            "two.py": "import one\n",
+            "top.py": "import one\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import cli\n",
+            "cli.py": "import top\n",
+        }
+    )
     gazetteer.build(root, tmp_path / "out")
 
     def page(name: str) -> str:
@@ -162,13 +205,23 @@ def test_layers_and_cycles(make: Maker, tmp_path: Path) -> None:
 
     assert "Layer 0 of the import graph" in page("base.py")
     assert "Layer 1 of the import graph" in page("one.py") and "import cycle with [`two.py`]" in page("one.py")
-    assert "Layer 2 of the import graph" in page("top.py") and "import cycle" not in page("top.py") and "for types" in page("top.py")
+    assert (
+        "Layer 2 of the import graph" in page("top.py")
+        and "import cycle" not in page("top.py")
+        and "for types" in page("top.py")
+    )
     assert "### Import Cycles" in (tmp_path / "out" / "comprehensive_book.md").read_text("utf-8")
 
 
 def test_how_tests_are_run_is_read_from_the_repository(make: Maker, tmp_path: Path) -> None:
     """The page of what is tested names the command and the file that says so."""
-    root = make({"Makefile": "all:\n\ntest: all\n\tpytest\n", "thing.py": "class Gadget: pass\n", "tests/test_thing.py": "from thing import *\nGadget()\n"})
+    root = make(
+        {
+            "Makefile": "all:\n\ntest: all\n\tpytest\n",
+            "thing.py": "class Gadget: pass\n",
+            "tests/test_thing.py": "from thing import *\nGadget()\n",
+        }
+    )
     gazetteer.build(root, tmp_path / "out")
     page = (tmp_path / "out" / "thing.py_docs.md").read_text("utf-8").split("## Testing & Usage")[1]
     assert "imports it; names `Gadget`" in page

@@ -16,11 +16,50 @@ from gazetteer.markdown import clean, code, fence, slug, text, words
 from gazetteer.text import one_line
 
 TRAPS = [
-    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "```", "````\n# Heading\n", "~~~", "](http://evil.example)", "[a]: http://evil.example",
-    "![x](y)", "**bold**", "`", "``", "{{< x >}}", "{{% x %}}", "{{ .Site }}", "<!--", "-->", "<details>", "| a |\n|---|", "# H", "- x", "1. x", "> q", "&lt;", "&#60;",
-    "\\", "\u202e", "\u2028", "\x00", "\r", "http://evil.example", "www.evil.example", "a@b.example", "$x$", "\ufdd0", "---", "===", "[^1]", ":::", "%%", "javascript:alert(1)",
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "```",
+    "````\n# Heading\n",
+    "~~~",
+    "](http://evil.example)",
+    "[a]: http://evil.example",
+    "![x](y)",
+    "**bold**",
+    "`",
+    "``",
+    "{{< x >}}",
+    "{{% x %}}",
+    "{{ .Site }}",
+    "<!--",
+    "-->",
+    "<details>",
+    "| a |\n|---|",
+    "# H",
+    "- x",
+    "1. x",
+    "> q",
+    "&lt;",
+    "&#60;",
+    "\\",
+    "\u202e",
+    "\u2028",
+    "\x00",
+    "\r",
+    "http://evil.example",
+    "www.evil.example",
+    "a@b.example",
+    "$x$",
+    "\ufdd0",
+    "---",
+    "===",
+    "[^1]",
+    ":::",
+    "%%",
+    "javascript:alert(1)",
 ]
-texts = st.lists(st.one_of(st.sampled_from(TRAPS), st.text(max_size=12), st.sampled_from(["\n", " ", "\t", "x"])), max_size=14).map("".join)
+texts = st.lists(
+    st.one_of(st.sampled_from(TRAPS), st.text(max_size=12), st.sampled_from(["\n", " ", "\t", "x"])), max_size=14
+).map("".join)
 COMMONMARK = MarkdownIt("commonmark")
 GITHUB = MarkdownIt("gfm-like", {"linkify": False}).enable("table")
 ALLOWED = {"h1", "h2", "h3", "h4", "p", "ul", "li", "a", "strong", "code", "pre", "ol"}
@@ -84,12 +123,51 @@ def test_code_shows_as_itself(value: str) -> None:
 def test_a_fence_holds_everything(value: str) -> None:
     """No line of a source ends its block."""
     tokens = COMMONMARK.parse("before\n\n" + fence(value, "python") + "\nafter\n")
-    assert [t.type for t in tokens] == ["paragraph_open", "inline", "paragraph_close", "fence", "paragraph_open", "inline", "paragraph_close"]
+    assert [t.type for t in tokens] == [
+        "paragraph_open",
+        "inline",
+        "paragraph_close",
+        "fence",
+        "paragraph_open",
+        "inline",
+        "paragraph_close",
+    ]
     assert tokens[3].content.rstrip("\n") == clean(value.replace("\r\n", "\n").replace("\r", "\n")).rstrip("\n")
 
 
-NAMES = ["x.py", "x.c", "x.cpp", "x.cu", "x.js", "x.ts", "x.go", "x.rs", "x.java", "x.sh", "CMakeLists.txt", "x.yaml", "x.toml", "x.json", "x.md", "x.rst", "x.unknown"]
-STARTS = ["", '"""', "# ", "/* ", "// ", "class A:\n  '''", "def f(): '''", "import ", "#include <", "# Title\n\n", "key: ", '{"a": "']
+NAMES = [
+    "x.py",
+    "x.c",
+    "x.cpp",
+    "x.cu",
+    "x.js",
+    "x.ts",
+    "x.go",
+    "x.rs",
+    "x.java",
+    "x.sh",
+    "CMakeLists.txt",
+    "x.yaml",
+    "x.toml",
+    "x.json",
+    "x.md",
+    "x.rst",
+    "x.unknown",
+]
+STARTS = [
+    "",
+    '"""',
+    "# ",
+    "/* ",
+    "// ",
+    "class A:\n  '''",
+    "def f(): '''",
+    "import ",
+    "#include <",
+    "# Title\n\n",
+    "key: ",
+    '{"a": "',
+]
 
 
 @settings(max_examples=120)

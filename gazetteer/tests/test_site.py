@@ -21,8 +21,15 @@ import gazetteer
 from gazetteer.serve import make_server
 
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1300,1200",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1300,1200",
 ]
 EVIL = '''"""Text with </script><script>window.evil = 1</script> and <img src=x onerror="window.evil = 1">."""
 
@@ -62,7 +69,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.binary_location = shutil.which("chromium") or "chromium is not installed"
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver") or "chromedriver"))
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver") or "chromedriver")
+    )
     yield driver
     driver.quit()
 
@@ -114,12 +123,27 @@ def test_dark_mode_is_kept_from_page_to_page(site: tuple[str, Path], browser: we
     assert ground() == before
 
 
-@pytest.mark.parametrize("page", ["a%20b%23c.py_docs.html", "a%20b%23c.py_kw.html", "_source/a%20b%23c.py.html", "index.html", "keywords.html", "comprehensive_book.html"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "a%20b%23c.py_docs.html",
+        "a%20b%23c.py_kw.html",
+        "_source/a%20b%23c.py.html",
+        "index.html",
+        "keywords.html",
+        "comprehensive_book.html",
+    ],
+)
 def test_nothing_in_a_source_gets_into_a_page(site: tuple[str, Path], browser: webdriver.Chrome, page: str) -> None:
     """Scripts, images and handlers in docstrings and strings are shown, not run."""
     browser.get(f"{site[0]}/{page}")
     assert browser.execute_script("return window.evil") is None
-    assert browser.execute_script("return document.querySelectorAll('main img, main script, main [onerror], main [onclick]').length") == 0
+    assert (
+        browser.execute_script(
+            "return document.querySelectorAll('main img, main script, main [onerror], main [onclick]').length"
+        )
+        == 0
+    )
 
 
 def test_a_source_is_shown_as_it_is(site: tuple[str, Path], browser: webdriver.Chrome) -> None:
@@ -147,7 +171,12 @@ def test_every_link_of_the_site_resolves(site: tuple[str, Path]) -> None:
 
 def test_the_server_answers_to_this_machine_only(site: tuple[str, Path]) -> None:
     """Requests under another host's name, climbing paths and folders without an index are refused."""
-    for path, host, status in (("/index.html", "evil.example", 403), ("/_assets/", "", 404), ("/../../repo/store.c", "", 404), ("/%2e%2e/state", "", 404)):
+    for path, host, status in (
+        ("/index.html", "evil.example", 403),
+        ("/_assets/", "", 404),
+        ("/../../repo/store.c", "", 404),
+        ("/%2e%2e/state", "", 404),
+    ):
         request = Request(site[0] + path, headers={"Host": host} if host else {})
         with pytest.raises(HTTPError) as error:
             urlopen(request)
@@ -179,16 +208,20 @@ def test_building_needs_no_network(tmp_path: Path) -> None:
     """In a network namespace of its own, without so much as a loopback, a site is built in full."""
     import sys
 
-    if subprocess.run(["unshare", "-rn", "true"], check=False).returncode:
-        prefix = []  # no right to make a namespace: sockets are taken away inside the process
-    else:
-        prefix = ["unshare", "-rn"]
+    # Without the right to make a namespace, sockets are still taken away inside the process.
+    refused = subprocess.run(["unshare", "-rn", "true"], check=False, capture_output=True).returncode
+    prefix = [] if refused else ["unshare", "-rn"]
     program = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('a socket was asked for')\n"
         "socket.socket.connect = refuse\nsocket.create_connection = refuse\nsocket.getaddrinfo = refuse\n"
         "import gazetteer\nprint(gazetteer.build(sys.argv[1], sys.argv[2], site=True, jobs=1).site_pages)\n"
     )
-    done = subprocess.run([*prefix, sys.executable, "-c", program, str(SAMPLE), str(tmp_path / "out")], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", program, str(SAMPLE), str(tmp_path / "out")],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 90

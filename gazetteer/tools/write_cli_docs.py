@@ -17,7 +17,9 @@ def page() -> str:
     blocks = ["# The command line\n", "Written by `make docs` from the program itself.\n"]
     for command in COMMANDS:
         arguments = [*command.split(), "--help"]
-        result = CliRunner().invoke(app, arguments, prog_name="gazetteer", env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
+        result = CliRunner().invoke(
+            app, arguments, prog_name="gazetteer", env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"}
+        )
         text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
         blocks.append(f"## gazetteer {command}".rstrip() + f"\n\n```text\n{text}\n```\n")
     return "\n".join(blocks)

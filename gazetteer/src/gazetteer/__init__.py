@@ -1,9 +1,9 @@
 """Gazetteer documents a whole repository from its syntax trees.
 
-    >>> import gazetteer
-    >>> summary = gazetteer.build("repo", "out")  # doctest: +SKIP
-    >>> gazetteer.check("out").broken  # doctest: +SKIP
-    []
+>>> import gazetteer
+>>> summary = gazetteer.build("repo", "out")  # doctest: +SKIP
+>>> gazetteer.check("out").broken  # doctest: +SKIP
+[]
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def _head(found: Found) -> bytes:
 
 
 def _unread(found: Found, status: Status, note: str, language: str = "") -> FileFacts:
-    return FileFacts(path=found.path, size=found.size, lines=0, language=language, status=status, note=note, encoding="")
+    return FileFacts(
+        path=found.path, size=found.size, lines=0, language=language, status=status, note=note, encoding=""
+    )
 
 
 def read_text(found: Found) -> str:
@@ -86,7 +88,11 @@ def _text_facts(found: Found, name: str, text: str, encoding: str, size: int) ->
         return FileFacts(found.path, size, lines, "", Status.TEXT, note=note, encoding=encoding)
     if lines and max(map(len, source.split(b"\n"))) > _LONG_LINE:
         return FileFacts(
-            found.path, size, lines, language, Status.GENERATED,
+            found.path,
+            size,
+            lines,
+            language,
+            Status.GENERATED,
             note=f"Has lines of more than {_LONG_LINE:,} characters, as programs write them; it is not parsed.",
             encoding=encoding,
         )

@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,7 +18,6 @@ from gazetteer.collect import checked_root, digest_all, gather, nothing, still_h
 from gazetteer.errors import OutputError, UsageError
 from gazetteer.history import History, head_of, read_history
 from gazetteer.index import index_json
-from gazetteer.markdown import Page
 from gazetteer.model import FileFacts, Status
 from gazetteer.pages.file_docs import docs, purpose
 from gazetteer.pages.file_kw import keywords
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gazetteer.collect import Progress
+    from gazetteer.markdown import Page
 
 __all__ = ["Summary", "build"]
 
@@ -171,17 +171,33 @@ class _Build:
         return self.summary
 
     def _inputs(self, found: Scan, digests: dict[str, bytes], head: str, *, json_index: bool) -> bytes:
-        whole = (fingerprint(), self.name, self.base, found.excluded, digests, head, json_index, _root_package(self.root))
+        whole = (
+            fingerprint(),
+            self.name,
+            self.base,
+            found.excluded,
+            digests,
+            head,
+            json_index,
+            _root_package(self.root),
+        )
         return hashlib.sha256(msgspec.msgpack.encode(whole)).digest()
 
     def _unchanged(self) -> Summary:
         known = self.state.summary
         self.summary = Summary(
-            files=known["files"], folders=known["folders"], symbols=known["symbols"], pages=len(self.state.pages), excluded=known["excluded"]
+            files=known["files"],
+            folders=known["folders"],
+            symbols=known["symbols"],
+            pages=len(self.state.pages),
+            excluded=known["excluded"],
         )
         return self.summary
 
-    def _whole(self, found: Scan, files: dict[str, Found], digests: dict[str, bytes], head: str, *, json_index: bool) -> None:
+    def _whole(
+        self, found: Scan, files: dict[str, Found], digests: dict[str, bytes], head: str, *, json_index: bool
+    ) -> None:
+        workers: Workers[Any]  # the same processes parse and write
         with Workers(self.jobs) as workers:
             known = still_holding(self.out, self.state, digests)
             self.summary.parsed = gather(files, known, self.packed, workers, self.progress)
@@ -189,7 +205,7 @@ class _Build:
             history = self.state.history if self.state.history.head == head else read_history(self.root, head)
             self.state.history = history
             relations = _relations(facts, files, self.root, history)
-            self._render_files(files, digests, relations, workers)  # type: ignore[arg-type]
+            self._render_files(files, digests, relations, workers)
         tree = Tree(facts, relations, {path: purpose(fact) for path, fact in facts.items()})
         self._render_folders(tree, found, files)
         if json_index:
@@ -202,7 +218,9 @@ class _Build:
                 counted.statuses[fact.status.value] = counted.statuses.get(fact.status.value, 0) + 1
         counted.pages = len(self.pages)
 
-    def _render_files(self, files: dict[str, Found], digests: dict[str, bytes], relations: Relations, workers: Workers[_RenderTask]) -> None:
+    def _render_files(
+        self, files: dict[str, Found], digests: dict[str, bytes], relations: Relations, workers: Workers[_RenderTask]
+    ) -> None:
         tasks: list[_RenderTask] = []
         encode = msgspec.msgpack.Encoder().encode
         salt = fingerprint() + self.base.encode()

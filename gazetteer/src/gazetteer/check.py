@@ -127,6 +127,10 @@ def _read(task: tuple[str, str]) -> _Read:
     return _read_html(path, name) if name.endswith(".html") else _read_markdown(path, name)
 
 
+def _unreadable(task: tuple[str, str]) -> _Read:
+    return _Read(task[1], (), frozenset())
+
+
 def _pages(out: Path) -> list[str]:
     found: list[str] = []
     for folder, folders, files in os.walk(out):
@@ -203,9 +207,10 @@ def check(out: Path | str, *, jobs: int = 0, progress: Progress = nothing) -> Re
         raise OutputError(msg)
     names = _pages(root)
     read: list[_Read] = []
-    with Workers(jobs or default_jobs()) as workers:
+    pool: Workers[tuple[str, str]] = Workers(jobs or default_jobs())
+    with pool as workers:
         tasks = [(str(root), name) for name in names]
-        for number, page in enumerate(workers.run(_read, tasks, lambda task: _Read(task[1], (), frozenset())), 1):
+        for number, page in enumerate(workers.run(_read, tasks, _unreadable), 1):
             read.append(page)
             if not number & 63 or number == len(tasks):
                 progress("Checking", number, len(tasks))

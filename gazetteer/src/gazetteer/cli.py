@@ -62,9 +62,23 @@ def _print_json(value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
 
 
 def _say(summary: Summary, out: Path, *, site: bool) -> None:
-    done = f"{summary.parsed:,} parsed, {summary.written:,} pages written" if summary.parsed or summary.written else "nothing had changed"
-    _messages.print(f"{summary.files:,} files in {summary.folders:,} folders, {summary.symbols:,} symbols, {summary.pages:,} pages; {done} in {summary.seconds:.1f} s", markup=False, soft_wrap=True)
-    words = {"partial": "parsed with errors", "huge": "too large to parse", "failed": "crashed the parser", "link": "symbolic links", "text": "in no known language"}
+    done = (
+        f"{summary.parsed:,} parsed, {summary.written:,} pages written"
+        if summary.parsed or summary.written
+        else "nothing had changed"
+    )
+    _messages.print(
+        f"{summary.files:,} files in {summary.folders:,} folders, {summary.symbols:,} symbols, {summary.pages:,} pages; {done} in {summary.seconds:.1f} s",
+        markup=False,
+        soft_wrap=True,
+    )
+    words = {
+        "partial": "parsed with errors",
+        "huge": "too large to parse",
+        "failed": "crashed the parser",
+        "link": "symbolic links",
+        "text": "in no known language",
+    }
     notes = [f"{count:,} {words.get(status, status)}" for status, count in sorted(summary.statuses.items())]
     if summary.excluded:
         notes.append(f"{summary.excluded:,} left out (the index lists them)")
@@ -72,12 +86,14 @@ def _say(summary: Summary, out: Path, *, site: bool) -> None:
         notes.append(f"{summary.removed:,} stale pages removed")
     if notes:
         _messages.print("  " + ", ".join(notes), markup=False, soft_wrap=True)
-    _messages.print(f"Read {out / 'index.md'}" + (f", or: gazetteer serve {out}" if site else ""), markup=False, soft_wrap=True)
+    _messages.print(
+        f"Read {out / 'index.md'}" + (f", or: gazetteer serve {out}" if site else ""), markup=False, soft_wrap=True
+    )
 
 
 @app.callback()
 def _top(
-    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,  # noqa: FBT002 - a flag
+    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Document a whole repository from its syntax trees. Nothing is sent anywhere.
 
@@ -93,11 +109,15 @@ def _top(
 def build(
     repository: Annotated[Path, typer.Argument(help="Root folder of the repository.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the pages go.", show_default=False)],
-    name: Annotated[str, typer.Option(help="What the pages call the repository; empty: its folder's name.", show_default=False)] = "",
-    site: Annotated[bool, typer.Option("--site", help="Make the static site as well.")] = False,  # noqa: FBT002 - a flag
-    as_json: Annotated[bool, typer.Option("--json", help="Write OUT/index.json as well, and the summary to stdout as JSON.")] = False,  # noqa: FBT002 - a flag
+    name: Annotated[
+        str, typer.Option(help="What the pages call the repository; empty: its folder's name.", show_default=False)
+    ] = "",
+    site: Annotated[bool, typer.Option("--site", help="Make the static site as well.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write OUT/index.json as well, and the summary to stdout as JSON.")
+    ] = False,
     jobs: _Jobs = 0,
-    quiet: _Quiet = False,  # noqa: FBT002 - a flag
+    quiet: _Quiet = False,
 ) -> None:
     """Document a repository; only what changed is parsed and written."""
     with _progress(quiet=quiet) as report:
@@ -112,9 +132,11 @@ def build(
 def search(
     repository: Annotated[Path, typer.Argument(help="Root folder of the repository.", show_default=False)],
     term: Annotated[str, typer.Argument(help="A name or a part of one.", show_default=False)],
-    kind: Annotated[str, typer.Option(help=f"Only this kind: {', '.join(k.value for k in Kind)}, heading or file.")] = "",
+    kind: Annotated[
+        str, typer.Option(help=f"Only this kind: {', '.join(k.value for k in Kind)}, heading or file.")
+    ] = "",
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="At most so many; 0: all.")] = 50,
-    as_json: _Json = False,  # noqa: FBT002 - a flag
+    as_json: _Json = False,
     jobs: _Jobs = 0,
 ) -> None:
     """Find symbols and files by name; the best fit comes first. Exit code 1: nothing found."""
@@ -135,7 +157,7 @@ def search(
 @app.command()
 def check(
     out: Annotated[Path, typer.Argument(help="Output folder of a build.", show_default=False)],
-    as_json: _Json = False,  # noqa: FBT002 - a flag
+    as_json: _Json = False,
     jobs: _Jobs = 0,
 ) -> None:
     """Follow every link and anchor. Exit code 1: some lead nowhere; they are named."""
@@ -147,7 +169,9 @@ def check(
     else:
         for item in report.broken:
             sys.stdout.write(f"{item.page}: {item.link}: {item.why}\n")
-    _messages.print(f"{report.pages:,} pages, {report.links:,} links, {len(report.broken):,} broken", markup=False, soft_wrap=True)
+    _messages.print(
+        f"{report.pages:,} pages, {report.links:,} links, {len(report.broken):,} broken", markup=False, soft_wrap=True
+    )
     if report.broken:
         raise typer.Exit(1)
 
@@ -156,14 +180,16 @@ def check(
 def serve(
     out: Annotated[Path, typer.Argument(help="Output folder of a build with --site.", show_default=False)],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,  # noqa: FBT002 - a flag
-    as_json: _Json = False,  # noqa: FBT002 - a flag
+    open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Serve the site on this machine, to this machine only, until interrupted."""
     try:
         server = make_server(out, port)
     except OSError as error:
-        _messages.print(f"Port {port} cannot be used: {error.strerror}. Name another with --port.", markup=False, soft_wrap=True)
+        _messages.print(
+            f"Port {port} cannot be used: {error.strerror}. Name another with --port.", markup=False, soft_wrap=True
+        )
         raise typer.Exit(2) from error
     url = f"http://127.0.0.1:{server.server_address[1]}/"
     if as_json:
@@ -185,5 +211,7 @@ def main() -> None:
         _messages.print(f"error: {error}", markup=False, soft_wrap=True)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        _messages.print("Interrupted. Every page is whole; the next build goes on from here.", markup=False, soft_wrap=True)
+        _messages.print(
+            "Interrupted. Every page is whole; the next build goes on from here.", markup=False, soft_wrap=True
+        )
         raise SystemExit(130) from None

@@ -120,6 +120,7 @@ def read_repository(repository: Path | str, *, jobs: int = 0, progress: Progress
     cache = _cache(root)
     state = State.load(cache)
     packed: dict[str, bytes] = {}
+    workers: Workers[Found]
     with Workers(jobs or default_jobs()) as workers:
         parsed = gather(files, still_holding(cache, state, digests), packed, workers, progress)
     if parsed or state.digests.keys() != digests.keys():

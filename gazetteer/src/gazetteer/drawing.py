@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections import defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -78,7 +79,7 @@ class _Rows:
             self.rows[rank].append(point)
             path.append(point)
         path.append(bottom)
-        for one, other in zip(path, path[1:], strict=False):
+        for one, other in pairwise(path):
             self.near[one].append(other)
             self.near[other].append(one)
         self.paths[edge] = path if edge not in self.back else path[::-1]
@@ -86,7 +87,7 @@ class _Rows:
     def _order(self, *, down: bool) -> None:
         """Sort each row by the mean place of its neighbours in the row before, which crosses fewer lines."""
         ranks = sorted(self.rows, reverse=not down)
-        for before, rank in zip(ranks, ranks[1:], strict=False):
+        for before, rank in pairwise(ranks):
             place = {node: at / max(1, len(self.rows[before]) - 1) for at, node in enumerate(self.rows[before])}
             row = self.rows[rank]
             old = {node: at / max(1, len(row) - 1) for at, node in enumerate(row)}
@@ -94,7 +95,7 @@ class _Rows:
             for node in row:
                 found = [place[n] for n in self.near[node] if n in place]
                 means[node] = sum(found) / len(found) if found else old[node]
-            row.sort(key=lambda n: (means[n], old[n]))  # noqa: B023 - used before the next round
+            row.sort(key=lambda n: (means[n], old[n]))
 
     def width(self, node: str) -> float:
         """Return how wide a node is drawn."""
@@ -107,7 +108,7 @@ class _Rows:
     def _places(self) -> dict[str, tuple[float, float]]:
         wide = {rank: sum(map(self._space, row)) for rank, row in self.rows.items()}
         self.wide = max(wide.values(), default=0.0) + 2 * _PAD
-        out = {}
+        out: dict[str, tuple[float, float]] = {}
         for rank, row in self.rows.items():
             left = (self.wide - wide[rank]) / 2
             for node in row:
@@ -140,7 +141,8 @@ def draw(nodes: Mapping[str, str], edges: Mapping[tuple[str, str], int], links: 
     return (
         f'<svg width="{rows.wide:.0f}" height="{tall:.0f}" role="img" aria-label="Import graph" xmlns="http://www.w3.org/2000/svg">'
         '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto" markerUnits="userSpaceOnUse"><path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
-        + "".join(parts) + "</svg>"
+        + "".join(parts)
+        + "</svg>"
     )
 
 

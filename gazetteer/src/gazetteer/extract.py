@@ -116,9 +116,7 @@ class _Tree:
             elif role == "package":
                 self.package = node
 
-    def _add_import(
-        self, style: str, captures: dict[str, list[Node]], key: str = "import.module"
-    ) -> None:
+    def _add_import(self, style: str, captures: dict[str, list[Node]], key: str = "import.module") -> None:
         style = "" if style == "module" else style
         names = captures.get("import.name")
         self.imports.append((style, captures[key][0], names[0] if names else None))
@@ -152,9 +150,7 @@ class _Comments:
     """Comments that stand alone on their lines, in contiguous groups."""
 
     def __init__(self, comments: dict[int, Node], source: bytes) -> None:
-        self._by_end = {
-            row: node for row, node in comments.items() if self._alone(node, source)
-        }
+        self._by_end = {row: node for row, node in comments.items() if self._alone(node, source)}
 
     @staticmethod
     def _alone(node: Node, source: bytes) -> bool:
@@ -393,7 +389,10 @@ def _first_error(node: Node) -> int:
 def _status(found: _Tree, tree: tree_sitter.Tree, comments: _Comments) -> tuple[Status, str]:
     if tree.root_node.has_error:
         line = min([*found.errors, _first_error(tree.root_node)])
-        return Status.PARTIAL, f"The parser met text it could not fit to the grammar (first at line {line}); what it could read is listed."
+        return (
+            Status.PARTIAL,
+            f"The parser met text it could not fit to the grammar (first at line {line}); what it could read is listed.",
+        )
     for start, _, text in comments.groups():
         if start >= _HEAD_LINES:
             break

@@ -100,7 +100,7 @@ def _data(name: str) -> str:
 _T = TypeVar("_T")
 
 
-def _entry(cls: Callable[..., _T], name: str, table: dict[str, Any]) -> T:
+def _entry(cls: Callable[..., _T], name: str, table: dict[str, Any]) -> _T:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     try:
         return cls(name=name, **values)
@@ -112,10 +112,7 @@ def _entry(cls: Callable[..., _T], name: str, table: dict[str, Any]) -> T:
 @functools.cache
 def languages() -> Mapping[str, Language]:
     """Return every language of the registry by name."""
-    return {
-        name: _entry(Language, name, table)
-        for name, table in tomllib.loads(_data("registry.toml")).items()
-    }
+    return {name: _entry(Language, name, table) for name, table in tomllib.loads(_data("registry.toml")).items()}
 
 
 @functools.cache
@@ -125,10 +122,7 @@ def rules() -> Mapping[str, Rule]:
     Raises:
         LanguageError: A rule names a section or a place that does not exist.
     """
-    found = {
-        name: _entry(Rule, name, table)
-        for name, table in tomllib.loads(_data("rules.toml")).items()
-    }
+    found = {name: _entry(Rule, name, table) for name, table in tomllib.loads(_data("rules.toml")).items()}
     for rule in found.values():
         if rule.section not in _SECTIONS or rule.inside not in _INSIDE:
             msg = f"rule [{rule.name}]: section is one of {_SECTIONS}, inside one of {_INSIDE}."

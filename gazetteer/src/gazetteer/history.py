@@ -44,8 +44,8 @@ class History(msgspec.Struct, frozen=True, array_like=True):
 
 def _git(root: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(  # noqa: S603 - a fixed program with fixed options
-            ["git", "-C", str(root), "-c", "core.quotePath=false", *arguments],  # noqa: S607 - git is where PATH says
+        done = subprocess.run(
+            ["git", "-C", str(root), "-c", "core.quotePath=false", *arguments],
             check=True,
             capture_output=True,
             stdin=subprocess.DEVNULL,
@@ -65,8 +65,17 @@ def read_history(root: Path, head: str) -> History:
     if not head:
         return History()
     log = _git(
-        root, "log", f"--max-count={_COMMITS_MAX}", "--no-merges", "--relative", "--name-only", "-z",
-        "--format=%x01%H%x02%cs%x02%s%x02", head, "--", ".",
+        root,
+        "log",
+        f"--max-count={_COMMITS_MAX}",
+        "--no-merges",
+        "--relative",
+        "--name-only",
+        "-z",
+        "--format=%x01%H%x02%cs%x02%s%x02",
+        head,
+        "--",
+        ".",
     )
     last: dict[str, Commit] = {}
     pairs: Counter[tuple[str, str]] = Counter()

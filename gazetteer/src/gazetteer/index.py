@@ -43,8 +43,16 @@ def _file(fact: FileFacts, context: Context) -> dict[str, Any]:
         "keywords": kw_page(fact.path),
         "symbols": [
             {
-                "name": s.name, "qualname": s.qualname, "kind": s.kind.value, "label": s.label, "line": s.line, "end_line": s.end_line,
-                "signature": s.signature, "bases": s.bases, "decorators": s.decorators, "doc": s.doc,
+                "name": s.name,
+                "qualname": s.qualname,
+                "kind": s.kind.value,
+                "label": s.label,
+                "line": s.line,
+                "end_line": s.end_line,
+                "signature": s.signature,
+                "bases": s.bases,
+                "decorators": s.decorators,
+                "doc": s.doc,
             }
             for s in fact.symbols
         ],

@@ -1,7 +1,7 @@
-"""What Gazetteer knows about files: plain records, the same in memory, in the cache and in the index.
+r"""What Gazetteer knows about files: plain records, the same in memory, in the cache and in the index.
 
 All of them are frozen. Lines count from 1, as editors do. Paths are relative to the repository's
-root, with ``/`` between the parts; bytes of a name that are not UTF-8 appear as ``\\xNN``.
+root, with ``/`` between the parts; bytes of a name that are not UTF-8 appear as ``\xNN``.
 """
 
 from __future__ import annotations

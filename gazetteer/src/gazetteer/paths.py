@@ -121,10 +121,7 @@ class Places:
 def _on_disk(path: str) -> str:
     if "\\x" not in path:
         return _quoted(path)
-    return "".join(
-        f"%{part.upper()}" if index % 2 else _quoted(part)
-        for index, part in enumerate(_RAW.split(path))
-    )
+    return "".join(f"%{part.upper()}" if index % 2 else _quoted(part) for index, part in enumerate(_RAW.split(path)))
 
 
 def source_page(path: str) -> str:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["Context", "Dependency", "Relations", "is_test", "relate"]
 
 _TEST_FOLDERS = {"test", "tests", "__tests__", "spec", "unittests"}
-_TEST_NAME = re.compile(r"(?:^test_|^test-|_test$|-test$|\.test$|\.spec$|_spec$|^tests?$|^conftest$|Tests?$|^Test[A-Z])")
+_TEST_NAME = re.compile(
+    r"(?:^test_|^test-|_test$|-test$|\.test$|\.spec$|_spec$|^tests?$|^conftest$|Tests?$|^Test[A-Z])"
+)
 _NAME_LENGTH_MIN = 4
 
 

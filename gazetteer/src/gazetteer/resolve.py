@@ -23,7 +23,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Resolver"]
 
-_JS_ENDINGS = ("", ".ts", ".tsx", ".d.ts", ".js", ".jsx", ".mjs", ".cjs", ".json", "/index.ts", "/index.tsx", "/index.js", "/index.mjs")
+_JS_ENDINGS = (
+    "",
+    ".ts",
+    ".tsx",
+    ".d.ts",
+    ".js",
+    ".jsx",
+    ".mjs",
+    ".cjs",
+    ".json",
+    "/index.ts",
+    "/index.tsx",
+    "/index.js",
+    "/index.mjs",
+)
 _RUST_BRACES = re.compile(r"\s+as\s+\w+|\s")
 
 
@@ -144,7 +158,7 @@ class Resolver:
                     return (candidate + ending,)
         return ()
 
-    def _go_package(self, path: str, item: Import) -> Sequence[str]:
+    def _go_package(self, _path: str, item: Import) -> Sequence[str]:
         for folder, module in self._go.items():
             if item.module == module or item.module.startswith(module + "/"):
                 inside = posixpath.normpath(posixpath.join(folder, item.module[len(module) :].lstrip("/")))
@@ -209,7 +223,8 @@ def _python_modules(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Map dotted names to files and back, from where ``__init__`` files lie."""
     packages = {
-        folder for folder, files in folders.items()
+        folder
+        for folder, files in folders.items()
         if any(f.rpartition("/")[2] in ("__init__.py", "__init__.pyi") for f in files)
     }
     modules: dict[str, str] = {}

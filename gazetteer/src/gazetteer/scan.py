@@ -24,16 +24,30 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "Scan", "digest_file", "scan"]
 
-_SKIPPED = {".git", ".hg", ".svn", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "node_modules", ".venv", "venv", ".tox", ".eggs"}
+_SKIPPED = {
+    ".git",
+    ".hg",
+    ".svn",
+    "__pycache__",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+    ".hypothesis",
+    "node_modules",
+    ".venv",
+    "venv",
+    ".tox",
+    ".eggs",
+}
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Found:
-    """One file as the scan saw it.
+    r"""One file as the scan saw it.
 
     Attributes:
-        path: Key: relative path, with undecodable bytes as ``\\xNN``.
+        path: Key: relative path, with undecodable bytes as ``\xNN``.
         real: The path to open.
         size: Bytes.
         link: Target, when it is a symbolic link.

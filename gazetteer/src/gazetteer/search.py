@@ -43,7 +43,7 @@ def _rank(name: str, qualname: str, term: str) -> int:
         return 1
     if lower.startswith(wanted):
         return 2
-    return 3 if wanted in lower or ("." in term or "::" in term) and wanted in qualname.lower() else -1
+    return 3 if wanted in lower or (("." in term or "::" in term) and wanted in qualname.lower()) else -1
 
 
 def search(facts: Mapping[str, FileFacts], term: str, *, kind: str = "", limit: int = 0) -> list[Hit]:

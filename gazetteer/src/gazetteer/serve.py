@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gazetteer.errors import UsageError
 from gazetteer.paths import SITE
 
 if TYPE_CHECKING:
-    from http.client import HTTPMessage
+    from email.message import Message
     from pathlib import Path
 
 __all__ = ["make_server"]
@@ -18,8 +18,10 @@ __all__ = ["make_server"]
 _HOSTS = {"127.0.0.1", "localhost", "[::1]"}
 
 
-def _host(headers: HTTPMessage) -> str:
-    return (headers.get("Host") or "").rsplit(":", 1)[0] if not (headers.get("Host") or "").endswith("]") else headers["Host"]
+def _host(headers: Message) -> str:
+    """Return the host that a request names, without its port."""
+    name, colon, port = str(headers.get("Host") or "").rpartition(":")
+    return name if colon and port.isdigit() else name + colon + port
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -27,7 +29,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript", ".wasm": "application/wasm"}  # noqa: RUF012 - as in the base class
 
-    def send_head(self):  # type: ignore[no-untyped-def]  # noqa: ANN201 - the base class gives no type
+    def send_head(self) -> Any:  # noqa: ANN401 - as in the base class
         """Answer, unless the request was meant for another host."""
         if _host(self.headers) not in _HOSTS:
             self.send_error(403, "This server answers only to localhost")
@@ -44,11 +46,11 @@ class _Handler(SimpleHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
-    def list_directory(self, _path: object) -> None:  # type: ignore[override]
+    def list_directory(self, _path: object) -> None:
         """Show no listings: every folder of the site has an index."""
         self.send_error(404, "No such page")
 
-    def log_message(self, *_arguments: object) -> None:  # type: ignore[override]
+    def log_message(self, *_arguments: object) -> None:
         """Say nothing for each request."""
 
 

@@ -59,7 +59,9 @@ def _program(package: str, *inside: str) -> Path:
 
 
 def _run(program: Path, *arguments: str) -> None:
-    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)  # noqa: S603 - programs from our own wheels
+    done = subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     if done.returncode:
         tail = (done.stderr or done.stdout).strip()[-2000:]
         msg = f"{program.name} failed with {done.returncode}: {tail}"
@@ -67,22 +69,29 @@ def _run(program: Path, *arguments: str) -> None:
 
 
 def _config(repository: str) -> str:
-    return json.dumps({
-        "baseURL": "/",
-        "title": repository,
-        "disableKinds": ["taxonomy", "term", "RSS", "sitemap", "404", "section", "home", "robotsTXT"],
-        "disablePathToLower": True,
-        "timeout": "600s",
-        "markup": {
-            "goldmark": {
-                "renderer": {"unsafe": False},
-                "extensions": {"typographer": {"disable": True}, "definitionList": False, "footnote": {"enable": False}, "linkify": False},
-                "parser": {"attribute": {"title": False, "block": False}},
+    return json.dumps(
+        {
+            "baseURL": "/",
+            "title": repository,
+            "disableKinds": ["taxonomy", "term", "RSS", "sitemap", "404", "section", "home", "robotsTXT"],
+            "disablePathToLower": True,
+            "timeout": "600s",
+            "markup": {
+                "goldmark": {
+                    "renderer": {"unsafe": False},
+                    "extensions": {
+                        "typographer": {"disable": True},
+                        "definitionList": False,
+                        "footnote": {"enable": False},
+                        "linkify": False,
+                    },
+                    "parser": {"attribute": {"title": False, "block": False}},
+                },
+                "highlight": {"noClasses": False, "lineAnchors": "L", "anchorLineNos": True},
+                "tableOfContents": {"startLevel": 2, "endLevel": 3},
             },
-            "highlight": {"noClasses": False, "lineAnchors": "L", "anchorLineNos": True},
-            "tableOfContents": {"startLevel": 2, "endLevel": 3},
-        },
-    })
+        }
+    )
 
 
 class _Pages:
@@ -92,13 +101,19 @@ class _Pages:
         self._repository = repository
         self.all: dict[str, PageInfo] = {}
         for folder in folders:
-            tabs = [("Index", folder_page(folder, "index.md")), ("Description", folder_page(folder, "doc.md")), ("Keywords", folder_page(folder, "sub.md"))]
+            tabs = [
+                ("Index", folder_page(folder, "index.md")),
+                ("Description", folder_page(folder, "doc.md")),
+                ("Keywords", folder_page(folder, "sub.md")),
+            ]
             for title, name in tabs:
                 self._add(name, folder, "folder", title, tabs, indexed=title != "Keywords")
         for path in facts:
             tabs = [("Documentation", docs_page(path)), ("Keywords", kw_page(path)), ("Source", source_page(path))]
             for title, name in tabs:
-                self._add(name, path, "source" if title == "Source" else "file", title, tabs, indexed=title == "Documentation")
+                self._add(
+                    name, path, "source" if title == "Source" else "file", title, tabs, indexed=title == "Documentation"
+                )
         for name, title in ((BOOK, "Book"), (KEYWORDS, "Keywords")):
             self._add(name, "", "whole", title, [], indexed=name == BOOK)
 
@@ -134,7 +149,9 @@ class _Site:
         self.new: dict[str, bytes] = {}
         self.summary = SiteSummary()
 
-    def run(self, facts: Mapping[str, FileFacts], folders: Iterable[str], files: Mapping[str, Found], state: State) -> SiteSummary:
+    def run(
+        self, facts: Mapping[str, FileFacts], folders: Iterable[str], files: Mapping[str, Found], state: State
+    ) -> SiteSummary:
         pages = _Pages(self.repository, facts, folders).all
         todo: list[PageInfo] = []
         salt = fingerprint() + self.repository.encode()
@@ -191,7 +208,17 @@ class _Site:
                 content.mkdir()
                 for at, (_, text) in enumerate(batch):
                     (content / f"{at}.md").write_text(text, "utf-8")
-                _run(program, "--quiet", "--source", str(work), "--destination", str(self.site.resolve()), "--noTimes", "--cacheDir", str(work / "cache"))
+                _run(
+                    program,
+                    "--quiet",
+                    "--source",
+                    str(work),
+                    "--destination",
+                    str(self.site.resolve()),
+                    "--noTimes",
+                    "--cacheDir",
+                    str(work / "cache"),
+                )
                 shutil.rmtree(work / "resources", ignore_errors=True)
                 self.progress("Site", min((number + 1) * _BATCH_PAGES, len(todo)), len(todo))
         self.progress("Site", len(todo), len(todo))
@@ -209,7 +236,9 @@ class _Site:
             for symbol in fact.symbols:
                 if fact.language and known[fact.language].prose:
                     continue
-                shards[_shard(symbol.name)].append([symbol.name, symbol.qualname, symbol.label or symbol.kind.value, path, symbol.line, quoted])
+                shards[_shard(symbol.name)].append(
+                    [symbol.name, symbol.qualname, symbol.label or symbol.kind.value, path, symbol.line, quoted]
+                )
         for key, rows in sorted(shards.items()):
             data = json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
             name = f"_symbols/{key}.json"
@@ -224,7 +253,16 @@ class _Site:
         self.progress("Search index", 0, 1)
         program = _program("pagefind_bin", "pagefind")
         fresh = f"_pagefind.{os.getpid()}"
-        _run(program, "--site", str(self.site), "--output-subdir", fresh, "--glob", "{index,doc,comprehensive_book,*_docs,**/index,**/doc,**/*_docs}.html", "--quiet")
+        _run(
+            program,
+            "--site",
+            str(self.site),
+            "--output-subdir",
+            fresh,
+            "--glob",
+            "{index,doc,comprehensive_book,*_docs,**/index,**/doc,**/*_docs}.html",
+            "--quiet",
+        )
         shutil.rmtree(self.site / "_pagefind", ignore_errors=True)
         (self.site / fresh).rename(self.site / "_pagefind")
         self.progress("Search index", 1, 1)

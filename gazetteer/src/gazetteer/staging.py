@@ -72,7 +72,8 @@ def _head(info: PageInfo, places: Places, **more: str) -> str:
         "repository": info.repository,
         "indexed": info.indexed,
         "crumbs": [
-            {"title": f.rpartition("/")[2] or info.repository, "url": info.link(folder_page(f, "index.md"))} for f in reversed(above)
+            {"title": f.rpartition("/")[2] or info.repository, "url": info.link(folder_page(f, "index.md"))}
+            for f in reversed(above)
         ],
         "here": info.path.rpartition("/")[2] or (info.title if info.kind == "whole" else info.repository),
         "tabs": [{"title": title, "url": info.link(name), "current": name == info.name} for title, name in info.tabs],
@@ -129,7 +130,9 @@ def stage_source(info: PageInfo, found: Found) -> str:
     if not text:
         words = "Empty." if not found.size else f"Not text that can be shown: {found.size:,} bytes."
         return head + title + words + "\n"
-    language = grammars.languages().get(grammars.detect(info.path.rpartition("/")[2], text[:256].encode("utf-8", "replace")))
+    language = grammars.languages().get(
+        grammars.detect(info.path.rpartition("/")[2], text[:256].encode("utf-8", "replace"))
+    )
     word = (language.highlight or language.fence) if language and len(text) <= _PLAIN_BYTES else "text"
     block = fence(text, word)
     ticks, _, rest = block.partition("\n")

@@ -98,7 +98,7 @@ def _own_files() -> Iterator[tuple[str, bytes]]:
         for entry in sorted(folder.iterdir(), key=lambda e: e.name):
             if entry.is_dir():
                 if entry.name != "__pycache__":
-                    pending.append((f"{prefix}{entry.name}/", entry))  # type: ignore[arg-type]
+                    pending.append((f"{prefix}{entry.name}/", entry))
             elif entry.name.endswith((".py", ".scm", ".toml")):
                 yield prefix + entry.name, entry.read_bytes()
 

@@ -137,7 +137,11 @@ def decode(data: bytes) -> tuple[str, str] | None:
         The text and the name of its encoding, or None for binary data. Bytes that are no text in
         UTF-8, in the encoding that a byte order mark or a coding line names, are read as Latin-1.
     """
-    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+    for mark, name in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
         if data.startswith(mark):
             try:
                 return data.decode(name), name

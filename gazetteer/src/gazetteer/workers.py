@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
 __all__ = ["Workers", "default_jobs"]
 
@@ -48,9 +47,13 @@ class Workers(Generic[_Task]):
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
+        """Return itself; processes start with the first tasks that need them."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """End every process."""
         self._stop(cancel=kind is not None)
 
     def _stop(self, *, cancel: bool) -> None:

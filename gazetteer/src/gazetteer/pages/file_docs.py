@@ -19,8 +19,17 @@ __all__ = ["docs", "purpose"]
 _SOURCE_LIMIT = 64 * 1024
 _CYCLE_LISTED = 20
 _NEIGHBOURS_LISTED = 40
-_SECTIONS = {"idiom": "Code Patterns & Idioms", "performance": "Performance Considerations", "security": "Security & Safety"}
-_KIND_WORDS = {Kind.CLASS: ("class", "classes"), Kind.FUNCTION: ("function", "functions"), Kind.METHOD: ("method", "methods"), Kind.CONSTANT: ("constant", "constants")}
+_SECTIONS = {
+    "idiom": "Code Patterns & Idioms",
+    "performance": "Performance Considerations",
+    "security": "Security & Safety",
+}
+_KIND_WORDS = {
+    Kind.CLASS: ("class", "classes"),
+    Kind.FUNCTION: ("function", "functions"),
+    Kind.METHOD: ("method", "methods"),
+    Kind.CONSTANT: ("constant", "constants"),
+}
 
 
 def plural(count: int, one: str, many: str = "") -> str:
@@ -72,7 +81,11 @@ def _metadata(page: Page, fact: FileFacts, context: Context) -> None:
     language = grammars.languages().get(fact.language)
     name = fact.path.rpartition("/")[2]
     extension = "." + name.rpartition(".")[2] if "." in name.lstrip(".") else ""
-    kind = f"{language.title} {'test' if context.test else 'source' if not language.prose else 'document'}" if language else _type(fact)
+    kind = (
+        f"{language.title} {'test' if context.test else 'source' if not language.prose else 'document'}"
+        if language
+        else _type(fact)
+    )
     rows = [
         f"**Path**: {code(fact.path)}",
         f"**Size**: {fact.size:,} bytes" + (f" ({fact.size / 1024:,.1f} KiB)" if fact.size >= 1024 else ""),
@@ -89,7 +102,9 @@ def _metadata(page: Page, fact: FileFacts, context: Context) -> None:
     if fact.encoding not in ("", "utf-8"):
         rows.append(f"**Encoding**: {fact.encoding}")
     if context.commit:
-        rows.append(f"**Last commit**: {code(context.commit.id[:12])} of {context.commit.date}, {text(context.commit.subject)}")
+        rows.append(
+            f"**Last commit**: {code(context.commit.id[:12])} of {context.commit.date}, {text(context.commit.subject)}"
+        )
     if fact.note:
         rows.append(f"**Note**: {text(fact.note)}")
     page.items(rows)
@@ -120,7 +135,9 @@ def _original(page: Page, fact: FileFacts, source: str, places: Places, own: str
     cut = source.rfind("\n", 0, _SOURCE_LIMIT) + 1 or _SOURCE_LIMIT
     page.add(fence(source[:cut], word))
     rest = source.count("\n", 0, cut)
-    page.add(f"The first {rest:,} of {fact.lines:,} lines. The rest is in {link(code(fact.path), places.source(own, fact.path, min(rest + 1, fact.lines)))}.")
+    page.add(
+        f"The first {rest:,} of {fact.lines:,} lines. The rest is in {link(code(fact.path), places.source(own, fact.path, min(rest + 1, fact.lines)))}."
+    )
 
 
 def _at(places: Places, own: str, path: str, line: int) -> str:
@@ -161,10 +178,12 @@ def _structure(page: Page, fact: FileFacts, context: Context, places: Places, ow
     if fact.headings:
         page.heading(4, "Outline")
         top = min(level for level, _, _ in fact.headings)
-        page.add("".join(
-            f"{'  ' * min(level - top, 5)}- {link(text(title) or 'untitled', places.source(own, fact.path, line))}\n"
-            for level, title, line in _steps(fact.headings)
-        ))
+        page.add(
+            "".join(
+                f"{'  ' * min(level - top, 5)}- {link(text(title) or 'untitled', places.source(own, fact.path, line))}\n"
+                for level, title, line in _steps(fact.headings)
+            )
+        )
 
 
 def _steps(headings: tuple[tuple[int, str, int], ...]) -> list[tuple[int, str, int]]:
@@ -178,7 +197,15 @@ def _steps(headings: tuple[tuple[int, str, int], ...]) -> list[tuple[int, str, i
     return out
 
 
-def _class(page: Page, symbol: Symbol, members: list[Symbol], taken: dict[str, tuple[str, ...]], path: str, places: Places, own: str) -> None:
+def _class(
+    page: Page,
+    symbol: Symbol,
+    members: list[Symbol],
+    taken: dict[str, tuple[str, ...]],
+    path: str,
+    places: Places,
+    own: str,
+) -> None:
     page.heading(4, code(symbol.qualname))
     facts = [f"{symbol.label or 'class'}, {_at(places, own, path, symbol.line)} to {symbol.end_line}"]
     if symbol.bases:
@@ -231,7 +258,9 @@ def _dependencies(page: Page, fact: FileFacts, context: Context, places: Places,
     for item in context.dependencies:
         name = item.name or item.module
         for target in item.targets:
-            inside[target].append(f"{code(name)} ({_at(places, own, fact.path, item.line)}{', for types' if item.typing else ''})")
+            inside[target].append(
+                f"{code(name)} ({_at(places, own, fact.path, item.line)}{', for types' if item.typing else ''})"
+            )
         if not item.targets:
             whole = f"{item.module}.{item.name}" if item.name and item.name != "*" else item.module
             if item.distribution:
@@ -241,10 +270,12 @@ def _dependencies(page: Page, fact: FileFacts, context: Context, places: Places,
     page.heading(3, "Internal")
     page.items([f"{link(code(t), href(own, docs_page(t)))}: {', '.join(names)}" for t, names in sorted(inside.items())])
     page.heading(3, "External")
-    page.items([
-        f"**{text(dist)}**: " + ", ".join(f"{code(n)} ({_at(places, own, fact.path, at)})" for n, at in names)
-        for dist, names in sorted(outside.items())
-    ])
+    page.items(
+        [
+            f"**{text(dist)}**: " + ", ".join(f"{code(n)} ({_at(places, own, fact.path, at)})" for n, at in names)
+            for dist, names in sorted(outside.items())
+        ]
+    )
     page.heading(3, "Not Found")
     page.items(unknown)
     page.heading(3, "Imported By")
@@ -260,10 +291,12 @@ def _findings(page: Page, fact: FileFacts, places: Places, own: str, section: st
     for finding in fact.findings:
         if known[finding.rule].section == section:
             grouped[finding.rule].append(finding.line)
-    page.items([
-        f"{known[rule].text.rstrip('.')}: {', '.join(_at(places, own, fact.path, at) for at in lines)}"
-        for rule, lines in sorted(grouped.items(), key=lambda pair: pair[1][0])
-    ])
+    page.items(
+        [
+            f"{known[rule].text.rstrip('.')}: {', '.join(_at(places, own, fact.path, at) for at in lines)}"
+            for rule, lines in sorted(grouped.items(), key=lambda pair: pair[1][0])
+        ]
+    )
 
 
 def _testing(page: Page, context: Context, places: Places, own: str) -> None:
@@ -278,7 +311,12 @@ def _testing(page: Page, context: Context, places: Places, own: str) -> None:
         page.items(rows)
     if context.runs and (context.test or context.tests):
         page.heading(3, "How Tests Are Run Here")
-        page.items([f"{code(command)} (from {link(code(path), places.source(own, path, at))})" for command, path, at in context.runs])
+        page.items(
+            [
+                f"{code(command)} (from {link(code(path), places.source(own, path, at))})"
+                for command, path, at in context.runs
+            ]
+        )
 
 
 def _related(page: Page, context: Context, own: str) -> None:
@@ -327,10 +365,14 @@ def docs(fact: FileFacts, context: Context, source: str, places: Places) -> Page
     _related(page, context, own)
     page.heading(2, "Cross-References")
     folder = parent(fact.path)
-    page.items([
-        f"Keywords: {link(code(kw_page(fact.path).rpartition('/')[2]), href(own, kw_page(fact.path)))}",
-        f"Folder: {link('index', href(own, folder_page(folder, 'index.md')))}, "
-        f"{link('description', href(own, folder_page(folder, 'doc.md')))}, "
-        f"{link('keywords', href(own, folder_page(folder, 'sub.md')))}",
-    ])
+    page.items(
+        [
+            f"Keywords: {link(code(kw_page(fact.path).rpartition('/')[2]), href(own, kw_page(fact.path)))}",
+            "Folder: "
+            + ", ".join(
+                link(label, href(own, folder_page(folder, name)))
+                for label, name in (("index", "index.md"), ("description", "doc.md"), ("keywords", "sub.md"))
+            ),
+        ]
+    )
     return page

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["keywords"]
 
-_TITLES = ((Kind.CLASS, "Classes"), (Kind.FUNCTION, "Functions"), (Kind.METHOD, "Methods"), (Kind.CONSTANT, "Constants"))
+_TITLES = (
+    (Kind.CLASS, "Classes"),
+    (Kind.FUNCTION, "Functions"),
+    (Kind.METHOD, "Methods"),
+    (Kind.CONSTANT, "Constants"),
+)
 _ABOUT = {
     "File Metadata": "path, size, type, language, last commit",
     "File Purpose": "what the file says it is for",
@@ -44,12 +49,14 @@ def keywords(fact: FileFacts, sections: Sequence[str], places: Places) -> Page:
     folder = parent(fact.path)
     page.heading(2, "File Information")
     language = grammars.languages().get(fact.language)
-    page.items([
-        f"**Original File**: {link(code(fact.path), places.source(own, fact.path))}",
-        f"**Documentation**: {link(code(docs.rpartition('/')[2]), href(own, docs))}",
-        f"**Folder**: {link(code(folder or '.'), href(own, folder_page(folder, 'index.md')))}",
-        *([f"**Language**: {language.title}"] if language else []),
-    ])
+    page.items(
+        [
+            f"**Original File**: {link(code(fact.path), places.source(own, fact.path))}",
+            f"**Documentation**: {link(code(docs.rpartition('/')[2]), href(own, docs))}",
+            f"**Folder**: {link(code(folder or '.'), href(own, folder_page(folder, 'index.md')))}",
+            *([f"**Language**: {language.title}"] if language else []),
+        ]
+    )
     page.heading(2, "Keywords Extracted")
 
     def at(line: int) -> str:
@@ -57,18 +64,24 @@ def keywords(fact: FileFacts, sections: Sequence[str], places: Places) -> Page:
 
     for kind, title in _TITLES:
         page.heading(3, title)
-        page.items([
-            f"**{code(s.name)}**"
-            + (f" ({s.label})" if s.label else "")
-            + (f" in {code(s.qualname[: -len(s.name)].rstrip('.:'))}" if s.qualname != s.name else "")
-            + f": {at(s.line)}"
-            for s in fact.symbols if s.kind is kind
-        ])
+        page.items(
+            [
+                f"**{code(s.name)}**"
+                + (f" ({s.label})" if s.label else "")
+                + (f" in {code(s.qualname[: -len(s.name)].rstrip('.:'))}" if s.qualname != s.name else "")
+                + f": {at(s.line)}"
+                for s in fact.symbols
+                if s.kind is kind
+            ]
+        )
     page.heading(3, "Imports")
-    page.items([
-        f"**{code(i.name or i.module)}**" + (f" from {code(i.module)}" if i.name else "") + f": {at(i.line)}"
-        for i in fact.imports if not (language and language.prose)
-    ])
+    page.items(
+        [
+            f"**{code(i.name or i.module)}**" + (f" from {code(i.module)}" if i.name else "") + f": {at(i.line)}"
+            for i in fact.imports
+            if not (language and language.prose)
+        ]
+    )
     page.heading(3, "Headings")
     page.items([f"**{text(title)}**: {at(line)}" for _, title, line in fact.headings])
     page.heading(3, "Identifiers")

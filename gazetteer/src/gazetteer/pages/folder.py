@@ -42,7 +42,10 @@ def index(tree: Tree, folder: str, name: str, extra: Sequence[tuple[str, list[st
     own = folder_page(folder, "index.md")
     page = Page(f"Index: {_title(folder, name)}")
     page.add(f"{tree.purpose(folder)}\n" if tree.lead(folder) else "")
-    rows = [link("Description", href(own, folder_page(folder, "doc.md"))), link("Keywords", href(own, folder_page(folder, "sub.md")))]
+    rows = [
+        link("Description", href(own, folder_page(folder, "doc.md"))),
+        link("Keywords", href(own, folder_page(folder, "sub.md"))),
+    ]
     if folder:
         rows.append(link("Folder above", href(own, folder_page(parent(folder), "index.md"))))
     page.add(" · ".join(rows))
@@ -50,16 +53,20 @@ def index(tree: Tree, folder: str, name: str, extra: Sequence[tuple[str, list[st
         page.heading(2, title)
         page.items(lines)
     page.heading(2, "Folders")
-    page.items([
-        f"{link(code(sub.rpartition('/')[2] + '/'), href(own, folder_page(sub, 'index.md')))}: {tree.purpose(sub)}"
-        for sub in sorted(tree.folders[folder])
-    ])
+    page.items(
+        [
+            f"{link(code(sub.rpartition('/')[2] + '/'), href(own, folder_page(sub, 'index.md')))}: {tree.purpose(sub)}"
+            for sub in sorted(tree.folders[folder])
+        ]
+    )
     page.heading(2, "Files")
-    page.items([
-        f"{link(code(path.rpartition('/')[2]), href(own, docs_page(path)))} ({link('keywords', href(own, kw_page(path)))})"
-        + (f": {tree.purposes[path]}" if tree.purposes[path] else "")
-        for path in tree.files[folder]
-    ])
+    page.items(
+        [
+            f"{link(code(path.rpartition('/')[2]), href(own, docs_page(path)))} ({link('keywords', href(own, kw_page(path)))})"
+            + (f": {tree.purposes[path]}" if tree.purposes[path] else "")
+            for path in tree.files[folder]
+        ]
+    )
     return page
 
 
@@ -110,13 +117,18 @@ def description(tree: Tree, folder: str, name: str) -> Page:
     graph, left = mermaid(tree, folder)
     page.add(graph)
     if left:
-        page.add(f"The graph shows the best connected; {left:,} more with fewer imports {'is' if left == 1 else 'are'} in the {link('index', href(own, folder_page(folder, 'index.md')))}.")
+        page.add(
+            f"The graph shows the best connected; {left:,} more with fewer imports {'is' if left == 1 else 'are'} in the {link('index', href(own, folder_page(folder, 'index.md')))}."
+        )
     page.heading(2, "Important Files")
     ranked = sorted(((tree.fan_in(p), p) for p in tree.subtree(folder)), key=lambda pair: (-pair[0], pair[1]))
-    page.items([
-        f"{link(code(p[len(folder) + 1 if folder else 0 :]), href(own, docs_page(p)))}: imported by {plural(n, 'file')}. {tree.purposes[p]}".rstrip()
-        for n, p in ranked[:_IMPORTANT] if n
-    ])
+    page.items(
+        [
+            f"{link(code(p[len(folder) + 1 if folder else 0 :]), href(own, docs_page(p)))}: imported by {plural(n, 'file')}. {tree.purposes[p]}".rstrip()
+            for n, p in ranked[:_IMPORTANT]
+            if n
+        ]
+    )
     page.heading(2, "Workflow")
     page.items(_workflow(tree, folder, own))
     page.heading(2, "Cross-References")
@@ -129,16 +141,24 @@ def _contents(tree: Tree, folder: str) -> list[str]:
     languages = Counter(tree.facts[p].language for p in subtree)
     known = grammars.languages()
     counted = ", ".join(
-        f"{n:,} {known[lang].title if lang else 'other'}" for lang, n in sorted(languages.items(), key=lambda pair: (-pair[1], pair[0]))
+        f"{n:,} {known[lang].title if lang else 'other'}"
+        for lang, n in sorted(languages.items(), key=lambda pair: (-pair[1], pair[0]))
     )
     kinds = Counter(s.kind for p in subtree for s in tree.facts[p].symbols)
     rows = [f"{plural(len(subtree), 'file')} with {tree.lines[folder]:,} lines: {counted}"]
     if kinds:
-        rows.append(", ".join(
-            plural(kinds[kind], one, many)
-            for kind, one, many in ((Kind.CLASS, "class", "classes"), (Kind.FUNCTION, "function", ""), (Kind.METHOD, "method", ""), (Kind.CONSTANT, "constant", ""))
-            if kinds[kind]
-        ))
+        rows.append(
+            ", ".join(
+                plural(kinds[kind], one, many)
+                for kind, one, many in (
+                    (Kind.CLASS, "class", "classes"),
+                    (Kind.FUNCTION, "function", ""),
+                    (Kind.METHOD, "method", ""),
+                    (Kind.CONSTANT, "constant", ""),
+                )
+                if kinds[kind]
+            )
+        )
     return rows
 
 
@@ -171,16 +191,29 @@ def _workflow(tree: Tree, folder: str, own: str) -> list[str]:
                 f"{title} {link(code(f + '/' if f else '(root)'), href(own, folder_page(f, 'doc.md')))} ({plural(n, 'import')})"
                 for f, n in sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
             ]
-    runs = {run for path in tree.files[folder] for run in tree.relations.contexts[path].runs if tree.relations.contexts[path].test}
+    runs = {
+        run
+        for path in tree.files[folder]
+        for run in tree.relations.contexts[path].runs
+        if tree.relations.contexts[path].test
+    }
     rows += [f"Tests run with {code(command)}" for command, _, _ in sorted(runs)]
     return rows
 
 
 def _references(tree: Tree, folder: str, own: str) -> list[str]:
-    rows = [link("Index", href(own, folder_page(folder, "index.md"))), link("Keywords of the subtree", href(own, folder_page(folder, "sub.md")))]
+    rows = [
+        link("Index", href(own, folder_page(folder, "index.md"))),
+        link("Keywords of the subtree", href(own, folder_page(folder, "sub.md"))),
+    ]
     if folder:
-        rows.append(f"Folder above: {link(code(parent(folder) or '(root)'), href(own, folder_page(parent(folder), 'doc.md')))}")
-    rows += [f"Folder below: {link(code(sub.rpartition('/')[2] + '/'), href(own, folder_page(sub, 'doc.md')))}" for sub in sorted(tree.folders[folder])]
+        rows.append(
+            f"Folder above: {link(code(parent(folder) or '(root)'), href(own, folder_page(parent(folder), 'doc.md')))}"
+        )
+    rows += [
+        f"Folder below: {link(code(sub.rpartition('/')[2] + '/'), href(own, folder_page(sub, 'doc.md')))}"
+        for sub in sorted(tree.folders[folder])
+    ]
     rows.append(f"{link('All keywords', href(own, KEYWORDS))}, {link('the book', href(own, BOOK))}")
     return rows
 
@@ -190,7 +223,9 @@ def _letter(name: str) -> str:
     return first if first.isascii() and first.isalpha() else "Other"
 
 
-def keyword_lines(own: str, symbols: Sequence[tuple[Symbol, str]], places: Places, strip: int) -> list[tuple[str, list[str]]]:
+def keyword_lines(
+    own: str, symbols: Sequence[tuple[Symbol, str]], places: Places, strip: int
+) -> list[tuple[str, list[str]]]:
     """Return the lines of an A to Z index: each name once, with every place that defines it."""
     letters: dict[str, list[str]] = {}
     shown: dict[str, tuple[str, str]] = {}
@@ -201,7 +236,9 @@ def keyword_lines(own: str, symbols: Sequence[tuple[Symbol, str]], places: Place
                 shown[path] = (code(path[strip:])[:-1], places.source(own, path))
             label, target = shown[path]
             if label.startswith("``"):  # a name with backticks: the line stands outside
-                spots.append(f"{symbol.label or symbol.kind.value} [{label}`]({target}#L{symbol.line}) line {symbol.line}")
+                spots.append(
+                    f"{symbol.label or symbol.kind.value} [{label}`]({target}#L{symbol.line}) line {symbol.line}"
+                )
             else:
                 spots.append(f"{symbol.label or symbol.kind.value} [{label}:{symbol.line}`]({target}#L{symbol.line})")
         letters.setdefault(_letter(name), []).append(f"**{code(name)}**: {', '.join(spots)}")
@@ -212,7 +249,9 @@ def subtree_keywords(tree: Tree, folder: str, name: str, places: Places) -> Page
     """Build ``sub.md``: every symbol under a folder, from A to Z."""
     own = folder_page(folder, "sub.md")
     page = Page(f"Keywords: {_title(folder, name)}")
-    page.add(f"{link('Index', href(own, folder_page(folder, 'index.md')))} · {link('Description', href(own, folder_page(folder, 'doc.md')))}")
+    page.add(
+        f"{link('Index', href(own, folder_page(folder, 'index.md')))} · {link('Description', href(own, folder_page(folder, 'doc.md')))}"
+    )
     for letter, lines in keyword_lines(own, tree.symbols(folder), places, len(folder) + 1 if folder else 0):
         page.heading(2, letter)
         page.items(lines)

@@ -28,7 +28,7 @@ def _inline(tokens: Sequence[Token]) -> str:
             out.append(code(token.content))
         elif token.type in ("softbreak", "hardbreak"):
             out.append(" ")
-        elif token.type == "strong_open" or token.type == "strong_close":
+        elif token.type in ("strong_open", "strong_close"):
             out.append("**")
     return " ".join("".join(out).replace("****", "").split())
 

@@ -84,7 +84,12 @@ class Tree:
             if self.relations.contexts[path].test:
                 continue
             for symbol in self.facts[path].symbols:
-                if symbol.doc and symbol.kind in (Kind.CLASS, Kind.FUNCTION) and symbol.name == symbol.qualname and symbol.name[0] != "_":
+                if (
+                    symbol.doc
+                    and symbol.kind in (Kind.CLASS, Kind.FUNCTION)
+                    and symbol.name == symbol.qualname
+                    and symbol.name[0] != "_"
+                ):
                     found.append((self.uses[path, symbol.name], symbol, path))
         found.sort(key=lambda item: (-item[0], -self.fan_in(item[2]), item[2], item[1].line))
         return found
@@ -92,7 +97,19 @@ class Tree:
     def lead(self, folder: str) -> str:
         """Return the file that introduces a folder: its README or package file, or ``""``."""
         names = {path.rpartition("/")[2].lower(): path for path in self.files[folder]}
-        for name in ("readme.md", "readme.rst", "readme.txt", "readme", "__init__.py", "mod.rs", "lib.rs", "doc.go", "package-info.java", "index.ts", "index.js"):
+        for name in (
+            "readme.md",
+            "readme.rst",
+            "readme.txt",
+            "readme",
+            "__init__.py",
+            "mod.rs",
+            "lib.rs",
+            "doc.go",
+            "package-info.java",
+            "index.ts",
+            "index.js",
+        ):
             path = names.get(name)
             if path and (self.facts[path].overview or self.facts[path].headings):
                 return path

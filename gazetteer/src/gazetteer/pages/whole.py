@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 __all__ = ["all_keywords", "book", "packages", "root_sections"]
 
 _GLOSSARY = 60
+_FOLDERS_OF_A_LAYER = 6
 
 
 def all_keywords(tree: Tree, name: str, places: Places) -> Page:
     """Build ``keywords.md``: every symbol with every place that defines it."""
     page = Page(f"Keywords of {code(name)}")
     letters = keyword_lines(KEYWORDS, tree.symbols(""), places, 0)
-    page.add(f"{link('Index', 'index.md')} · " + " · ".join(link(letter, f"#{letter.lower()}") for letter, _ in letters))
+    page.add(
+        f"{link('Index', 'index.md')} · " + " · ".join(link(letter, f"#{letter.lower()}") for letter, _ in letters)
+    )
     for letter, lines in letters:
         page.heading(2, letter)
         page.items(lines)
@@ -60,10 +63,19 @@ def _figures(tree: Tree, excluded: Sequence[tuple[str, str]]) -> list[str]:
         f"{sum(len(v) for v in tree.relations.imports.values()):,} imports between files of the repository",
     ]
     statuses = Counter(f.status for f in facts)
-    rows += [f"{plural(statuses[s], 'file')}: {words}" for s, words in (
-        (Status.PARTIAL, "parsed with errors"), (Status.GENERATED, "generated"), (Status.BINARY, "binary"), (Status.HUGE, "too large to parse"),
-        (Status.LINK, "symbolic link"), (Status.UNREADABLE, "not readable"), (Status.FAILED, "crashed the parser"),
-    ) if statuses[s]]
+    rows += [
+        f"{plural(statuses[s], 'file')}: {words}"
+        for s, words in (
+            (Status.PARTIAL, "parsed with errors"),
+            (Status.GENERATED, "generated"),
+            (Status.BINARY, "binary"),
+            (Status.HUGE, "too large to parse"),
+            (Status.LINK, "symbolic link"),
+            (Status.UNREADABLE, "not readable"),
+            (Status.FAILED, "crashed the parser"),
+        )
+        if statuses[s]
+    ]
     if excluded:
         reasons = Counter(reason for _, reason in excluded)
         rows.append("Left out: " + ", ".join(f"{n:,} by {text(r)}" for r, n in sorted(reasons.items())))
@@ -73,8 +85,20 @@ def _figures(tree: Tree, excluded: Sequence[tuple[str, str]]) -> list[str]:
 def root_sections(tree: Tree, excluded: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """Return what the root's index has beyond other folders': global pages, packages, figures."""
     return [
-        ("Global Pages", [f"{link('The book', BOOK)}: overview, architecture, a chapter per package", f"{link('Keywords', KEYWORDS)}: every symbol from A to Z"]),
-        ("Packages", [f"{link(code(p + '/' if p else '(root)'), href('index.md', folder_page(p, 'doc.md')))}: {tree.purpose(p)}" for p in packages(tree)]),
+        (
+            "Global Pages",
+            [
+                f"{link('The book', BOOK)}: overview, architecture, a chapter per package",
+                f"{link('Keywords', KEYWORDS)}: every symbol from A to Z",
+            ],
+        ),
+        (
+            "Packages",
+            [
+                f"{link(code(p + '/' if p else '(root)'), href('index.md', folder_page(p, 'doc.md')))}: {tree.purpose(p)}"
+                for p in packages(tree)
+            ],
+        ),
         ("Figures", _figures(tree, excluded)),
         ("Left Out", [f"{code(path)}: {text(reason)}" for path, reason in excluded]),
     ]
@@ -99,17 +123,22 @@ def book(tree: Tree, name: str, readme: str) -> Page:
         page.add(tree.purposes[lead])
     page.items([f"{plural(len(tree.facts), 'file')}, {tree.lines['']:,} lines, {plural(len(chapters), 'package')}"])
     page.heading(2, "Architecture")
-    _architecture(page, tree, chapters)
+    _architecture(page, tree)
     for number, folder in enumerate(_reading_order(tree, chapters), 1):
         _chapter(page, tree, folder, number)
     page.heading(2, "Appendix: File Reference")
-    page.items([f"{link(code(p), href(BOOK, docs_page(p)))}" + (f": {tree.purposes[p]}" if tree.purposes[p] else "") for p in tree.facts])
+    page.items(
+        [
+            f"{link(code(p), href(BOOK, docs_page(p)))}" + (f": {tree.purposes[p]}" if tree.purposes[p] else "")
+            for p in tree.facts
+        ]
+    )
     page.heading(2, "Appendix: Glossary")
     page.items(_glossary(tree))
     return page
 
 
-def _architecture(page: Page, tree: Tree, chapters: Sequence[str]) -> None:
+def _architecture(page: Page, tree: Tree) -> None:
     graph, _ = mermaid(tree, "")
     page.add(graph)
     by_layer: dict[int, list[str]] = {}
@@ -117,17 +146,26 @@ def _architecture(page: Page, tree: Tree, chapters: Sequence[str]) -> None:
         if context.layers and not context.test:
             by_layer.setdefault(context.layer, []).append(path)
     if by_layer:
-        page.add("Each file stands one layer above the highest file that it imports; layer 0 imports nothing of the repository.")
+        page.add(
+            "Each file stands one layer above the highest file that it imports; layer 0 imports nothing of the repository."
+        )
     rows = []
     for layer in sorted(by_layer):
         folders = Counter(parent(p) for p in by_layer[layer])
-        shown = ", ".join(f"{code(f + '/' if f else '(root)')} {n:,}" for f, n in sorted(folders.items(), key=lambda pair: (-pair[1], pair[0]))[:6])
-        more = f" and {len(folders) - 6:,} more folders" if len(folders) > 6 else ""
+        shown = ", ".join(
+            f"{code(f + '/' if f else '(root)')} {n:,}"
+            for f, n in sorted(folders.items(), key=lambda pair: (-pair[1], pair[0]))[:_FOLDERS_OF_A_LAYER]
+        )
+        more = f" and {len(folders) - _FOLDERS_OF_A_LAYER:,} more folders" if len(folders) > _FOLDERS_OF_A_LAYER else ""
         rows.append(f"Layer {layer}: {plural(len(by_layer[layer]), 'file')} ({shown}{more})")
     page.items(rows)
-    cycles = {context.cycle and tuple(sorted((*context.cycle, p))) for p, context in tree.relations.contexts.items()} - {()}
+    cycles = {
+        context.cycle and tuple(sorted((*context.cycle, p))) for p, context in tree.relations.contexts.items()
+    } - {()}
     page.heading(3, "Import Cycles")
-    page.items([f"{len(c)} files: {', '.join(link(code(p), href(BOOK, docs_page(p))) for p in c)}" for c in sorted(cycles)])
+    page.items(
+        [f"{len(c)} files: {', '.join(link(code(p), href(BOOK, docs_page(p))) for p in c)}" for c in sorted(cycles)]
+    )
 
 
 def _reading_order(tree: Tree, chapters: Sequence[str]) -> list[str]:
@@ -144,14 +182,20 @@ def _reading_order(tree: Tree, chapters: Sequence[str]) -> list[str]:
 
 def _chapter(page: Page, tree: Tree, folder: str, number: int) -> None:
     page.heading(2, f"Chapter {number}: {code(folder + '/' if folder else '(root)')}")
-    page.add(f"{tree.purpose(folder)} ({link('index', href(BOOK, folder_page(folder, 'index.md')))}, {link('description', href(BOOK, folder_page(folder, 'doc.md')))})")
+    page.add(
+        f"{tree.purpose(folder)} ({link('index', href(BOOK, folder_page(folder, 'index.md')))}, {link('description', href(BOOK, folder_page(folder, 'doc.md')))})"
+    )
     lead = tree.lead(folder)
     if lead and len(tree.facts[lead].overview.splitlines()) > 1:
         page.add(fence(tree.facts[lead].overview, "text"))
     rows = []
     for path in tree.files[folder]:
         fact = tree.facts[path]
-        top = [code(s.name) for s in fact.symbols if s.kind in (Kind.CLASS, Kind.FUNCTION) and s.name == s.qualname and not s.name.startswith("_")]
+        top = [
+            code(s.name)
+            for s in fact.symbols
+            if s.kind in (Kind.CLASS, Kind.FUNCTION) and s.name == s.qualname and not s.name.startswith("_")
+        ]
         row = f"{link(code(path.rpartition('/')[2]), href(BOOK, docs_page(path)))}"
         row += f": {tree.purposes[path]}" if tree.purposes[path] else ""
         if top and fact.overview:
@@ -166,5 +210,7 @@ def _glossary(tree: Tree) -> list[str]:
     for count, symbol, path in tree.most_used(tree.facts)[:_GLOSSARY]:
         where = link(code(path), href(BOOK, docs_page(path)))
         imported = f", imported {plural(count, 'time')}" if count else ""
-        rows.append(f"**{code(symbol.name)}**, {symbol.label or symbol.kind.value} in {where}{imported}: {words(symbol.doc)}")
+        rows.append(
+            f"**{code(symbol.name)}**, {symbol.label or symbol.kind.value} in {where}{imported}: {words(symbol.doc)}"
+        )
     return sorted(rows, key=str.lower)
