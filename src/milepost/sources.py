@@ -108,6 +108,8 @@ class IndexedSource:
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._pending: list[int] = []
         self._located: dict[int, str] = {}
+        for device in set(index.tensors.device):
+            _check_device(device)
         for record, device in zip(index.tensors.record, index.tensors.device, strict=True):
             self._located.setdefault(record, device)
         self._builder = TensorBuilder(index.tensors, self._storage_of, self._bytes_of)
@@ -316,6 +318,16 @@ def _memory(length: int) -> torch.UntypedStorage:
 Relocate = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 
 
+def _check_device(name: str) -> None:
+    """Refuse what cannot be the device of a tensor that was saved with its data."""
+    try:
+        known = torch.device(name).type != "meta"
+    except RuntimeError:
+        known = False
+    if not known:
+        raise CorruptCheckpointError(f"a tensor was saved on an unknown device: {name[:80]!r}")
+
+
 def _relocation(map_location: Any) -> Relocate:
     """A function that moves a storage from the CPU to where `map_location` says, as ``torch.load`` does."""
 
@@ -337,6 +349,10 @@ def _relocation(map_location: Any) -> Relocate:
     if map_location is None:
         return move
     if isinstance(map_location, str | torch.device):
+        try:
+            torch.device(map_location)
+        except RuntimeError as error:
+            raise ConfigError(f"map_location: {str(error).splitlines()[0]}") from error
         return lambda storage, _: move(storage, str(map_location))
     if isinstance(map_location, dict):
         return lambda storage, location: move(storage, str(map_location.get(location, location)))
