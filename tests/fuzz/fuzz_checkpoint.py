@@ -1,0 +1,119 @@
+"""Coverage-guided fuzzing of what reads a checkpoint: index, manifest, data file.
+
+    pip install atheris
+    python tests/fuzz/fuzz_checkpoint.py TARGET [libFuzzer options, such as -max_total_time=60] [CORPUS]
+
+TARGET is "index", "manifest" (their bytes, signed), "object" (those of a pickle, signed), or "plain" (a
+data file without a manifest). Whatever the bytes: a value, or an error of Milepost's that names the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+try:
+    import atheris
+except ImportError:  # `check` and `seeds` are of use without it
+    atheris = None
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if atheris:
+    with atheris.instrument_imports(include=["milepost"], enable_loader_override=False):
+        from milepost import checkpoint_reader, manifest, tree, verify  # noqa: F401
+
+from forge import Forge, dump, write
+from scenarios import load, make_state, save
+
+from milepost.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    MismatchError,
+    UnsupportedFormatError,
+)
+from milepost.storage import default_storage
+from milepost.verify import verify as verify_checkpoint
+
+ALLOWED = (
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+    IncompleteCheckpointError,
+    MismatchError,
+    ConfigError,  # a device that is not here
+)
+TARGETS = ("index", "manifest", "object", "plain")
+
+
+class Fuzzed:
+    """A checkpoint, one part of which is replaced again and again."""
+
+    def __init__(self, target: str) -> None:
+        assert target in TARGETS, f"unknown target {target!r}"
+        self.target = target
+        self.path = tempfile.mkdtemp(prefix="milepost-fuzz-") + "/step"
+        save(self.path, 1)
+        self.forge = Forge(self.path)
+        self.object = self.forge.record(self.forge.node("sparse")[1])
+
+    def seeds(self) -> list[bytes]:
+        """Valid inputs."""
+        return {
+            "index": [dump(self.forge.index)],
+            "manifest": [dump(self.forge.body)],
+            "object": [bytes(self.forge.data[self.object])],
+            "plain": [bytes(self.forge.data)],
+        }[self.target]
+
+    def put(self, data: bytes) -> None:
+        """Make these bytes the part."""
+        if self.target == "index":
+            self.forge.sign_index(data)
+        elif self.target == "manifest":
+            self.forge.sign_manifest(data)
+        elif self.target == "object":
+            data = data[: self.object.stop - self.object.start]
+            self.forge.index["records"]["length"][self.forge.node("sparse")[1]] = len(data)
+            self.forge.data[self.object.start : self.object.start + len(data)] = data
+            self.forge.sign()
+        else:
+            Path(f"{self.path}/manifest.json").unlink(missing_ok=True)
+            Path(f"{self.path}/index_0.json").unlink(missing_ok=True)
+            write(f"{self.path}/checkpoint_0.pt", data)
+
+    def check(self, data: bytes) -> None:
+        """Load and verify with these bytes; any exception but those allowed is a finding."""
+        self.put(data)
+        for work in (
+            lambda: load(self.path),
+            lambda: load(self.path, make_state(2)),
+            lambda: load(self.path, verify="first"),
+            lambda: verify_checkpoint(default_storage(), self.path),
+        ):
+            try:
+                work()
+            except ALLOWED as error:
+                if "step" not in str(error):
+                    raise AssertionError(f"the error does not name the file: {error}") from error
+
+
+def main() -> None:
+    """Fuzz until told to stop."""
+    if atheris is None:
+        sys.exit("this needs atheris: pip install atheris")
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    fuzzed = Fuzzed(sys.argv.pop(1))
+    corpus = Path(tempfile.mkdtemp(prefix="milepost-corpus-"))
+    for number, seed in enumerate(fuzzed.seeds()):
+        (corpus / f"seed-{number}").write_bytes(seed)
+    atheris.Setup([*sys.argv, str(corpus), "-max_len=20000"], fuzzed.check)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
