@@ -1,6 +1,6 @@
 """Synchronous save, load and verify, side by side with plain I/O and with torch.
 
-    python benchmarks/bench_sync.py [--rounds 7] [--size-mib 2048] [--folder DIR]
+python benchmarks/bench_sync.py [--rounds 7] [--size-mib 2048] [--folder DIR]
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ def bench_save(folder: str, size: int, rounds: int, checkpointer: object) -> boo
     bench = Bench("Durable save, 500 tensors", size)
     plain = os.path.join(folder, "plain")
     for block in (8, 16, 32):
-        bench.case(f"plain O_DIRECT, {block} MiB writes", lambda b=block: direct_write(plain, size, b * MIB), fresh(plain))
+        bench.case(
+            f"plain O_DIRECT, {block} MiB writes",
+            lambda b=block: direct_write(plain, size, b * MIB),
+            fresh(plain),
+        )
     path = os.path.join(folder, "ours")
     bench.case("milepost save", lambda: checkpointer.save(path, state), fresh(path))
     torch_path = os.path.join(folder, "torch.pt")
@@ -81,7 +85,11 @@ def bench_load(folder: str, size: int, rounds: int, checkpointer: object) -> boo
     warm = Bench(f"Load into a model, warm, {torch.get_num_threads()} threads", size)
     warm.case("copy of the same tensors", copy)
     warm.case("milepost load", lambda: checkpointer.load(path, target), lambda: warm_cache(data))
-    warm.case("milepost load, verify=False", lambda: checkpointer.load(path, target, verify=False), lambda: warm_cache(data))
+    warm.case(
+        "milepost load, verify=False",
+        lambda: checkpointer.load(path, target, verify=False),
+        lambda: warm_cache(data),
+    )
     warm.case("torch.load(mmap=True) + copy", torch_load, lambda: warm_cache(torch_path))
     warm.at_least("milepost load", "copy of the same tensors", 0.7)
     warm.at_least("milepost load, verify=False", "copy of the same tensors", 0.8)
@@ -108,7 +116,9 @@ def bench_load(folder: str, size: int, rounds: int, checkpointer: object) -> boo
     mapped = Bench("Load without a template", size)
     mapped.case("one CRC pass over the mapped bytes", crc_pass, lambda: warm_cache(data))
     mapped.case("milepost load", lambda: checkpointer.load(path), lambda: warm_cache(data))
-    mapped.case("milepost load, verify=False", lambda: checkpointer.load(path, verify=False), lambda: warm_cache(data))
+    mapped.case(
+        "milepost load, verify=False", lambda: checkpointer.load(path, verify=False), lambda: warm_cache(data)
+    )
     mapped.at_most("milepost load", "one CRC pass over the mapped bytes", 1.2)
     mapped.at_most("milepost load, verify=False", "one CRC pass over the mapped bytes", 0.2)
     return met & mapped.run(rounds)
@@ -134,7 +144,11 @@ def bench_many(folder: str, rounds: int, checkpointer: object) -> bool:
     load = Bench("Load into a model, warm, 20,000 tensors of 16 KiB", size)
     load.case("plain read of the same bytes into them", read_plainly, lambda: warm_cache(plain))
     load.case("copy of the same tensors", lambda: [target[k].copy_(state[k]) for k in state])
-    load.case("milepost load", lambda: checkpointer.load(path, target), lambda: warm_cache(f"{path}/checkpoint_0.pt"))
+    load.case(
+        "milepost load",
+        lambda: checkpointer.load(path, target),
+        lambda: warm_cache(f"{path}/checkpoint_0.pt"),
+    )
     load.at_most("milepost load", "plain read of the same bytes into them", 3.0)
     return met & load.run(rounds)
 
@@ -152,7 +166,9 @@ def bench_small(folder: str, rounds: int, checkpointer: object) -> bool:
                 file.write(bytes(length))
                 os.fsync(file.fileno())
 
-    print(f"\nA state of 1 MiB: milepost makes 5 fsyncs (3 files, 2 folders), the plain baseline {len(sizes)} (files)")
+    print(
+        f"\nA state of 1 MiB: milepost makes 5 fsyncs (3 files, 2 folders), the plain baseline {len(sizes)} (files)"
+    )
     bench = Bench("Durable save of a state of 1 MiB", sum(sizes.values()))
     bench.case("the same files, written and fsynced", write_plainly, fresh(plain))
     bench.case("milepost save", lambda: checkpointer.save(path, state), fresh(path))
@@ -187,11 +203,22 @@ def bench_memory(folder: str, size: int) -> bool:
     for name in PEAKS:
         for part in (size // 4, size):
             fresh(os.path.join(folder, "peak"))()
-            command = [sys.executable, __file__, "--peak", name, "--folder", folder, "--size-mib", str(part // MIB)]
+            command = [
+                sys.executable,
+                __file__,
+                "--peak",
+                name,
+                "--folder",
+                folder,
+                "--size-mib",
+                str(part // MIB),
+            ]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             ok = found <= 128 * MIB
             met &= ok
-            print(f"  {'ok    ' if ok else 'MISSED'} {name:10} {part // MIB:5} MiB: {found / MIB:6.1f} MiB (asked: <= 128)")
+            print(
+                f"  {'ok    ' if ok else 'MISSED'} {name:10} {part // MIB:5} MiB: {found / MIB:6.1f} MiB (asked: <= 128)"
+            )
     return met
 
 

@@ -90,7 +90,9 @@ class Bench:
         met = ratio >= bar.limit if bar.at_least else ratio <= bar.limit
         what = "x the speed of" if bar.at_least else "x the time of"
         sign = ">=" if bar.at_least else "<="
-        print(f"  {'ok    ' if met else 'MISSED'} {bar.case}: {ratio:.2f} {what} {bar.baseline} (asked: {sign} {bar.limit})")
+        print(
+            f"  {'ok    ' if met else 'MISSED'} {bar.case}: {ratio:.2f} {what} {bar.baseline} (asked: {sign} {bar.limit})"
+        )
         return met
 
 

@@ -1,9 +1,12 @@
-"""Kill a training run in the middle of a save, resume it, and compare with a run that was left alone.
+"""Kill a training run twice in the middle of a save, and compare it with a run that was left alone.
 
     python examples/demo.py [--folder demo-run] [--keep]
 
-The exit code is 0 only if the final weights are the same bit for bit. Nothing is slowed down or staged:
-the demo watches the file that the trainer is writing, and sends SIGKILL between a tenth and nine tenths.
+The run saves in the background. First the trainer and its checkpoint process are killed, as when a machine
+dies: the save is gone, everything before it is whole. Then the trainer alone is killed: the checkpoint
+process finishes the save. The exit code is 0 only if the final weights are the same bit for bit. Nothing
+is slowed down or arranged: the demo watches the file that is being written, and sends SIGKILL when between
+a tenth and nine tenths of its bytes are there.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STEPS, SAVE_EVERY = 30, 6
-SAVES_BEFORE_THE_KILL = 2
 FEWEST, MOST = 0.1, 0.9
 POLL_SECONDS = 0.0005
 DATA_FILE = "checkpoint_0.pt"
@@ -37,6 +39,7 @@ class Kill:
     checkpoint: str
     written: int
     total: int
+    writer: int
 
     @property
     def share(self) -> float:
@@ -85,24 +88,47 @@ def written_bytes(file: Path) -> int:
     return min(status.st_size, status.st_blocks * 512)
 
 
-def kill_in_a_save(folder: Path, total: int) -> Kill:
-    """Start the trainer and kill it while it saves; start it again if the moment was missed."""
+def writer_of(trainer: int) -> int:
+    """The pid of a trainer's checkpoint process; 0 if it has none."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == trainer and b"milepost.writer_main" in (path / "cmdline").read_bytes():
+                return int(path.name)
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+    return 0
+
+
+def kill_in_a_save(folder: Path, total: int, *, after: int, writer_too: bool) -> Kill:
+    """Start the trainer and kill it while it saves; start it again if the moment was missed.
+
+    Args:
+        folder: Its folder.
+        total: Bytes of a data file.
+        after: How many checkpoints must be committed before.
+        writer_too: Kill its checkpoint process as well.
+    """
     while len(committed(folder)) < STEPS // SAVE_EVERY:
         earlier = partials(folder)
         trainer = start(folder)
-        saving = ""
+        saving, writer, written = "", 0, 0
         while trainer.poll() is None:
+            writer = writer or writer_of(trainer.pid)
             saving = next(iter(partials(folder) - earlier), "")
             written = written_bytes(folder / saving / DATA_FILE) if saving else 0
-            if FEWEST * total <= written <= MOST * total and len(committed(folder)) >= SAVES_BEFORE_THE_KILL:
+            if FEWEST * total <= written <= MOST * total and len(committed(folder)) >= after:
                 trainer.send_signal(signal.SIGKILL)
+                if writer_too and writer:
+                    os.kill(writer, signal.SIGKILL)
                 break
             time.sleep(POLL_SECONDS)
         print(trainer.communicate()[0], end="", flush=True)
         if trainer.returncode not in (0, -signal.SIGKILL):
             raise DemoError(f"the trainer ended with exit code {trainer.returncode}")
-        written = written_bytes(folder / saving / DATA_FILE) if saving else 0
-        kill = Kill(saving.split(".")[1] if saving else "", written, total)
+        if writer_too:  # what the dead left; the living one goes on writing
+            written = written_bytes(folder / saving / DATA_FILE) if saving else 0
+        kill = Kill(saving.split(".")[1] if saving else "", written, total, writer)
         if trainer.returncode != 0 and FEWEST <= kill.share <= MOST:
             return kill
         print(f"  missed the moment ({kill.share:.0%} written): again at the next save", flush=True)
@@ -146,6 +172,15 @@ def compare(one: Path, other: Path) -> tuple[int, int, list[str]]:
     return tensors, len(names) - tensors, sorted(different)
 
 
+def wait_for_end(pid: int) -> None:
+    """Wait until a process that is not our child has ended."""
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() > deadline:
+            raise DemoError("the checkpoint process does not end")
+        time.sleep(0.01)
+
+
 def show(folder: Path) -> None:
     """The story from beginning to end."""
     started = time.monotonic()
@@ -154,11 +189,9 @@ def show(folder: Path) -> None:
     print("1. Train without interruption.", flush=True)
     expected = finish(start(straight))
 
-    print(
-        "\n2. Train with the same seed, and kill the trainer (SIGKILL) in the middle of a save.", flush=True
-    )
+    print("\n2. The same seed again; kill trainer and checkpoint process (SIGKILL) amid a save.", flush=True)
     total = (committed(straight)[-1] / DATA_FILE).stat().st_size
-    kill = kill_in_a_save(killed, total)
+    kill = kill_in_a_save(killed, total, after=1, writer_too=True)
     print(
         f"  killed while saving {kill.checkpoint}: "
         f"{kill.written / 2**20:.0f} of {kill.total / 2**20:.0f} MiB ({kill.share:.0%}) were written"
@@ -166,12 +199,27 @@ def show(folder: Path) -> None:
     if milepost("ls", str(killed)) != 0 or milepost("verify", *map(str, committed(killed))) != 0:
         raise DemoError("the checkpoints before the kill are not all whole")
 
-    print("\n3. Start the same command again: it resumes from the newest checkpoint.", flush=True)
-    found = finish(start(killed))
+    print(
+        "\n3. Start it again: it resumes. Kill the trainer alone, in the middle of a later save.", flush=True
+    )
+    kill = kill_in_a_save(killed, total, after=len(committed(killed)) + 1, writer_too=False)
+    print(
+        f"  killed while saving {kill.checkpoint}: "
+        f"{kill.written / 2**20:.0f} of {kill.total / 2**20:.0f} MiB ({kill.share:.0%}) were written"
+    )
+    wait_for_end(kill.writer)
     if milepost("ls", str(killed)) != 0 or milepost("verify", str(committed(killed)[-1])) != 0:
+        raise DemoError("the checkpoints after the second kill are not all whole")
+    if committed(killed)[-1].name != kill.checkpoint:
+        raise DemoError(f"{kill.checkpoint} was not finished after the trainer's death")
+    print(f"\n  {kill.checkpoint} was finished without its trainer", flush=True)
+
+    print("\n4. Start it once more: it resumes from there, and ends.", flush=True)
+    found = finish(start(killed))
+    if milepost("verify", *map(str, committed(killed))) != 0:
         raise DemoError("the checkpoints after resuming are not all whole")
 
-    print("\n4. Compare.", flush=True)
+    print("\n5. Compare.", flush=True)
     print(f"  uninterrupted     {expected}")
     print(f"  killed, resumed   {found}")
     tensors, others, different = compare(committed(straight)[-1], committed(killed)[-1])

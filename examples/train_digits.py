@@ -1,6 +1,6 @@
 """Train a small network on scikit-learn's handwritten digits, saving through Milepost.
 
-    python examples/train_digits.py RUN_FOLDER [--steps 30] [--save-every 6] [--seed 0]
+    python examples/train_digits.py RUN_FOLDER [--steps 30] [--save-every 6] [--seed 0] [--sync]
 
 Started again on the same folder, it goes on from the newest checkpoint that loads, and ends with the
 weights that an uninterrupted run ends with, bit for bit: everything that decides them is in the state.
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--save-every", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sync", action="store_true", help="wait for each save instead of saving beside")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="width of the hidden layer")
     options = parser.parse_args()
     torch.set_num_threads(2)  # sums depend on how they are split
@@ -135,21 +136,25 @@ def main() -> None:
 
     options.folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(options.seed, options.steps, options.hidden)
-    checkpointer = milepost.make_sync_checkpointer()
-    resume(trainer, checkpointer, options.folder)
-    while trainer.step < options.steps:
-        loss = trainer.train_step()
-        if trainer.step % options.save_every == 0:
-            started = time.perf_counter()
-            checkpointer.save(
-                str(options.folder / f"step-{trainer.step}"),
-                trainer.state_dict(),
-                step=trainer.step,
-                metadata={"loss": loss, "seed": options.seed},
-            )
-            seconds = time.perf_counter() - started
-            print(f"  step {trainer.step}: loss {loss:.4f}, saved in {seconds:.2f} s", flush=True)
-    checkpointer.close()
+    make = milepost.make_sync_checkpointer if options.sync else milepost.make_async_checkpointer
+    saves = []
+    with make() as checkpointer:
+        resume(trainer, checkpointer, options.folder)
+        while trainer.step < options.steps:
+            loss = trainer.train_step()
+            if not options.sync and not saves and trainer.step == 1:
+                checkpointer.prepare(trainer.state_dict())  # the optimizer has its state from now on
+            if trainer.step % options.save_every == 0:
+                path = options.folder / f"step-{trainer.step}"
+                labels = {"step": trainer.step, "metadata": {"loss": loss, "seed": options.seed}}
+                started = time.perf_counter()
+                futures = checkpointer.save(str(path), trainer.state_dict(), **labels)
+                seconds = time.perf_counter() - started
+                saves.append((trainer.step, futures))
+                print(f"  step {trainer.step}: loss {loss:.4f}, training waited {seconds:.2f} s", flush=True)
+    if not options.sync:
+        durable = ", ".join(f"{step}: {written.seconds:.2f} s" for step, (_, written) in saves)
+        print(f"  from save until durable, step by step: {durable}")
     print(f"  test accuracy {trainer.accuracy():.1%}")
     print(f"  weights {trainer.fingerprint()}", flush=True)
 
