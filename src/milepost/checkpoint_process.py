@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
+from milepost.barriers import common_start_id
 from milepost.channel import Channel, Init, Write
 from milepost.child import Child, Handle, Job, Orders
 from milepost.commit import attempt_id, check_target, environment_start_id, process_id
@@ -124,6 +125,10 @@ class CheckpointProcess:
         self._rank_info = rank_info
         self._config = config
         self._lean = lean
+        self._start_id = lean.config.start_id if lean else None
+        if rank_info.global_world_size > 1 and not (self._start_id or environment_start_id()):
+            # Asked for here, in the caller's thread: the store may be the training's.
+            self._start_id = common_start_id(lean.barrier if lean else None)
         custom = b""
         if lean is None:
             arguments = {"rank_info": rank_info, **(checkpoint_writer_init_args or {})}
@@ -246,10 +251,9 @@ class CheckpointProcess:
             image = image_of(state_dict)
             if image is None:
                 state_dict, image = self._stage(state_dict)
-        start_id = lean.config.start_id if lean else None
         attempt = image.attempts.get(target)
         if attempt is None:
-            attempt = WriteAttempt(attempt_id(target, rank, size, start_id=start_id))
+            attempt = WriteAttempt(attempt_id(target, rank, size, start_id=self._start_id))
             image.attempts[target] = attempt
         packed = Packed(
             tree=image.tree,
@@ -267,7 +271,7 @@ class CheckpointProcess:
             path=path,
             target=target,
             attempt=attempt.id,
-            private=not (start_id or environment_start_id()),
+            private=not (self._start_id or environment_start_id()),
             step=labels.step,
             barrier_done=attempt.met,
             has_arena=True,
