@@ -187,6 +187,20 @@ def test_imports_become_files_or_distributions(make: Maker, tmp_path: Path) -> N
     assert files["pkg/a.py"]["imported_by"] == ["pkg/__init__.py", "tests/test_a.py"]
 
 
+def test_a_name_that_several_files_have_means_the_one_beside_or_none(make: Maker, tmp_path: Path) -> None:
+    """Two test folders with a ``conftest`` each use their own; from elsewhere the name means neither."""
+    names = ("a/conftest.py", "b/conftest.py", "a/test_a.py", "b/test_b.py", "c/test_c.py")
+    root = make({name: "import conftest\n" if "test_" in name else "" for name in names})
+    gazetteer.build(root, tmp_path / "out")
+
+    def uses(name: str) -> str:
+        return (tmp_path / "out" / f"{name}_docs.md").read_text("utf-8").split("## Dependencies")[1].split("###")[1]
+
+    assert "`a/conftest.py`" in uses("a/test_a.py")
+    assert "`b/conftest.py`" in uses("b/test_b.py")
+    assert "External" in uses("c/test_c.py") and "/conftest.py" not in uses("c/test_c.py")
+
+
 def test_layers_and_cycles(make: Maker, tmp_path: Path) -> None:
     """What imports nothing is layer 0; files that import each other share a layer and are named."""
     root = make(

@@ -114,6 +114,11 @@ class Resolver:
                 return ()
             base = own[: len(own) - (dots - 1)]
             module = ".".join([*base, *([tail] if tail else [])])
+        elif "." not in module:
+            # A script or a test sees what lies beside it before anything else.
+            beside = posixpath.join(parent(path), module + ".py")
+            if beside in self._paths and "." not in self._module_of.get(path, ""):
+                return (beside,)
         if item.name and item.name != "*":
             found = self._modules.get(f"{module}.{item.name}")
             if found:
@@ -229,6 +234,7 @@ def _python_modules(
     }
     modules: dict[str, str] = {}
     names: dict[str, str] = {}
+    several: set[str] = set()
     for path in facts:
         if not path.endswith((".py", ".pyi")):
             continue
@@ -243,10 +249,15 @@ def _python_modules(
         dotted = inside.replace("/", ".").removesuffix(".__init__")
         names[path] = dotted
         # A stub never hides the module that it describes.
-        if dotted not in modules or path.endswith(".py"):
+        known = modules.get(dotted)
+        if known is not None and known.endswith(".py") and path.endswith(".py"):
+            several.add(dotted)
+        if known is None or path.endswith(".py"):
             modules[dotted] = path
         whole = stem.replace("/", ".").removesuffix(".__init__")
         modules.setdefault(whole, path)
+    for dotted in several:
+        del modules[dotted]
     return modules, names
 
 
