@@ -47,6 +47,7 @@ MAX_DESCRIPTORS = 64
 """How many descriptors a message can carry."""
 
 _MAX_TEXT_BYTES = 16_000
+_MAX_FACT_BYTES = 8_000
 _MAX_TRACE_BYTES = 32_000
 
 
@@ -247,7 +248,7 @@ def read_blob(descriptor: int) -> bytes:
 def describe_error(error: BaseException) -> Failure:
     """An error as facts that can cross to another process."""
     facts = {
-        name: _printable(value) if isinstance(value, str) else value
+        name: _printable(value, _MAX_FACT_BYTES) if isinstance(value, str) else value
         for name, value in (vars(error) if isinstance(error, MilepostError) else {}).items()
         if name != "message" and isinstance(value, str | int | bool | None)
     }
@@ -255,8 +256,8 @@ def describe_error(error: BaseException) -> Failure:
         facts["errno"] = error.errno
     kind = type(error)
     return Failure(
-        _printable(str(kind.__module__)),
-        _printable(kind.__qualname__),
+        _printable(str(kind.__module__), _MAX_FACT_BYTES),
+        _printable(kind.__qualname__, _MAX_FACT_BYTES),
         _printable(_text(error)),
         facts,
         _printable("".join(traceback.format_exception(error)), _MAX_TRACE_BYTES, end=True),
@@ -289,9 +290,12 @@ def rebuild_error(failure: Failure) -> Exception:
     error: Exception
     message = failure.message
     if isinstance(kind, type) and issubclass(kind, MilepostError):
-        both: Any = kind if issubclass(kind, RemoteError) else type(kind.__name__, (kind, RemoteError), {})
-        remote: MilepostError = both.__new__(both)
-        MilepostError.__init__(remote, message)
+        both: Any = kind
+        if issubclass(RemoteError, kind):
+            both = RemoteError
+        elif not issubclass(kind, RemoteError):
+            both = type(kind.__name__, (kind, RemoteError), {})
+        remote: MilepostError = both(message)
         for name, value in failure.facts.items():
             setattr(remote, name, value)
         error = remote
