@@ -295,3 +295,15 @@ def test_another_version_builds_everything_anew(make: Maker, tmp_path: Path, mon
     summary = gazetteer.build(root, out)
     assert summary.parsed == 1
     assert not (out / "b.py_docs.md").exists()
+
+
+def test_a_folder_without_an_introduction_still_has_a_role(make: Maker, tmp_path: Path) -> None:
+    """Its place in the import graph is told: layers, who outside uses it, what it uses."""
+    root = make(
+        {"core/a.py": "", "core/b.py": "import a\n", "app/main.py": "from core.b import x\nfrom core.a import y\n"}
+    )
+    gazetteer.build(root, tmp_path / "out")
+    role = (tmp_path / "out" / "core" / "doc.md").read_text("utf-8").split("## Role")[1].split("##")[0]
+    assert "layers 0 to 1 of the import graph" in role
+    assert "1 file outside imports from it" in role
+    assert "it imports from 0 files outside" in role

@@ -109,6 +109,7 @@ def description(tree: Tree, folder: str, name: str) -> Page:
         overview = tree.facts[lead].overview
         if overview and len(overview.splitlines()) > 1:
             page.add(fence(overview, "text"))
+    page.add(_standing(tree, folder))
     page.heading(2, "Contents")
     page.items(_contents(tree, folder))
     page.heading(2, "Key Concepts")
@@ -134,6 +135,25 @@ def description(tree: Tree, folder: str, name: str) -> Page:
     page.heading(2, "Cross-References")
     page.items(_references(tree, folder, own))
     return page
+
+
+def _standing(tree: Tree, folder: str) -> str:
+    """Say where a folder's files stand in the import graph, and who outside uses them."""
+    subtree = tree.subtree(folder)
+    inside = set(subtree)
+    relations = tree.relations
+    layers = [relations.contexts[p].layer for p in subtree if relations.contexts[p].layers]
+    if not layers:
+        return ""
+    low, high = min(layers), max(layers)
+    stands = f"layer {low}" if low == high else f"layers {low} to {high}"
+    words = f"Its files stand in {stands} of the import graph"
+    if folder:
+        users = {p for path in subtree for p in relations.imported_by[path]} - inside
+        needs = {p for path in subtree for p in relations.imports[path]} - inside
+        verb = "imports" if len(users) == 1 else "import"
+        words += f"; {plural(len(users), 'file')} outside {verb} from it, it imports from {plural(len(needs), 'file')} outside"
+    return words + "."
 
 
 def _contents(tree: Tree, folder: str) -> list[str]:
