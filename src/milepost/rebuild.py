@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -54,13 +55,14 @@ class TensorBuilder:
         self._gradients = set(tensors.requires_grad)
         self._conjugates = set(tensors.conj)
         self._negatives = set(tensors.neg)
+        this = weakref.proxy(self)  # no cycle: what was built goes when the last reference goes
         self._decoder = TreeDecoder(
             {
                 **NATIVE_LEAVES,
-                "tensor": lambda node: self.value(node[1]),
-                "array": self._array,
+                "tensor": lambda node: this.value(node[1]),
+                "array": lambda node: this._array(node),
                 "blob": lambda node: bytes_of(node[1]),
-                "object": self._object,
+                "object": lambda node: this._object(node),
             }
         )
 

@@ -30,6 +30,7 @@ from milepost.state import Parts, StateEncoder
 from milepost.template import is_dense
 from milepost.tree import path_text
 from milepost.types import STATE_DICT
+from milepost.utils import gc_paused
 
 __all__ = [
     "CheckpointStager",
@@ -124,7 +125,7 @@ class DefaultStager(CheckpointStager):
             LowMemoryError: A new arena would not fit into memory; nothing was allocated.
             ClosedError: The stager was closed.
         """
-        with self._lock:
+        with self._lock, gc_paused():
             self._check_open()
             parts = self._encoder.take_apart(state_dict)
             slot = self._free_slot(parts)
@@ -321,7 +322,7 @@ class _Slot:
 
     def _uses(self) -> list[int]:
         """How often each view, and each storage below them, is referred to."""
-        counts = list(map(sys.getrefcount, self._values))
+        counts = [*map(sys.getrefcount, self._values), *map(sys.getrefcount, self._storages)]
         count = getattr(torch._C, "_storage_Use_Count", None)  # noqa: SLF001 - no public way to ask
         if count is not None:
             counts += [count(storage._cdata) for storage in self._storages]  # noqa: SLF001
