@@ -27,7 +27,7 @@ _TEST_NAME = re.compile(
 _NAME_LENGTH_MIN = 4
 
 
-class Dependency(msgspec.Struct, frozen=True, array_like=True):
+class Dependency(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One import with what it was found to mean.
 
     Attributes:
@@ -47,7 +47,7 @@ class Dependency(msgspec.Struct, frozen=True, array_like=True):
     typing: bool = False
 
 
-class Context(msgspec.Struct, frozen=True, array_like=True):
+class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the rest of the repository says about one file.
 
     Attributes:

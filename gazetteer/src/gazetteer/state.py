@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["PageRecord", "State", "facts_of", "fingerprint", "pack", "write_atomic"]
 
 
-class PageRecord(msgspec.Struct, frozen=True, array_like=True):
+class PageRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One page as it was written: what from, and what its file looked like."""
 
     key: bytes
