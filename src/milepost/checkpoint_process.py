@@ -27,7 +27,7 @@ from milepost.staged import StagedImage, WriteAttempt, image_of
 from milepost.staging import DefaultStager
 from milepost.storage import Storage, default_storage
 from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import TrackedFuture
+from milepost.utils import TrackedFuture, gc_paused
 
 __all__ = [
     "CheckpointProcess",
@@ -242,7 +242,7 @@ class CheckpointProcess:
         kwargs: dict[str, Any],
     ) -> None:
         lean, rank, size = self._lean, self._rank_info.global_rank, self._rank_info.global_world_size
-        with error_context(path=path, rank=rank):
+        with error_context(path=path, rank=rank), gc_paused():
             labels = Labels.of(kwargs) if lean else Labels()
             if lean:
                 check_target(lean.storage, target)

@@ -19,6 +19,7 @@ from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.types import STATE_DICT, RankInfo
+from milepost.utils import gc_paused
 
 __all__ = ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook", "partial_directory"]
 
@@ -107,7 +108,8 @@ class CheckpointWriter:
                 raise ClosedError("the writer is closed", hint="make a new one")
             target = check_target(self._storage, path)
             labels = Labels.of(kwargs)
-            snapshot = self._encoder.encode(state_dict)
+            with gc_paused():
+                snapshot = self._encoder.encode(state_dict)
             size = self._rank_info.global_world_size
             if size > 1 and self._start_id is None and environment_start_id() is None:
                 self._start_id = common_start_id(self._barrier)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -32,17 +31,6 @@ BLOB_BYTES = 64 * 1024
 """Longer ``bytes`` are kept out of the index, in a record of their own."""
 
 _KEPT_PLANS = 4
-_STRUCTURE: tuple[Callable[[torch.Tensor], Any], ...] = (
-    attrgetter("dtype"),
-    attrgetter("shape"),
-    torch.Tensor.stride,
-    attrgetter("device"),
-    attrgetter("requires_grad"),
-    torch.Tensor.is_conj,
-    torch.Tensor.is_neg,
-)
-"""What a tensor's part of the structure consists of."""
-
 _memmove = ctypes.memmove
 
 _NUMPY_KINDS = {
@@ -270,7 +258,10 @@ class StateEncoder:
     def _plan(self, walk: _Walk) -> _Plan:
         """The plan for these tensors: a kept one if the structure is the same, else a new one."""
         tensors = walk.tensors
-        structure: list[Any] = [walk.kinds, *(list(map(read, tensors)) for read in _STRUCTURE)]
+        structure: list[Any] = [
+            (t.dtype, t.shape, t.stride(), t.device, t.requires_grad, t.is_conj(), t.is_neg(), kind)
+            for t, kind in zip(tensors, walk.kinds, strict=True)
+        ]
         pointers = list(map(torch.Tensor.data_ptr, tensors))
         offsets: list[int] = list(map(torch.Tensor.storage_offset, tensors))  # type: ignore[arg-type]
         sizes = [t.untyped_storage().nbytes() for t in tensors]

@@ -158,8 +158,11 @@ class TreeEncoder:
             for position, item in enumerate(value):
                 nodes.append(self.encode(item, (*path, Item(position))))
             return (tag, nodes)
+        scalars, key_node = self._scalars, self._key
         for key, item in value.items():
-            nodes.append((self._key(key, path), self.encode(item, (*path, key))))
+            scalar = scalars.get(type(item))
+            node = self.encode(item, (*path, key)) if scalar is None else scalar(item)
+            nodes.append((key_node(key, path), node))
         if tag == "ordered":
             extra = vars(value)
             return (tag, nodes, self.encode(dict(extra), (*path, "__dict__")) if extra else None)
