@@ -362,7 +362,7 @@ def _subsets(
 
 def copy_out(storage: Storage, path: str, folder: str) -> None:
     """Copy the folder `path` of a storage to `folder` of the real file system, which must not exist."""
-    os.mkdir(folder)  # noqa: PTH102 - as in storage, paths are str
+    os.mkdir(folder)
     opened = storage.open_folder(path)
     try:
         for name in opened.names():
@@ -370,7 +370,7 @@ def copy_out(storage: Storage, path: str, folder: str) -> None:
             if found is not None and found.kind == "folder":
                 copy_out(storage, f"{path.rstrip('/')}/{name}", f"{folder}/{name}")
             elif found is not None:
-                with open(f"{folder}/{name}", "xb") as file:  # noqa: PTH123 - as above
+                with open(f"{folder}/{name}", "xb") as file:
                     file.write(opened.read(name, found.size_bytes))
     finally:
         opened.close()
