@@ -35,7 +35,7 @@ demo: $(STAMP) ## train, kill the trainer in the middle of a save, resume, compa
 test: $(STAMP) ## everything that proves a promise
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 ifneq ($(HAVE_GAZETTEER),)
-	$(GAZETTEER) test
+	$(GAZETTEER) test self
 endif
 
 test-slow: $(STAMP) ## soaks and long property runs only
@@ -81,8 +81,8 @@ size: $(STAMP) ## lines per module against the budget
 	$(BIN)/python tools/size.py
 
 ifneq ($(HAVE_GAZETTEER),)
-gazetteer: ## gates and tests of the documentation system in gazetteer/
-	$(GAZETTEER) check test
+gazetteer: ## document this repository with the documentation system in gazetteer/, and follow every link
+	$(GAZETTEER) self
 
 gazetteer-demo: ## its demo
 	$(GAZETTEER) demo
