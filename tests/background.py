@@ -104,7 +104,7 @@ def is_running(pid):
 
 
 def step_at(path):
-    """The step of the verified checkpoint at a path, which must be that of `state_of`; None if there is none."""
+    """The step of the verified checkpoint of a `state_of` at a path; None if there is none."""
     if not os.path.exists(f"{path}/manifest.json"):
         return None
     report = verify(default_storage(), str(path))
@@ -159,8 +159,8 @@ class Gate(WriterHook):
 class Diary(WriterHook):
     """Writes down each call of a hook, with its process, in a file."""
 
-    def __init__(self, file, fail="", error=ValueError("the hook is broken")):
-        self.file, self.fail, self.error = str(file), fail, error
+    def __init__(self, file, fail="", error=None):
+        self.file, self.fail, self.error = str(file), fail, error or ValueError("the hook is broken")
 
     def pre_commit(self, path, **kwargs):
         self._note("pre", path, kwargs)
@@ -279,3 +279,19 @@ def leave_a_process_behind(file):
 def held_socket():
     """A socket pair of the kind that the channel uses."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def fail_to_start_with_rank(rank_info):
+    raise LookupError(f"rank {rank_info.global_rank} of {rank_info.global_world_size}")
+
+
+class ShoutingWriter:
+    """A writer that ends its process with some last words."""
+
+    def write(self, path, state_dict, **kwargs):
+        os.write(1, b"the writer shouts\n")
+        os._exit(3)
+
+
+def shouting_writer(rank_info):
+    return ShoutingWriter()

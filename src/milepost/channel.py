@@ -36,7 +36,9 @@ __all__ = [
     "Moved",
     "Ready",
     "Write",
+    "decode_path",
     "describe_error",
+    "encode_path",
     "read_blob",
     "rebuild_error",
     "write_blob",
@@ -82,16 +84,15 @@ class Init(msgspec.Struct, tag=True):
 
 
 class Write(msgspec.Struct, tag=True):
-    """Trainer to writer: write this. Carries the arena (if any) and a blob."""
+    """Trainer to writer: write this. Carries the arena and a blob; paths may be no text."""
 
     number: int
-    path: str
-    target: str
+    path: bytes
+    target: bytes
     attempt: str
     private: bool
     step: int | None
     barrier_done: bool
-    has_arena: bool
 
 
 class Attached(msgspec.Struct, tag=True):
@@ -221,6 +222,16 @@ class Channel:
             self._socket.close()
 
 
+def encode_path(path: str) -> bytes:
+    """A path as bytes, whatever it holds."""
+    return path.encode("utf-8", "surrogatepass")
+
+
+def decode_path(path: bytes) -> str:
+    """What `encode_path` was given."""
+    return path.decode("utf-8", "surrogatepass")
+
+
 def write_blob(data: bytes) -> int:
     """A descriptor of anonymous memory that holds `data`; the caller closes it."""
     descriptor = syscalls.anonymous_file("milepost-message")
@@ -294,7 +305,7 @@ def rebuild_error(failure: Failure) -> Exception:
         if issubclass(RemoteError, kind):
             both = RemoteError
         elif not issubclass(kind, RemoteError):
-            both = type(kind.__name__, (kind, RemoteError), {})
+            both = type(kind.__name__, (kind, RemoteError), {"__module__": kind.__module__})
         remote: MilepostError = both(message)
         for name, value in failure.facts.items():
             setattr(remote, name, value)
@@ -306,7 +317,7 @@ def rebuild_error(failure: Failure) -> Exception:
         else:
             message = f"{failure.module}.{failure.name}: {message}"
         try:
-            error = type(failure.name, bases, {})(message)
+            error = type(failure.name, bases, {"__module__": failure.module})(message)
         except TypeError:
             error = RemoteError(f"{failure.name}: {message}")
         if isinstance(error, OSError):

@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from milepost.barriers import common_start_id
-from milepost.channel import Channel, Init, Write
+from milepost.channel import Channel, Init, Write, encode_path
 from milepost.child import Child, Handle, Job, Orders
 from milepost.commit import attempt_id, check_target, environment_start_id, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
@@ -268,13 +268,12 @@ class CheckpointProcess:
         job = Job(number, future, image, target, attempt, (state_dict, image.shared.storages))
         request = Write(
             number=number,
-            path=path,
-            target=target,
+            path=encode_path(path),
+            target=encode_path(target),
             attempt=attempt.id,
             private=not (self._start_id or environment_start_id()),
             step=labels.step,
             barrier_done=attempt.met,
-            has_arena=True,
         )
         with self._lock:
             self._check_open()
@@ -287,6 +286,7 @@ class CheckpointProcess:
     def _stage(self, state_dict: STATE_DICT) -> tuple[STATE_DICT, StagedImage]:
         """Copy a state dict that no `DefaultStager` has staged."""
         with self._lock:
+            self._check_open()
             if self._stager is None:
                 self._stager = DefaultStager()
             return self._stager.stage_image(state_dict, leave_shared=self._lean is None)

@@ -239,9 +239,10 @@ class Child:
         """How long to wait for a message, in seconds."""
         if not self.ready.done():
             return max(self._deadline - time.monotonic(), 0.0)
-        if self._jobs and self._orders.stall_seconds is not None:
-            return min(max(self._moved + self._orders.stall_seconds - time.monotonic(), 0.1), 60.0)
-        return 60.0 if self._pidfd is not None else 1.0
+        if self._pidfd is None:
+            return 1.0
+        stall = self._orders.stall_seconds
+        return 60.0 if stall is None else max(min(stall, 60.0), 0.1)
 
     def _is_given_up(self) -> bool:
         if not self.ready.done():

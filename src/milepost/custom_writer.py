@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from milepost.arena import Arena
-from milepost.channel import Write
+from milepost.channel import Write, decode_path
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.rebuild import TensorBuilder
@@ -37,7 +37,7 @@ def start(setup: bytes) -> tuple[Serve, Callable[[], None]]:
     def serve(request: Write, packed: Packed, arena: Arena, attached: list[int]) -> None:
         arguments = pickle.loads(packed.arguments)  # noqa: S301 - our trainer's
         state = state_dict(packed, arena, attached)
-        result = writer.write(path=request.path, state_dict=state, **arguments)
+        result = writer.write(path=decode_path(request.path), state_dict=state, **arguments)
         if isinstance(result, Future):  # it may work in the background: its outcome counts
             result.result()
 

@@ -54,7 +54,7 @@ class SharedRecords:
     @classmethod
     def of(cls, parts: Parts) -> SharedRecords:
         """Those among a state's records."""
-        found, numbers = cls(), dict[int, int | None]()
+        found, numbers = cls(), dict[int, tuple[int, int] | None]()
         for record, (number, start) in enumerate(parts.plan.firsts):
             tensor: Any = parts.walk.tensors[number]
             if not tensor.is_cpu or not tensor.is_shared() or not parts.plan.layout.lengths[record]:
@@ -62,15 +62,15 @@ class SharedRecords:
             storage = tensor.untyped_storage()
             address = storage.data_ptr()
             if address not in numbers:
-                descriptor = descriptor_of(storage)
-                numbers[address] = None if descriptor is None else len(found.storages)
-                if descriptor is not None:
-                    os.close(descriptor)
+                opened = descriptor_of(storage)
+                numbers[address] = None if opened is None else (len(found.storages), opened[1])
+                if opened is not None:
+                    os.close(opened[0])
                     found.storages.append(storage)
-            which = numbers[address]
-            if which is not None:
-                offset = int(tensor.storage_offset()) * tensor.element_size() + start
-                found.records.append((record, which, offset))
+            place = numbers[address]
+            if place is not None:
+                offset = place[1] + int(tensor.storage_offset()) * tensor.element_size() + start
+                found.records.append((record, place[0], offset))
         return found
 
     @contextmanager
@@ -79,40 +79,43 @@ class SharedRecords:
         with ExitStack() as stack:
             descriptors = []
             for storage in self.storages:
-                descriptor = descriptor_of(storage)
-                assert descriptor is not None
-                stack.callback(os.close, descriptor)
-                descriptors.append(descriptor)
+                opened = descriptor_of(storage)
+                assert opened is not None
+                stack.callback(os.close, opened[0])
+                descriptors.append(opened[0])
             yield descriptors
 
 
-def descriptor_of(storage: Any) -> int | None:
-    """A new descriptor of the memory that a storage shares with other processes; None if it has none.
+def descriptor_of(storage: Any) -> tuple[int, int] | None:
+    """A new descriptor of the memory that a storage shares with other processes, and where in it that is.
+
+    None if there is none.
 
     The storage is left as it is. (torch's own functions would move one that they do not know to memory
     of another kind, away from whoever shares it: so it is first found out which kind it is.)
     """
     if not storage.is_shared() or not storage.nbytes():
         return None
-    file = _mapped_file(storage.data_ptr())
+    file, offset = _mapped_file(storage.data_ptr())
     with suppress(OSError, RuntimeError):
         if file.endswith(" (deleted)"):  # as torch's strategy "file_descriptor" does
             descriptor, _ = storage._share_fd_cpu_()
-            return os.dup(descriptor) if descriptor >= 0 else None
+            return (os.dup(descriptor), offset) if descriptor >= 0 else None
         if file.startswith("/dev/shm/"):  # noqa: S108 - as torch's strategy "file_system" does
-            return os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            return os.open(file, os.O_RDWR | os.O_CLOEXEC), offset
     return None
 
 
-def _mapped_file(address: int) -> str:
-    """The file that is mapped, from its start, at an address; "" if that is not known."""
-    with suppress(OSError), open("/proc/self/maps") as maps:
+def _mapped_file(address: int) -> tuple[str, int]:
+    """The file that is mapped at an address, and the place in it; "" if that is not known."""
+    with suppress(OSError), open("/proc/self/maps", errors="surrogateescape") as maps:
         for line in maps:
             fields = line.rstrip("\n").split(maxsplit=5)
             start, _, end = fields[0].partition("-")
             if int(start, 16) <= address < int(end, 16):
-                return fields[5] if len(fields) == 6 and int(fields[2], 16) == 0 else ""
-    return ""
+                place = int(fields[2], 16) + address - int(start, 16)
+                return (fields[5], place) if len(fields) == 6 else ("", 0)
+    return "", 0
 
 
 @dataclass

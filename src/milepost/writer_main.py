@@ -33,6 +33,7 @@ from milepost.channel import (
     Moved,
     Ready,
     Write,
+    decode_path,
     describe_error,
     read_blob,
     rebuild_error,
@@ -196,7 +197,7 @@ class Service:
             timeout_seconds=self._init.timeout_seconds,
             ring=_NO_RING,
             private=request.private,
-            target=request.target,
+            target=decode_path(request.target),
             process=self._init.process,
             barrier=(lambda: self._barrier(request)) if self._init.has_barrier else None,
             hook=self._hook,
@@ -204,7 +205,9 @@ class Service:
             report=_Reporter(self._channel, request.number),
         )
         arguments = pickle.loads(packed.arguments) if packed.arguments else {}  # noqa: S301 - our own trainer
-        save_snapshot(request.path, snapshot, options, Labels(request.step, packed.metadata), arguments)
+        save_snapshot(
+            decode_path(request.path), snapshot, options, Labels(request.step, packed.metadata), arguments
+        )
 
     def _plan(self, packed: Packed) -> tuple[Layout, list[bytes], Tensors]:
         """The layout and what follows from it, kept for the next save of the same structure."""

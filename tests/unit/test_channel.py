@@ -25,6 +25,7 @@ from milepost.channel import (
     Ready,
     Write,
     describe_error,
+    encode_path,
     read_blob,
     rebuild_error,
     write_blob,
@@ -43,8 +44,8 @@ def line():
 
 MESSAGES = [
     Init(1, 2, "process", 3.5, has_barrier=True, nice=5, idle_io=False),
-    Write(1, "p", "/p", "a-1", private=True, step=None, barrier_done=False, has_arena=True),
-    Write(2, "ü", "/ü", "a-1", private=False, step=-(2**63), barrier_done=True, has_arena=False),
+    Write(1, b"p", b"/p", "a-1", private=True, step=None, barrier_done=False),
+    Write(2, encode_path("\udcff"), b"/\xff", "a-1", private=False, step=-(2**63), barrier_done=True),
     Attached(3),
     Go(1),
     Go(1, Failure("m", "n", "text", {"rank": 1, "path": None, "flag": True}, "trace")),
@@ -217,13 +218,13 @@ def test_errors_of_any_size_fit_into_a_message():
 def test_errors_with_any_text_can_cross():
     """Lone surrogates, as in names of files that are no UTF-8, and errors that cannot tell their text."""
 
-    class Mute(Exception):
+    class MuteError(Exception):
         def __str__(self):
             raise RuntimeError("no text")
 
     assert "\\udcff" in str(cross(ValueError("\udcff")))
     assert cross(StorageError("m", path="/\udcff")).path == "/\\udcff"
-    assert "could not be had: RuntimeError" in str(cross(Mute()))
+    assert "could not be had: RuntimeError" in str(cross(MuteError()))
 
 
 @given(st.text(max_size=50), st.none() | st.text(max_size=20), st.none() | st.integers(0, 2**62))
