@@ -60,9 +60,9 @@ class TensorBuilder:
             {
                 **NATIVE_LEAVES,
                 "tensor": lambda node: this.value(node[1]),
-                "array": lambda node: this._array(node),
+                "array": lambda node: this._array(node),  # noqa: PLW0108, SLF001 - a bound method is a cycle
                 "blob": lambda node: bytes_of(node[1]),
-                "object": lambda node: this._object(node),
+                "object": lambda node: this._object(node),  # noqa: PLW0108, SLF001 - as above
             }
         )
 

@@ -197,7 +197,7 @@ class _Matcher:
         else:
             return self._misfit(path, _kind(target), "a tensor")
         dtype, shape = dtype_of(columns.dtype[number]), columns.shape[number]
-        if destination.layout is not torch.strided or destination.is_quantized or destination.is_meta:
+        if destination.layout is not torch.strided or (not destination.is_cpu and destination.is_meta):
             return self._misfit(path, f"a dense tensor to fill, not {_kind(target)}", "a dense tensor")
         if destination.dtype != dtype or list(destination.shape) != shape:
             return self._misfit(

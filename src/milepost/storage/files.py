@@ -150,6 +150,11 @@ class LocalOpenFile:
         self._owner = os.getpid()
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        total = sum(map(len, buffers))
+        if len(buffers) <= _IOVECS and total <= _READ_BYTES:
+            if total:
+                self._fill(offset, list(buffers), total)
+            return
         group: list[memoryview] = []
         total = 0
         for whole in buffers:

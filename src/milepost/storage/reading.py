@@ -18,6 +18,7 @@ from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,6 +29,7 @@ from milepost.errors import CorruptCheckpointError
 from milepost.storage import ALIGNMENT, OpenFile
 from milepost.storage.parallel import blocks_down, blocks_up, cached_regions, run_workers, through_ring
 from milepost.storage.writing import Ring
+from milepost.utils import gc_paused
 
 __all__ = ["Damage", "Part", "ReadReport", "read_parts", "scan_file"]
 
@@ -135,7 +137,8 @@ def read_parts(
     """
     _check_extent(file, max((part.offset + part.length for part in parts), default=0))
     window_bytes = max(_WINDOW_BYTES, blocks_up(chunk_bytes) + 2 * ALIGNMENT)
-    warm, cold = _plan(file, parts, chunk_bytes, window_bytes)
+    with gc_paused():
+        warm, cold = _plan(file, parts, chunk_bytes, window_bytes)
     report = ReadReport(
         cached_bytes=sum(operation.end - operation.start for operation in warm),
         direct_bytes=sum(operation.end - operation.start for operation in cold),
@@ -150,7 +153,8 @@ def read_parts(
         few = report.cached_bytes <= max(_INLINE_BYTES, (_PIECE_BYTES >> 4) * pieces)
         enough = 1 if few else threads or default_threads()
         todo = deque(warm)
-        run_workers([partial(targets.read, file, todo)] * min(enough, len(warm)), todo.clear)
+        with gc_paused() if few else nullcontext():
+            run_workers([partial(targets.read, file, todo)] * min(enough, len(warm)), todo.clear)
     report.damaged.sort(key=lambda damage: damage.offset)
     return report
 
@@ -325,8 +329,12 @@ class _Targets:
                 position = offset + length
                 checks.append((piece, view))
             file.read_into(start, buffers)
+            size = self._chunk_bytes
             for piece, view in checks:
-                self._check(piece, view)
+                _, length, _, chunk, part = piece
+                # The usual case in place: one chunk, unharmed.
+                if part.crcs is None or length > size or part.crcs[chunk] != crc32(view):
+                    self._check(piece, view)
 
     def copy(self, operation: _Operation, view: memoryview) -> None:
         """Check and copy what one operation read into `view`."""
