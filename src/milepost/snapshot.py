@@ -223,12 +223,13 @@ def save_snapshot(
                 attempt.mark(encode_index(index))
         if options.barrier is not None:
             with _phase(attempt, "barrier", options):
-                attempt.wait_for_marks(options.timeout_seconds)
+                if not attempt.committed:  # as a writer that was lost, or the next one's tidying, may have
+                    attempt.wait_for_marks(options.timeout_seconds)
                 options.barrier()
         with _phase(attempt, "commit", options):
             # With a barrier rank 0 reads all the marks; the others step in only if it stands still.
             committer = (options.barrier is None or options.rank == 0) and attempt.complete()
-            if options.barrier is not None:
+            if options.barrier is not None and not attempt.committed:
                 attempt.wait_for_commit(options.timeout_seconds)
     if committed_before:
         if hook is not None:
