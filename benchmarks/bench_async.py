@@ -28,7 +28,7 @@ from milepost import syscalls
 
 @dataclass
 class Candidate:
-    """Something that saves in the background: `save` returns what waits until the state may change, and until durable."""
+    """Something that saves beside: `save` returns what waits until staged, and what waits until durable."""
 
     name: str
     save: Callable[[str, dict], tuple[Callable[[], object], Callable[[], object]]]
@@ -76,7 +76,7 @@ def torch_experimental() -> Candidate:
 
 
 def dcp(kind: str) -> Candidate:
-    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
     mode = AsyncCheckpointerType.PROCESS if kind == "process" else AsyncCheckpointerType.THREAD
@@ -183,8 +183,9 @@ def report(title: str, candidates: list[Candidate], base: dict[str, list[float]]
             for total, copy, write in zip(candidate.durable, base["copy"], base["write"], strict=True)
         ]
         print(
-            f"  {candidate.name:40} {candidate.first[0]:6.3f} / {candidate.first[1]:6.3f} s   {median(candidate.stall):8.3f} s"
-            f" {median(candidate.durable):8.3f} s {median(copies):10.2f} {median(writes):12.2f}"
+            f"  {candidate.name:40} {candidate.first[0]:6.3f} / {candidate.first[1]:6.3f} s "
+            f"  {median(candidate.stall):8.3f} s {median(candidate.durable):8.3f} s"
+            f" {median(copies):10.2f} {median(writes):12.2f}"
         )
 
 
@@ -246,9 +247,7 @@ def bench_peers(folder: str, size: int, rounds: int, peers: list[str]) -> None:
         print(lines[-1])
     pairs = zip(candidates[0].stall, base["loop"], strict=True)
     judge("stall, 20,000 tensors, against a plain copy loop", statistics.median(a / b for a, b in pairs), 2.0)
-    print(
-        f"  descriptors open in the trainer after {rounds + 1} saves of 20,000 tensors: {opened} more than before"
-    )
+    print(f"  descriptors after {rounds + 1} saves of 20,000 tensors: {opened} more than before")
     for candidate in candidates:
         candidate.close()
 
@@ -275,7 +274,7 @@ def bench_first(folder: str, size: int, rounds: int) -> None:
                     checkpointer.prepare(state)
                     checkpointer._stager.wait_prepared()
                 start = time.perf_counter()
-                staged, written = checkpointer.save(os.path.join(folder, f"first-{turn}-{prepare}"), state)
+                _, written = checkpointer.save(os.path.join(folder, f"first-{turn}-{prepare}"), state)
                 stall = time.perf_counter() - start
                 written.result()
             fresh(os.path.join(folder, f"first-{turn}-{prepare}"))()

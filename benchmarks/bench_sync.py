@@ -167,7 +167,8 @@ def bench_small(folder: str, rounds: int, checkpointer: object) -> bool:
                 os.fsync(file.fileno())
 
     print(
-        f"\nA state of 1 MiB: milepost makes 5 fsyncs (3 files, 2 folders), the plain baseline {len(sizes)} (files)"
+        f"\nA state of 1 MiB: milepost makes 5 fsyncs (3 files, 2 folders), "
+        f"the plain baseline {len(sizes)} (files)"
     )
     bench = Bench("Durable save of a state of 1 MiB", sum(sizes.values()))
     bench.case("the same files, written and fsynced", write_plainly, fresh(plain))
@@ -217,7 +218,8 @@ def bench_memory(folder: str, size: int) -> bool:
             ok = found <= 128 * MIB
             met &= ok
             print(
-                f"  {'ok    ' if ok else 'MISSED'} {name:10} {part // MIB:5} MiB: {found / MIB:6.1f} MiB (asked: <= 128)"
+                f"  {'ok    ' if ok else 'MISSED'} {name:10} {part // MIB:5} MiB: "
+                f"{found / MIB:6.1f} MiB (asked: <= 128)"
             )
     return met
 

@@ -79,7 +79,8 @@ class Bench:
             rate = self.size_bytes / case.median / (1 << 30)
             spread = f"{min(case.seconds):.3f}-{max(case.seconds):.3f}"
             print(f"  {case.name:42} {case.median:8.3f} s  {rate:6.2f} GiB/s  ({spread})")
-        return all([self._judge(bar) for bar in self.bars])
+        verdicts = [self._judge(bar) for bar in self.bars]  # all of them, as each prints
+        return all(verdicts)
 
     def _judge(self, bar: Bar) -> bool:
         found = {case.name: case for case in self.cases}
@@ -90,9 +91,8 @@ class Bench:
         met = ratio >= bar.limit if bar.at_least else ratio <= bar.limit
         what = "x the speed of" if bar.at_least else "x the time of"
         sign = ">=" if bar.at_least else "<="
-        print(
-            f"  {'ok    ' if met else 'MISSED'} {bar.case}: {ratio:.2f} {what} {bar.baseline} (asked: {sign} {bar.limit})"
-        )
+        verdict = "ok    " if met else "MISSED"
+        print(f"  {verdict} {bar.case}: {ratio:.2f} {what} {bar.baseline} (asked: {sign} {bar.limit})")
         return met
 
 
@@ -182,4 +182,5 @@ def machine() -> str:
     """The machine in a line."""
     with open("/proc/meminfo") as file:
         memory = int(file.readline().split()[1]) / (1 << 20)
-    return f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Linux {platform.release()}, Python {platform.python_version()}"
+    cores, kernel, python = os.cpu_count(), platform.release(), platform.python_version()
+    return f"{platform.machine()}, {cores} cores, {memory:.0f} GiB, Linux {kernel}, Python {python}"
