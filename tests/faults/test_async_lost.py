@@ -252,7 +252,7 @@ def test_each_loss_is_retried_as_often_as_told(tmp_path):
                 stop_next(checkpointer, pid)
             os.kill(pid, signal.SIGKILL)
             if loss < losses - 1:
-                wait_until(lambda pid=pid: checkpointer._process.process.pid != pid)
+                wait_until(lambda old=pid, made=checkpointer: made._process.process.pid != old)
                 pid = checkpointer._process.process.pid
         assert (error_of(written) is None) is survives
         close(checkpointer)

@@ -84,7 +84,7 @@ def test_closing_gives_up_the_descriptor_and_keeps_the_memory_of_views():
 def test_a_forked_process_does_not_close_its_parents_arena():
     """Finalizers of an arena do nothing in a forked child; the parent's goes on working."""
     arena = Arena(PAGE)
-    assert in_child(lambda: arena._finalizer()) == 0
+    assert in_child(arena._finalizer) == 0
     os.fstat(arena.descriptor)
     arena.close()
 
@@ -180,7 +180,7 @@ def test_a_control_group_of_version_1(kernel):
 
 
 def test_no_limit_and_overdrawn_limits(kernel):
-    """ "max" is no limit; a group that uses more than its limit has nothing left."""
+    """The word max is no limit; a group that uses more than its limit has nothing left."""
     assert kernel(meminfo=MEMINFO, memory_of_max="max\n", memory_of_current="30000\n") == 500 * 1024
     assert kernel(meminfo=MEMINFO, memory_of_max="1000\n", memory_of_current="3000\n") == 0
 

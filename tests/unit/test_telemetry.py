@@ -17,8 +17,7 @@ def test_events_come_in_order_with_durations_and_bytes(tmp_path):
     seen = Collect()
     path = str(tmp_path / "c")
     with make(observers=[seen]) as checkpointer:
-        staged, written = checkpointer.save(path, state_of(7, 100_000), step=7)
-        result(written)
+        result(checkpointer.save(path, state_of(7, 100_000), step=7)[1])
     assert seen.kinds() == STEPS
     assert {(event.path, event.step) for event in seen.events} == {(path, 7)}
     seconds = [event.seconds for event in seen.events]
