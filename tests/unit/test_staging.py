@@ -320,7 +320,7 @@ def test_plan_tells_what_a_save_takes(stager):
 
 
 def test_plan_says_when_it_does_not_fit():
-    """`plan` tells what an arena takes, within 2 % and a fixed part; nothing is allocated."""
+    """With less left than an arena takes, the plan does not fit; unknown memory is taken to suffice."""
     for left, fits in ((10, False), (None, True)):
         stager = DefaultStager(available=lambda left=left: left)
         assert stager.plan(state_of(1)).fits is fits
