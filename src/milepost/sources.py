@@ -20,6 +20,7 @@ from isal import isal_zlib
 from milepost.errors import ConfigError, CorruptCheckpointError, MilepostError, MismatchError
 from milepost.manifest import CHUNK_BYTES, DTYPE_BYTES, Index
 from milepost.rebuild import TensorBuilder
+from milepost.sharing import sharing_misfits
 from milepost.state import StateEncoder
 from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
@@ -62,7 +63,15 @@ class PlainSource:
         if not isinstance(self._state, dict):
             raise MismatchError(f"the file holds a {type(self._state).__name__}, not a dict: {self._path}")
         self._taken = StateEncoder().take_apart(self._state)
-        return match(template, self._taken.tree, self._taken.plan.tensors, self._taken.decode)
+        tree, tensors, saved = self._taken.tree, self._taken.plan.tensors, self._taken.walk.tensors
+
+        def same_bytes(first: int, second: int) -> bool:
+            a, b = (saved[n].detach().resolve_conj().resolve_neg().flatten() for n in (first, second))
+            return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+        found = match(template, tree, tensors, self._taken.decode)
+        found.misfits += sharing_misfits(found.fills, tensors, tree, same_bytes)
+        return found
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """Copy the tensors."""
@@ -169,7 +178,22 @@ class IndexedSource:
 
     def match(self, template: STATE_DICT) -> Match:
         """Compare with the template; objects are read here, all else later."""
-        return match(template, self._index.tree, self._index.tensors, self._builder.decode)
+        tree, tensors = self._index.tree, self._index.tensors
+        found = match(template, tree, tensors, self._builder.decode)
+        found.misfits += sharing_misfits(found.fills, tensors, tree, self._same_bytes)
+        return found
+
+    def _same_bytes(self, first: int, second: int) -> bool:
+        """Whether two tensors lie at the same place of records that have the same checksums."""
+        tensors, lengths, chunks = self._index.tensors, self._index.records.length, self._chunks
+        a, b = tensors.record[first], tensors.record[second]
+        return (
+            lengths[a] == lengths[b]
+            and tensors.byte_offset[first] == tensors.byte_offset[second]
+            and all((first in bits) == (second in bits) for bits in (tensors.conj, tensors.neg))
+            and self._index.records.crcs[chunks[a] : chunks[a + 1]]
+            == self._index.records.crcs[chunks[b] : chunks[b + 1]]
+        )
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """Read the tensors into their targets; verified as asked."""

@@ -34,6 +34,7 @@ TORCH_MODULES = {
     "manager",
     "objects",
     "rebuild",
+    "sharing",
     "sources",
     "staged",
     "staging",

@@ -376,6 +376,35 @@ def test_tied_templates_take_tied_and_untied_checkpoints(tmp_path):
         assert views.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_tied_templates_refuse_different_values(tmp_path, plain):
+    """Tensors that share memory in the template cannot hold two values: nothing is written."""
+    state = {"a": torch.zeros(300_000), "b": torch.ones(300_000), "c": torch.zeros(300_000)}
+    path = tmp_path / "c"
+    if plain:
+        path.mkdir()
+        torch.save(state, path / "checkpoint_0.pt")
+    else:
+        save(path, state)
+    tied, views = torch.full((300_000,), 5.0), torch.full((300_100,), 5.0)
+    for template in ({"a": tied, "b": tied}, {"a": views[100:], "c": views[:-100]}):
+        with pytest.raises(MismatchError, match="shares memory"):
+            read(path, template)
+    assert torch.all(tied == 5)
+    assert torch.all(views == 5)
+    read(path, {"a": tied, "c": tied})
+    assert not tied.any()
+
+
+def test_columns_of_one_matrix_are_filled_apart(tmp_path):
+    """Targets whose elements lie between one another's share no memory: each gets its own values."""
+    path = save(tmp_path / "c", {"a": torch.zeros(40, 3), "b": torch.ones(40, 5)})
+    matrix = torch.full((40, 8), 5.0)
+    read(path, {"a": matrix[:, :3], "b": matrix[:, 3:]})
+    assert not matrix[:, :3].any()
+    assert torch.all(matrix[:, 3:] == 1)
+
+
 def test_empty_tensors_and_empty_templates(tmp_path):
     """Tensors without elements fit by shape and dtype; an empty template loads nothing."""
     path = save(tmp_path / "c", {"a": torch.zeros(0, 3), "b": torch.zeros(3, 0).t(), "c": np.zeros((0, 2))})

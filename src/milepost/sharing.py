@@ -1,0 +1,84 @@
+"""Tensors of a template that share memory: whether all of them can hold what was saved for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from operator import mul
+
+import torch
+
+from milepost.manifest import Tensors
+from milepost.template import Fill, is_dense
+from milepost.tree import Node, paths_of_tensors
+
+__all__ = ["sharing_misfits"]
+
+
+def sharing_misfits(
+    fills: Sequence[Fill], tensors: Tensors, tree: Node, same_bytes: Callable[[int, int], bool]
+) -> list[str]:
+    """A sentence for each tensor that would overwrite what another one is filled with.
+
+    Only tensors without gaps are compared: of others, whose elements may lie between those of each other,
+    the later is right.
+
+    Args:
+        fills: What goes where.
+        tensors: The saved tensors.
+        tree: The tree that refers to them.
+        same_bytes: Whether two saved tensors of one shape and stride have the same bytes.
+    """
+    targets = [fill.target for fill in fills]
+    starts = map(torch.Tensor.data_ptr, targets)
+    sizes = map(mul, map(torch.Tensor.numel, targets), map(torch.Tensor.element_size, targets))
+    extents = sorted(
+        [(start, start + size, n) for n, (start, size) in enumerate(zip(starts, sizes, strict=True))]
+    )
+    if all(end <= start for (_, end, _), (start, _, _) in pairwise(extents)):
+        return []
+    conflicts = []
+    last: tuple[int, int] | None = None  # end and number of the one that reaches farthest
+    for start, end, number in extents:
+        target = targets[number]
+        if start == end or not is_dense(target):
+            continue
+        if last is not None and start < last[0] and target.device == targets[last[1]].device:
+            pair = fills[last[1]], fills[number]
+            if not _agree(*pair, tensors, same_bytes):
+                conflicts.append(pair)
+        if last is None or end > last[0]:
+            last = end, number
+    if not conflicts:
+        return []
+    paths = paths_of_tensors(tree)
+    return [
+        f"{paths[later.number]}: expected the values of {paths[first.number]}, with which it shares memory, "
+        "found others"
+        for first, later in conflicts
+    ]
+
+
+def _agree(first: Fill, later: Fill, tensors: Tensors, same_bytes: Callable[[int, int], bool]) -> bool:
+    """Whether two tensors that share memory can both hold what was saved for them."""
+    a, b = first.number, later.number
+    distance = later.target.data_ptr() - first.target.data_ptr()
+    as_saved = (
+        tensors.record[a] == tensors.record[b]
+        and tensors.byte_offset[b] - tensors.byte_offset[a] == distance
+        and _has_steps(first.target, tensors.stride[a])
+        and _has_steps(later.target, tensors.stride[b])
+    )
+    return as_saved or (
+        distance == 0
+        and first.target.dtype == later.target.dtype
+        and first.target.shape == later.target.shape
+        and _has_steps(first.target, list(later.target.stride()))
+        and tensors.stride[a] == tensors.stride[b]
+        and (a == b or same_bytes(a, b))
+    )
+
+
+def _has_steps(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
+    steps = zip(tensor.shape, tensor.stride(), stride, strict=True)
+    return all(n == 1 or step == other for n, step, other in steps)
