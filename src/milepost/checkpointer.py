@@ -386,9 +386,8 @@ class AsyncCheckpointer(Checkpointer):
 
     def guard(self, optimizer: Any) -> Any:
         """Make an optimizer wait, at each step, until nothing is being copied. Returns what removes it."""
-        handle = guard_steps(optimizer, weakref.ref(self))
-        self._guards.append(handle)
-        return handle
+        self._guards.append(guard_steps(optimizer, weakref.ref(self)))
+        return self._guards[-1]
 
     def _check_guard(self) -> None:
         config = getattr(self._stager, "_config", None)
