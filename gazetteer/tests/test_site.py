@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import threading
@@ -11,7 +12,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, Maker
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -128,7 +129,7 @@ def test_dark_mode_is_kept_from_page_to_page(site: tuple[str, Path], browser: we
     [
         "a%20b%23c.py_docs.html",
         "a%20b%23c.py_kw.html",
-        "_source/a%20b%23c.py.html",
+        "_source/a~20b~23c.py.html",
         "index.html",
         "keywords.html",
         "comprehensive_book.html",
@@ -148,7 +149,7 @@ def test_nothing_in_a_source_gets_into_a_page(site: tuple[str, Path], browser: w
 
 def test_a_source_is_shown_as_it_is(site: tuple[str, Path], browser: webdriver.Chrome) -> None:
     """The source page says exactly what the file says, template marks included."""
-    browser.get(f"{site[0]}/_source/a%20b%23c.py.html")
+    browser.get(f"{site[0]}/_source/a~20b~23c.py.html")
     shown = browser.execute_script("return [...document.querySelectorAll('main .cl')].map(l => l.textContent).join('')")
     assert shown == EVIL
 
@@ -225,3 +226,21 @@ def test_building_needs_no_network(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 90
+
+
+def test_every_file_name_has_its_pages(make: Maker, tmp_path: Path) -> None:
+    """New lines, bytes that are no text, percent signs and very long names do not stop or break a site."""
+    names = [
+        "new\nline.py",
+        "d\n1/~a b%41#c.py",
+        os.fsdecode(b"bad\xe9/x\xe9.py"),
+        "é" * 100 + "/é.py",
+        "[l](x) *b*.py",
+    ]
+    root = make(dict.fromkeys(names, "class Odd: pass\n"))
+    os.mkfifo(root / "pipe")
+    out = tmp_path / "out"
+    gazetteer.build(root, out, site=True)
+    assert gazetteer.check(out).broken == []
+    lines = [page.read_text() for page in (out / "_site" / "_source").rglob("*.html")]
+    assert sum('id="L1"' in text for text in lines) == len(names)

@@ -166,12 +166,12 @@ class _Checker:
         if known is not None:
             return "" if not anchor or anchor in known else "no such anchor"
         path = self._out / target
-        if not (path.is_file() or path.is_symlink()):
+        if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
             return "no such file"
         if not anchor:
             return ""
         line = _LINE.match(anchor)
-        if not line:
+        if not line or not path.is_file():
             return "no such anchor"
         count = self._count(path)
         return "" if int(line.group(1)) <= count else f"the file has {count} lines"

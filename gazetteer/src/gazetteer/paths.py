@@ -1,8 +1,8 @@
 """Where pages lie and how one links to another.
 
 Page names are an injective function of paths: two places never share a page. Folder names that
-could meet a page's or Gazetteer's own name get a ``~``; file names too long for a page's ending
-are cut and get a digest instead of the rest.
+could meet a page's or Gazetteer's own name get a ``~``; names too long for a page's ending, and
+names with control characters, are cut or cleaned and get a digest.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ INDEX_JSON = "index.json"
 _NAME_BYTES_MAX = 235
 _SOURCE_NAME_MAX = 200
 _RESERVED = {STATE, SITE, INDEX_JSON, "_source", "_symbols", "_assets", "_pagefind"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _RAW = re.compile(r"\\x([0-9a-f]{2})")
 
 
@@ -45,12 +46,18 @@ def parent(path: str) -> str:
     return path.rpartition("/")[0]
 
 
+def _digest(name: str) -> str:
+    return hashlib.blake2b(name.encode("utf-8"), digest_size=8).hexdigest()
+
+
 @functools.lru_cache(maxsize=65536)
 def _folder(path: str) -> str:
     if not path:
         return ""
     head, _, name = path.rpartition("/")
-    if name.endswith((".md", "~")) or name in _RESERVED:
+    if _CONTROL.search(name):
+        name = f"{_CONTROL.sub('_', name)}~{_digest(name)}~"
+    elif name.endswith((".md", "~")) or name in _RESERVED:
         name += "~"
     return posixpath.join(_folder(head), name)
 
@@ -58,10 +65,9 @@ def _folder(path: str) -> str:
 @functools.lru_cache(maxsize=65536)
 def _page(path: str, ending: str) -> str:
     head, _, name = path.rpartition("/")
-    raw = name.encode("utf-8")
-    if len(raw) > _NAME_BYTES_MAX:
-        digest = hashlib.blake2b(raw, digest_size=8).hexdigest()
-        name = raw[: _NAME_BYTES_MAX - 20].decode("utf-8", "ignore") + "~" + digest
+    raw = _CONTROL.sub("_", name).encode("utf-8")
+    if len(raw) > _NAME_BYTES_MAX or _CONTROL.search(name):
+        name = raw[: _NAME_BYTES_MAX - 20].decode("utf-8", "ignore") + "~" + _digest(name)
     return posixpath.join(_folder(head), name + ending)
 
 
@@ -125,11 +131,13 @@ def _on_disk(path: str) -> str:
 
 
 def source_page(path: str) -> str:
-    """Return the name that the site gives to the page of a file's source."""
-    folder = parent(path)
-    name = _on_disk(path.rpartition("/")[2])
-    if len(name) > _SOURCE_NAME_MAX:
-        name = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()
-    else:
-        name = path.rpartition("/")[2]
-    return posixpath.join("_source", folder, name + ".md")
+    """Return the name that the site gives to the page of a file's source.
+
+    It is the link to the source with ``~`` for ``%``, so that nothing in it needs quoting. The
+    layout ``render-link.html`` makes the same of a link.
+    """
+    parts = _on_disk(path).replace("~", "~7E").replace("%", "~").split("/")
+    short = (
+        hashlib.md5(p.encode(), usedforsecurity=False).hexdigest() if len(p) > _SOURCE_NAME_MAX else p for p in parts
+    )
+    return posixpath.join("_source", *short) + ".md"

@@ -232,12 +232,11 @@ class _Site:
         known = grammars.languages()
         for path, fact in facts.items():
             url = source_page(path).removesuffix(".md") + ".html"
-            quoted = _quote(url)
             for symbol in fact.symbols:
                 if fact.language and known[fact.language].prose:
                     continue
                 shards[_shard(symbol.name)].append(
-                    [symbol.name, symbol.qualname, symbol.label or symbol.kind.value, path, symbol.line, quoted]
+                    [symbol.name, symbol.qualname, symbol.label or symbol.kind.value, path, symbol.line, url]
                 )
         for key, rows in sorted(shards.items()):
             data = json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
@@ -266,12 +265,6 @@ class _Site:
         shutil.rmtree(self.site / "_pagefind", ignore_errors=True)
         (self.site / fresh).rename(self.site / "_pagefind")
         self.progress("Search index", 1, 1)
-
-
-def _quote(url: str) -> str:
-    from urllib.parse import quote
-
-    return quote(url, safe="/~._-+@=,")
 
 
 def _shard(name: str) -> str:
