@@ -78,7 +78,7 @@ class CheckpointWriter:
         self._storage = default_storage() if storage is None else storage
         self._encoder = StateEncoder()
         self._ring = Ring()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a hook may write, too
         self._closed = False
         self._start_id = config.start_id
 

@@ -112,6 +112,26 @@ def test_a_hook_need_not_call_its_base_class(tmp_path, writers):
     assert hook.path == str(tmp_path / "c") + "!"
 
 
+@pytest.mark.timeout(60)
+def test_a_hook_may_save_with_the_same_writer(tmp_path, writers):
+    """A write within a write, from either hook, is a save of its own; the outer one goes on as it was."""
+
+    class Nested(Log):
+        def pre_commit(self, path, **kwargs):
+            if path.endswith("outer"):
+                writer.write(str(tmp_path / "pre"), {"w": torch.ones(3)})
+
+        def post_commit(self, path, **kwargs):
+            if path.endswith("outer"):
+                writer.write(str(tmp_path / "post"), {"w": torch.ones(4)})
+
+    writer = writers(hook=Nested())
+    writer.write(str(tmp_path / "outer"), STATE)
+    assert_same(STATE, load(tmp_path / "outer"))
+    assert load(tmp_path / "pre")["w"].tolist() == [1] * 3
+    assert load(tmp_path / "post")["w"].tolist() == [1] * 4
+
+
 def test_a_hook_lacking_a_method_cannot_be_made():
     """WriterHook is abstract in both of its methods."""
 
