@@ -47,6 +47,7 @@ def make_sync_checkpointer(
     """
     config = CheckpointerConfig() if config is None else config
     validate(config)
+    _check_hook(commit_hook)
     rank_info = _checked_rank(rank_info)
     writer = CheckpointWriter(
         config.writer_config,
@@ -95,6 +96,7 @@ def make_async_checkpointer(
     """
     config = CheckpointerConfig() if config is None else config
     validate(config)
+    _check_hook(commit_hook)
     rank_info = _checked_rank(rank_info)
     options = config.async_config
     if options.when_busy == "skip" and rank_info.global_world_size > 1:
@@ -149,7 +151,16 @@ def _checked_rank(rank_info: RankInfo | None) -> RankInfo:
         if dist.is_available() and dist.is_initialized():
             return RankInfo(dist.get_rank(), dist.get_world_size())
         return RankInfo(0, 1)
-    rank, size = rank_info.global_rank, rank_info.global_world_size
+    rank, size = (getattr(rank_info, name, None) for name in ("global_rank", "global_world_size"))
     if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
         raise ConfigError(f"rank_info must have 0 <= global_rank < global_world_size, not {rank_info!r}")
     return rank_info
+
+
+def _check_hook(hook: object) -> None:
+    for name in ("pre_commit", "post_commit"):
+        if hook is not None and not callable(getattr(hook, name, None)):
+            raise ConfigError(
+                f"commit_hook must have the methods pre_commit and post_commit, and {hook!r} has no {name}",
+                hint="derive it from milepost.checkpoint_writer.WriterHook",
+            )

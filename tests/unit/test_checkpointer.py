@@ -14,7 +14,7 @@ from states import assert_same, load, manifest_of
 
 import milepost
 from milepost import errors
-from milepost.builder import make_sync_checkpointer
+from milepost.builder import make_async_checkpointer, make_sync_checkpointer
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
 from milepost.checkpointer import Checkpointer, SyncCheckpointer
@@ -190,13 +190,20 @@ def test_the_builder_wires_barrier_and_hook(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "rank_info",
-    [RankInfo(1, 1), RankInfo(-1, 2), RankInfo(0, 0), RankInfo(True, 2), RankInfo("0", 1)],
+    [RankInfo(1, 1), RankInfo(-1, 2), RankInfo(0, 0), RankInfo(True, 2), RankInfo("0", 1), (0, 1), "0"],
     ids=str,
 )
 def test_a_rank_that_cannot_be_is_refused(rank_info):
     """A rank that is not below the world size, or no integer, is a ConfigError that shows it."""
     with pytest.raises(ConfigError, match="global_rank"):
         make_sync_checkpointer(rank_info=rank_info)
+
+
+@pytest.mark.parametrize("make", [make_sync_checkpointer, make_async_checkpointer])
+def test_a_hook_that_is_none_is_refused(make):
+    """What lacks a hook's methods is refused when the checkpointer is made, not when it has saved."""
+    with pytest.raises(ConfigError, match="commit_hook must have the methods pre_commit and post_commit"):
+        make(commit_hook=print)
 
 
 def test_an_unknown_barrier_is_refused_when_built():
