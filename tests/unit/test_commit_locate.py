@@ -156,6 +156,15 @@ def test_nothing_there_names_the_nearest_checkpoints(storage):
     assert isinstance(caught.value, FileNotFoundError)
 
 
+def test_the_folder_above_checkpoints_names_those_in_it(storage):
+    """Where the path is that of a whole run, the checkpoints in it are named, and none beside it."""
+    for path in ("/other", "/run/step-1", "/run/step-2"):
+        save(storage, path, 1)
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        locate(storage, "/run")
+    assert caught.value.hint == "existing checkpoints in /run: step-1, step-2"
+
+
 @pytest.mark.parametrize("path", ["/run/file", "/run/empty", "/nowhere/at/all", "/run/strangers"])
 def test_what_is_no_checkpoint_is_not_found(storage, path):
     """A file, an empty folder, a stranger's folder and a missing one are no checkpoints."""

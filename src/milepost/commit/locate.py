@@ -3,7 +3,6 @@
 # Paths are str, here as in the storage package.
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 from contextlib import suppress
@@ -237,16 +236,29 @@ def _not_found(storage: Storage, path: str, message: str) -> CheckpointNotFoundE
             if folder is not None and folder.stat(NOTE_NAME) is not None:
                 hints.append("a save to it was begun and has not committed")
                 break
+    within = _checkpoints_in(storage, path, "")
+    existing = within or _checkpoints_in(storage, parent, name)
+    if existing:
+        hints.append(f"existing checkpoints in {path if within else parent}: {', '.join(existing)}")
+    return CheckpointNotFoundError(message, path=path, hint="; ".join(hints) or None)
+
+
+def _checkpoints_in(storage: Storage, folder: str, name: str) -> list[str]:
+    """Up to five checkpoints in a folder, those whose names are like `name` first."""
+    try:
+        entries = names_of(storage, folder) or []
+    except StorageError:  # it is a file, or may not be looked into
+        return []
     visible = {shown(entry): entry for entry in entries if not entry.startswith(".")}
+    import difflib  # noqa: PLC0415 - a writer process never gets here
+
     near = difflib.get_close_matches(shown(name), visible, n=50, cutoff=0.5)
     near += [entry for entry in sorted(visible) if entry not in near]
     existing: list[str] = []
     for entry in near[:200]:
-        if len(existing) < 5 and _is_checkpoint(storage, os.path.join(parent, visible[entry])):
+        if len(existing) < 5 and _is_checkpoint(storage, os.path.join(folder, visible[entry])):
             existing.append(entry)
-    if existing:
-        hints.append(f"existing checkpoints in {parent}: {', '.join(existing)}")
-    return CheckpointNotFoundError(message, path=path, hint="; ".join(hints) or None)
+    return existing
 
 
 def _is_checkpoint(storage: Storage, path: str) -> bool:
