@@ -81,6 +81,32 @@ def test_wrong_use_ends_with_2_and_says_what_to_do(tmp_path: Path) -> None:
         done = run(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and words in done.stderr and "Traceback" not in done.stderr
+    for arguments in (
+        ("search", SAMPLE, "ledger", "--kind", "nonsense"),
+        ("search", SAMPLE, ""),
+        ("build", SAMPLE, "-o", "/proc/nowhere"),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, ""), arguments
+        assert "rror: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_version_needs_no_command() -> None:
+    """``--version`` alone is an answer, not wrong use."""
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("gazetteer ")
+
+
+def test_an_interrupt_is_told(tmp_path: Path) -> None:
+    """Ctrl-C ends a build with 130 and says what is there."""
+    code = "import signal, gazetteer.cli as c; c.build_pages = lambda *_, **__: signal.raise_signal(2); c.main()"
+    command = [sys.executable, "-c", "import signal; signal.signal(2, signal.default_int_handler); " + code]
+    done = subprocess.run(
+        [*command, "build", SAMPLE, "-o", tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith("Interrupted. Every page is whole")
 
 
 def test_the_manual_is_what_the_program_says() -> None:

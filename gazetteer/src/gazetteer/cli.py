@@ -37,6 +37,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 _messages = Console(stderr=True, highlight=False)
 
+_KINDS = (*(kind.value for kind in Kind), "heading", "file")
 _Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
 _Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes to use; 0: one per processor.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
@@ -91,18 +92,23 @@ def _say(summary: Summary, out: Path, *, site: bool) -> None:
     )
 
 
+def _show_version(show: bool) -> None:
+    if show:
+        sys.stdout.write(f"gazetteer {version('gazetteer-docs')}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def _top(
-    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
 ) -> None:
     """Document a whole repository from its syntax trees. Nothing is sent anywhere.
 
     Exit codes: 0 done; 1 check found broken links, or search found nothing; 2 used wrongly or not
     possible; 130 interrupted.
     """
-    if show:
-        sys.stdout.write(f"gazetteer {version('gazetteer-docs')}\n")
-        raise typer.Exit
 
 
 @app.command()
@@ -120,8 +126,12 @@ def build(
     quiet: _Quiet = False,
 ) -> None:
     """Document a repository; only what changed is parsed and written."""
-    with _progress(quiet=quiet) as report:
-        summary = build_pages(repository, out, name=name, jobs=jobs, json_index=as_json, site=site, progress=report)
+    try:
+        with _progress(quiet=quiet) as report:
+            summary = build_pages(repository, out, name=name, jobs=jobs, json_index=as_json, site=site, progress=report)
+    except KeyboardInterrupt:
+        _messages.print("Interrupted. Every page is whole; the next build goes on from here.", soft_wrap=True)
+        raise  # Typer makes it exit code 130
     if as_json:
         _print_json(asdict(summary))
     if not quiet:
@@ -132,14 +142,17 @@ def build(
 def search(
     repository: Annotated[Path, typer.Argument(help="Root folder of the repository.", show_default=False)],
     term: Annotated[str, typer.Argument(help="A name or a part of one.", show_default=False)],
-    kind: Annotated[
-        str, typer.Option(help=f"Only this kind: {', '.join(k.value for k in Kind)}, heading or file.")
-    ] = "",
+    kind: Annotated[str, typer.Option(help=f"Only this kind: {', '.join(_KINDS[:-1])} or {_KINDS[-1]}.")] = "",
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="At most so many; 0: all.")] = 50,
     as_json: _Json = False,
     jobs: _Jobs = 0,
 ) -> None:
     """Find symbols and files by name; the best fit comes first. Exit code 1: nothing found."""
+    if kind not in ("", *_KINDS):
+        raise typer.BadParameter(f"{kind!r} is none of {', '.join(_KINDS)}.", param_hint="--kind")
+    if not term:
+        msg = "is empty; every name would fit."
+        raise typer.BadParameter(msg, param_hint="term")
     with _progress(quiet=False) as report:
         facts = read_repository(repository, jobs=jobs, progress=report)
     hits = search_facts(facts, term, kind=kind, limit=limit)
@@ -207,11 +220,6 @@ def main() -> None:
     """Run the command line and end the process with its exit code."""
     try:
         app(standalone_mode=True)
-    except GazetteerError as error:
+    except (GazetteerError, OSError) as error:
         _messages.print(f"error: {error}", markup=False, soft_wrap=True)
         raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        _messages.print(
-            "Interrupted. Every page is whole; the next build goes on from here.", markup=False, soft_wrap=True
-        )
-        raise SystemExit(130) from None
