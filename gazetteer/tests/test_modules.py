@@ -311,3 +311,41 @@ def test_a_drawing_escapes_its_labels_and_draws_cycles() -> None:
     svg = draw(nodes, edges, {"n0": "x.html", "n1": '"><script>'})
     assert "<b>" not in svg and "<script>" not in svg and "&lt;b&gt;" in svg
     assert svg.count('class="back"') == 1
+
+
+def test_only_bases_are_bases() -> None:
+    """Keywords such as ``metaclass=`` and comments between bases are none."""
+    source = (
+        b"class A(  # why: x, y\n    B[int, str], c.D,\n    *E, metaclass=M, kw_only=True): pass\nclass Z(): pass\n"
+    )
+    assert [s.bases for s in extract("a.py", source, "python", size=0).symbols] == [("B[int, str]", "c.D", "*E"), ()]
+
+
+def test_a_test_names_only_what_it_reaches(make: Maker, tmp_path: Path) -> None:
+    """The same word in a test of something else, or of another module's function, is no use of a symbol."""
+    root = make(
+        {
+            "pkg/__init__.py": "from pkg.deep import Deep, gather\n",
+            "pkg/deep.py": "class Deep: pass\ndef gather(): pass\ndef outer():\n  def inner(): pass\n",
+            "tests/test_pkg.py": "import gc, pkg\npkg.Deep()\ngc.gather()\ninner = 1\n",
+            "tests/test_by_name.py": "from pkg import gather\ngather()\n",
+            "tests/test_other.py": "Deep = gather = 1\n",
+            "store.h": "int store_open(void);\n",
+            "store.c": "int store_close(void) { return 0; }\n",
+            "tests/test_store.c": '#include "../store.h"\nint main(void) { return store_close(); }\n',
+            "go/a.go": "package a\nfunc Opening() {}\n",
+            "go/a_test.go": "package a\nfunc TestOpening() { Opening() }\n",
+        }
+    )
+    out = tmp_path / "out"
+    gazetteer.build(root, out)
+
+    def tests(page: str) -> list[str]:
+        return [line for line in (out / page).read_text().splitlines() if " names " in line]
+
+    assert tests("pkg/deep.py_docs.md") == [
+        "- [`tests/test_by_name.py`](../tests/test_by_name.py_docs.md) names `gather`",
+        "- [`tests/test_pkg.py`](../tests/test_pkg.py_docs.md) names `Deep`",
+    ]
+    assert tests("store.c_docs.md") == ["- [`tests/test_store.c`](tests/test_store.c_docs.md) names `store_close`"]
+    assert tests("go/a.go_docs.md") == ["- [`go/a_test.go`](a_test.go_docs.md) names `Opening`"]

@@ -64,6 +64,7 @@ class _Tree:
     def __init__(self) -> None:
         self.definitions: list[_Definition] = []
         self.decorators: dict[int, tuple[int, list[Node]]] = {}
+        self.bases: dict[int, list[Node]] = {}
         self.docs: dict[int, Node] = {}
         self.comments: dict[int, Node] = {}
         self.imports: list[tuple[str, Node, Node | None]] = []
@@ -101,6 +102,8 @@ class _Tree:
                 if known is None or len(known[1]) <= len(decorators):
                     first = min((*captures.get("outer", nodes), *decorators), key=lambda n: n.start_byte)
                     self.decorators[node.start_byte] = (first.start_point[0], decorators)
+            elif role == "derived":
+                self.bases.setdefault(node.start_byte, []).append(captures["base"][0])
             elif role == "documented":
                 self.docs[node.start_byte] = captures["doc"][0]
             elif role == "heading":
@@ -229,6 +232,7 @@ def _symbol(
     end = item.body if item.body is not None else item.end
     signature = one_line(source[item.start : end].decode("utf-8", "replace"), _SIGNATURE_MAX)
     bases = [_BASE_WORDS.sub("", part) for base in item.bases for part in split_commas(one_line(_text(base)))]
+    bases += [one_line(_text(base)) for base in sorted(found.bases.get(item.start, ()), key=lambda n: n.start_byte)]
     return Symbol(
         kind=kind,
         name=name,

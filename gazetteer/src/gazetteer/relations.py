@@ -12,6 +12,7 @@ import networkx as nx
 from gazetteer import grammars
 from gazetteer.history import Commit, History
 from gazetteer.model import FileFacts, Kind
+from gazetteer.paths import parent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,6 +101,12 @@ def is_test(path: str) -> bool:
     return bool(_TEST_FOLDERS.intersection(folders)) or bool(_TEST_NAME.search(stem))
 
 
+def _twins(one: str, other: str) -> bool:
+    """Tell whether two files differ in their extensions alone, wherever they lie."""
+    (stem, _, ending), (other_stem, _, other_ending) = (p.rpartition("/")[2].partition(".") for p in (one, other))
+    return stem == other_stem and ending != other_ending
+
+
 def _layers(imports: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
     graph = nx.DiGraph()
     graph.add_nodes_from(imports)
@@ -118,22 +125,52 @@ def _layers(imports: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, int], dic
     return layers, cycles
 
 
-def _tests_naming(facts: Mapping[str, FileFacts]) -> dict[str, list[tuple[str, str]]]:
-    """Map each file to the tests that name a symbol which only it defines."""
-    owner: dict[str, str] = {}
+def _reached(path: str, imports: Mapping[str, tuple[str, ...]]) -> set[str]:
+    reached = {path}
+    pending = [path]
+    while pending:
+        new = set(imports[pending.pop()]) - reached
+        reached |= new
+        pending += new
+    return reached
+
+
+def _tests_naming(
+    facts: Mapping[str, FileFacts], imports: Mapping[str, tuple[str, ...]]
+) -> dict[str, list[tuple[str, str]]]:
+    """Map each file to the tests that name a symbol which only it defines.
+
+    The name alone proves nothing: the test must import the file, or one of the same stem (a header
+    and its source), or be of its package (as in Go). What a test only reaches through others counts
+    when it imports the symbol by name, or when the symbol is a class.
+    """
+    owner: dict[str, tuple[str, Kind]] = {}
+    nobody = ("", Kind.FUNCTION)
     for path, fact in facts.items():
+        functions = {symbol.qualname for symbol in fact.symbols if symbol.kind in (Kind.FUNCTION, Kind.METHOD)}
         for symbol in fact.symbols:
+            if symbol.qualname.rpartition(".")[0] in functions:
+                continue  # local to a function: no test can name it
             if symbol.kind in (Kind.CLASS, Kind.FUNCTION) and len(symbol.name) >= _NAME_LENGTH_MIN:
-                owner[symbol.name] = path if owner.get(symbol.name, path) == path else ""
+                known = owner.get(symbol.name, (path, symbol.kind))
+                owner[symbol.name] = known if known[0] == path else nobody
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path, fact in facts.items():
         named: dict[str, list[str]] = defaultdict(list)
+        reached = _reached(path, imports) if fact.names else set()
+        by_name = {item.name for item in fact.imports}
         for name in fact.names:
-            if owner.get(name):
-                named[owner[name]].append(name)
+            target, kind = owner.get(name, nobody)
+            if not target or target == path:
+                continue
+            near = any(target == other or _twins(target, other) for other in imports[path])
+            near = near or (
+                bool(fact.package) and (parent(target), facts[target].package) == (parent(path), fact.package)
+            )
+            if near or (target in reached and (kind is Kind.CLASS or name in by_name)):
+                named[target].append(name)
         for target, names in named.items():
-            if target != path:
-                found[target].append((path, ",".join(names)))
+            found[target].append((path, ",".join(names)))
     return found
 
 
@@ -176,7 +213,7 @@ def relate(
     imported_by = {path: tuple(backwards.get(path, ())) for path in facts}
     layers, cycles = _layers(running)
     count = max(layers.values(), default=-1) + 1
-    naming = _tests_naming(facts)
+    naming = _tests_naming(facts, imports)
     contexts: dict[str, Context] = {}
     for path, fact in facts.items():
         language = grammars.languages().get(fact.language)

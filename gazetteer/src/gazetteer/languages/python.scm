@@ -1,8 +1,10 @@
 ; Definitions
 (class_definition
   name: (identifier) @name
-  superclasses: (argument_list)? @bases
   body: (_) @body) @class
+
+; one base a match; keywords such as metaclass= are none
+(class_definition superclasses: (argument_list [(expression) (list_splat)] @base)) @derived
 
 (function_definition
   name: (identifier) @name

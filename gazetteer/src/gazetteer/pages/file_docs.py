@@ -144,9 +144,13 @@ def _at(places: Places, own: str, path: str, line: int) -> str:
     return link(f"line {line}", places.source(own, path, line))
 
 
-def _entry(symbol: Symbol, places: Places, own: str, path: str) -> str:
+def _entry(symbol: Symbol, places: Places, own: str, path: str, separator: str = "") -> str:
+    """Describe a symbol; with a separator, also what encloses it, since no heading says that."""
     shown = symbol.signature if symbol.signature and symbol.kind is not Kind.CONSTANT else symbol.qualname
     parts = [f"{code(shown)}, {_at(places, own, path, symbol.line)}"]
+    outer = symbol.qualname.rpartition(separator)[0] if separator and shown != symbol.qualname else ""
+    if outer:
+        parts[0] += f", in {code(outer)}"
     if symbol.label:
         parts[0] += f" ({symbol.label})"
     if symbol.decorators:
@@ -174,7 +178,7 @@ def _structure(page: Page, fact: FileFacts, context: Context, places: Places, ow
         chosen = [s for s in loose if s.kind is kind]
         if chosen:
             page.heading(4, title)
-            page.items([_entry(s, places, own, fact.path) for s in chosen])
+            page.items([_entry(s, places, own, fact.path, separator) for s in chosen])
     if fact.headings:
         page.heading(4, "Outline")
         top = min(level for level, _, _ in fact.headings)

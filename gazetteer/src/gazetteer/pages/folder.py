@@ -122,14 +122,16 @@ def description(tree: Tree, folder: str, name: str) -> Page:
             f"The graph shows the best connected; {left:,} more with fewer imports {'is' if left == 1 else 'are'} in the {link('index', href(own, folder_page(folder, 'index.md')))}."
         )
     page.heading(2, "Important Files")
-    ranked = sorted(((tree.fan_in(p), p) for p in tree.subtree(folder)), key=lambda pair: (-pair[0], pair[1]))
+    used = [(tree.fan_in(p), p) for p in tree.subtree(folder) if tree.fan_in(p)]
+    ranked = sorted(used, key=lambda pair: (-pair[0], pair[1]))
     page.items(
         [
             f"{link(code(p[len(folder) + 1 if folder else 0 :]), href(own, docs_page(p)))}: imported by {plural(n, 'file')}. {tree.purposes[p]}".rstrip()
             for n, p in ranked[:_IMPORTANT]
-            if n
         ]
     )
+    if len(ranked) > _IMPORTANT:
+        page.add(f"These are the {_IMPORTANT} most imported of {len(ranked):,}.")
     page.heading(2, "Workflow")
     page.items(_workflow(tree, folder, own))
     page.heading(2, "Cross-References")

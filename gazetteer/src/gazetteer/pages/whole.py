@@ -156,7 +156,8 @@ def _architecture(page: Page, tree: Tree) -> None:
             f"{code(f + '/' if f else '(root)')} {n:,}"
             for f, n in sorted(folders.items(), key=lambda pair: (-pair[1], pair[0]))[:_FOLDERS_OF_A_LAYER]
         )
-        more = f" and {len(folders) - _FOLDERS_OF_A_LAYER:,} more folders" if len(folders) > _FOLDERS_OF_A_LAYER else ""
+        left = len(folders) - _FOLDERS_OF_A_LAYER
+        more = f" and {plural(left, 'more folder')}" if left > 0 else ""
         rows.append(f"Layer {layer}: {plural(len(by_layer[layer]), 'file')} ({shown}{more})")
     page.items(rows)
     cycles = {
