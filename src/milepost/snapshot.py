@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -360,7 +360,7 @@ def _records(snapshot: Snapshot, image: Image) -> Records:
 def _writer_facts() -> dict[str, str]:
     return {
         "milepost": milepost.__version__,
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
     }

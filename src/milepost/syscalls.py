@@ -14,7 +14,6 @@ import mmap
 import os
 import stat
 import sys
-import tempfile
 import weakref
 from contextlib import suppress
 
@@ -297,6 +296,8 @@ def anonymous_file(name: str) -> int:
     """A descriptor of memory without a name in any folder, not inherited; sealable where there is memfd."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    import tempfile  # noqa: PLC0415 - only where there is no memfd
+
     descriptor, path = tempfile.mkstemp(prefix=name)
     os.unlink(path)
     return descriptor
