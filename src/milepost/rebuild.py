@@ -40,6 +40,7 @@ class TensorBuilder:
         tensors: The columns of a checked index.
         storage_of: The storage that holds a record's bytes, on the device where it is to be.
         bytes_of: The bytes of a record that is no tensor.
+        path_of: The path of the object in a record, for messages.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class TensorBuilder:
         tensors: Tensors,
         storage_of: Callable[[int], torch.UntypedStorage],
         bytes_of: Callable[[int], bytes],
+        path_of: Callable[[int], str | None] = lambda _: None,
     ) -> None:
         self._tensors = tensors
         self._storage_of = storage_of
         self._bytes_of = bytes_of
+        self._path_of = path_of
         self._built: dict[int, Any] = {}
         self._gradients = set(tensors.requires_grad)
         self._conjugates = set(tensors.conj)
@@ -129,6 +132,7 @@ class TensorBuilder:
         except Exception as error:
             raise CorruptCheckpointError(
                 f"an object of type {node[2]} could not be read: {str(error) or type(error).__name__}",
+                key=self._path_of(node[1]),
                 hint=f"if it is a type of yours, allow it: torch.serialization.add_safe_globals([{node[2]}])",
             ) from error
 

@@ -10,7 +10,7 @@ import torch
 
 from milepost.manifest import Tensors
 from milepost.template import Fill, is_dense
-from milepost.tree import Node, paths_of_tensors
+from milepost.tree import Node, paths_of
 
 __all__ = ["sharing_misfits"]
 
@@ -51,7 +51,7 @@ def sharing_misfits(
             last = end, number
     if not conflicts:
         return []
-    paths = paths_of_tensors(tree)
+    paths = paths_of(tree, "tensor")
     return [
         f"{paths[later.number]}: expected the values of {paths[first.number]}, with which it shares memory, "
         "found others"

@@ -26,7 +26,7 @@ from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
 from milepost.storage.stream import FileStream
 from milepost.template import Fill, Match, copy_into, is_dense, match
-from milepost.tree import paths_of_tensors
+from milepost.tree import paths_of
 from milepost.types import STATE_DICT
 from milepost.utils import gc_paused
 
@@ -121,7 +121,12 @@ class IndexedSource:
             _check_device(device)
         for record, device in zip(index.tensors.record, index.tensors.device, strict=True):
             self._located.setdefault(record, device)
-        self._builder = TensorBuilder(index.tensors, self._storage_of, self._bytes_of)
+        self._builder = TensorBuilder(
+            index.tensors,
+            self._storage_of,
+            self._bytes_of,
+            lambda record: paths_of(index.tree, "object").get(record),
+        )
         self._map: memoryview | None = None
         self.filling = False
 
@@ -306,16 +311,17 @@ class IndexedSource:
         """Raise for chunks that failed their check, naming the keys they belong to."""
         if not damaged:
             return
-        keys = paths_of_tensors(self._index.tree)
+        keys = paths_of(self._index.tree, "tensor")
+        objects = paths_of(self._index.tree, "array", "blob", "object")
         where = []
         for damage in damaged[:_SHOWN]:
             names = [
                 keys.get(number, f"tensor {number}")
                 for number, record in enumerate(self._index.tensors.record)
                 if record == damage.tag
-            ]
+            ] + [path for record, path in objects.items() if record == damage.tag]
             where.append(
-                f"{' = '.join(names[:3]) or f'object {damage.tag}'} at byte {damage.offset} "
+                f"{' = '.join(names[:3])} at byte {damage.offset} "
                 f"(CRC-32 {damage.expected:08x} expected, {damage.found:08x} found)"
             )
         raise CorruptCheckpointError(

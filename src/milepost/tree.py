@@ -36,7 +36,7 @@ __all__ = [
     "UnencodableError",
     "check_tree",
     "path_text",
-    "paths_of_tensors",
+    "paths_of",
 ]
 
 Node = Any
@@ -463,14 +463,14 @@ _CHECKS: dict[str, Callable[[Node], bool]] = {
 }
 
 
-def paths_of_tensors(node: Node) -> dict[int, str]:
-    """The path of each tensor of a checked tree, as text; of one that occurs twice, the first."""
+def paths_of(node: Node, *kinds: str) -> dict[int, str]:
+    """The path of each value of these kinds in a checked tree, by its number; the first of several."""
     paths: dict[int, str] = {}
     decoder = TreeDecoder({tag: lambda key: key[1] for tag in ("size", "dtype", "device", "scalar")})
     stack: list[tuple[Node, Path]] = [(node, ())]
     while stack:
         node, path = stack.pop()
-        if node[0] == "tensor":
+        if node[0] in kinds:
             paths.setdefault(node[1], path_text(path))
         elif node[0] in ("dict", "ordered", "default"):
             stack += [(value, (*path, decoder.decode(key))) for key, value in reversed(node[1])]

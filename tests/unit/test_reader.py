@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -239,6 +239,16 @@ def test_damage_outside_the_template_is_not_looked_at(tmp_path):
         load(path, {"bad": torch.zeros(1000)})
 
 
+def test_an_object_that_cannot_be_read_is_named(tmp_path):
+    """A type that was allowed when it was saved, and is not now: the error has its key; the rest loads."""
+    with torch.serialization.safe_globals([PurePosixPath]):
+        path = save(tmp_path / "c", {"w": torch.ones(2), "cfg": [1, PurePosixPath("/a")]})
+    with pytest.raises(CorruptCheckpointError, match="PurePosixPath") as caught:
+        load(path)
+    assert caught.value.key == "cfg[1]"
+    assert load(path, {"w": torch.zeros(2)})["w"].tolist() == [1, 1]
+
+
 def test_damaged_objects_are_found(tmp_path):
     """A flipped byte in an object, a raw array or long bytes is found, with and without a template."""
     values = {"object": torch.eye(3).to_sparse(), "array": np.array(["abc"]), "bytes": b"x" * 100_000}
@@ -247,7 +257,7 @@ def test_damaged_objects_are_found(tmp_path):
     for node in index.tree[1]:
         flip(data_file(path), index.records.offset[node[1][1]] + 3)
         for template in (None, {node[0][1]: values[node[0][1]]}):
-            with pytest.raises(CorruptCheckpointError, match="damaged"):
+            with pytest.raises(CorruptCheckpointError, match=f"damaged: {node[0][1]} at byte"):
                 load(path, template)
         flip(data_file(path), index.records.offset[node[1][1]] + 3)
     assert_same(values, load(path))
