@@ -204,17 +204,18 @@ class Manifest(msgspec.Struct, kw_only=True):
     @property
     def size_bytes(self) -> int:
         """Bytes of all files that the manifest lists."""
-        return sum(file.size for file in self._files())
+        return sum(file.size for file in self.entries())
 
     def listed(self) -> list[str]:
         """The names of all files that the manifest lists, as relative paths."""
-        return [file.name for file in self._files()]
+        return [file.name for file in self.entries()]
 
     def names(self) -> set[str]:
         """The names in `listed`, and the manifest's own."""
         return {*self.listed(), MANIFEST_NAME}
 
-    def _files(self) -> list[FileDigest | DataFile]:
+    def entries(self) -> list[FileDigest | DataFile]:
+        """All files that the manifest lists."""
         return [*self.indexes, *self.files, *self.attachments, *([self.shards] if self.shards else [])]
 
 
@@ -250,7 +251,8 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
     found, expected = hashlib.sha256(body).hexdigest().encode(), data[len(_PREFIX) : len(_PREFIX) + 64]
     if found != expected:
         raise CorruptCheckpointError(
-            f"the manifest is damaged: SHA-256 expected {expected!r}, found {found!r}: {path}",
+            f"the manifest is damaged: SHA-256 {expected.decode('ascii', 'backslashreplace')} expected, "
+            f"{found.decode()} found: {path}",
             path=path,
             hint="load another checkpoint; `milepost ls` on the folder above lists them",
         )
@@ -263,7 +265,7 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
     check(1 <= manifest.world_size == len(manifest.indexes), "there must be one index for each rank")
     for rank, index in enumerate(manifest.indexes):
         check(index.name == index_name(rank), f"index {rank} is named {index.name!r}")
-    _check_sizes([*manifest.indexes, *manifest.files, *manifest.attachments], check)
+    _check_sizes(manifest.entries(), check)
     check(all(index.size <= MAX_INDEX_BYTES for index in manifest.indexes), "an index is too large")
     _check_metadata(manifest.metadata, check)
     return manifest

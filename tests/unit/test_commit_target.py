@@ -94,6 +94,7 @@ def test_what_may_not_be_replaced_is_refused_with_a_way_out(tmp_path, make, mess
         check_target(LOCAL, path)
     assert caught.value.path == path
     assert caught.value.hint
+    assert "save to save" not in caught.value.hint
     assert sorted(os.listdir(tmp_path)) == before
 
 

@@ -105,7 +105,7 @@ def _visible_entry(folder: Folder, name: str) -> Entry | None:
         return Entry(name, folder.path, "damaged", size_bytes=size, time=moment, problem=problem)
     return Entry(
         name, folder.path, "committed", size_bytes=size, time=moment, world_size=len(data),
-        problem="plain files without a manifest: they cannot be verified",
+        problem="files of plain torch.save, without a manifest",
     )  # fmt: skip
 
 

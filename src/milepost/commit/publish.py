@@ -109,7 +109,7 @@ def _what_is_at(storage: Storage, path: str) -> Literal["nothing", "empty", "che
             f"a checkpoint is a folder, but this is {kind}: {path}",
             path=path,
             phase="check",
-            hint=f"save to {way_out}",
+            hint=way_out,
         )
     if found.mount_point:
         raise TargetError(
