@@ -35,7 +35,7 @@ demo: $(STAMP) ## train, kill the trainer in the middle of a save, resume, compa
 test: $(STAMP) ## everything that proves a promise
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 ifneq ($(HAVE_GAZETTEER),)
-	$(GAZETTEER) test self
+	$(GAZETTEER) test self NAME=Milepost
 endif
 
 test-slow: $(STAMP) ## soaks and long property runs only
@@ -82,7 +82,7 @@ size: $(STAMP) ## lines per module against the budget
 
 ifneq ($(HAVE_GAZETTEER),)
 gazetteer: ## document this repository with the documentation system in gazetteer/, and follow every link
-	$(GAZETTEER) self
+	$(GAZETTEER) self NAME=Milepost
 
 gazetteer-demo: ## its demo
 	$(GAZETTEER) demo

@@ -49,6 +49,9 @@ def _global(module: str, name: str) -> bytes:
     return f"c{module}\n{name}\n".encode()
 
 
+_MAX_BYTES = 1 << 30
+"""Longer bytes would not fit the one form of text that the restricted unpickler knows."""
+
 _ORDERED_DICT = _global("collections", "OrderedDict") + _EMPTY_TUPLE + _REDUCE
 _SCALAR_FORMATS = {"f2": "<e", "f4": "<f", "f8": "<d"}
 
@@ -76,6 +79,8 @@ def _str(value: str) -> bytes:
 
 
 def _bytes(value: bytes) -> bytes:
+    if len(value) > _MAX_BYTES:
+        return _str(f"<{len(value)} bytes, which this view leaves out>")
     arguments = _str(value.decode("latin1")) + _str("latin1") + _TUPLE2
     return _global("_codecs", "encode") + arguments + _REDUCE
 

@@ -236,7 +236,9 @@ class StateEncoder:
         walk = self._walk
         try:
             data = pickle_object(value, lambda tensor, owner: self._inner(tensor, owner, path))
-            unpickle_object(data, lambda number: storage_from(walk.tensors[number]))
+            back = unpickle_object(data, lambda number: storage_from(walk.tensors[number]))
+            if type(back) is not kind:
+                raise TypeError(f"it would come back as a {type(back).__qualname__}")
         except StateError as error:
             raise error.located(key=path_text(path)) from None
         except Exception as error:

@@ -68,6 +68,8 @@ class Service:
         self._inbox: deque[tuple[Message, list[int]]] = deque()
         self._attached: dict[int, list[int]] = {}
         self._line_ended = False
+        self._arena: Arena | None = None
+        self._inode = 0
         self._plans: dict[bytes, tuple[Layout, list[bytes], Tensors]] = {}
         self._write: Callable[[Write, Packed, Arena, list[int]], None] = self._write_lean
 
@@ -164,11 +166,10 @@ class Service:
     # -- saves -------------------------------------------------------------------------------------
 
     def _serve(self, request: Write, descriptors: list[int]) -> None:
-        arena = None
         attached = self._attached.pop(request.number, [])
         try:
             packed = msgspec.msgpack.decode(read_blob(descriptors.pop()), type=Packed)
-            arena = Arena(0, descriptors.pop())
+            arena = self._map(descriptors.pop())
             self._prepare_main(packed.arguments)
             self._write(request, packed, arena, attached)
         except BaseException as error:  # noqa: BLE001 - a failed save never ends the service
@@ -178,8 +179,21 @@ class Service:
         finally:
             for descriptor in (*descriptors, *attached):
                 os.close(descriptor)
-            if arena is not None:
-                arena.close()
+
+    def _map(self, descriptor: int) -> Arena:
+        """The arena behind a descriptor, which this takes over.
+
+        The mapping of the last one is kept, with its page tables: most saves come in the same arena.
+        """
+        inode = os.fstat(descriptor).st_ino
+        if self._arena is not None and inode == self._inode:
+            os.close(descriptor)
+            self._arena.grow(os.fstat(self._arena.descriptor).st_size)
+            return self._arena
+        if self._arena is not None:
+            self._arena.close()
+        self._arena, self._inode = Arena(0, descriptor), inode
+        return self._arena
 
     def _write_lean(self, request: Write, packed: Packed, arena: Arena, _: list[int]) -> None:
         layout, fragments, tensors = self._plan(packed)

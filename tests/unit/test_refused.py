@@ -14,7 +14,8 @@ import pytest
 import torch
 from states import assert_same, load, round_trip, save, torch_load
 
-from milepost.errors import StateError, UnsupportedTypeError
+import milepost
+from milepost.errors import CheckpointNotFoundError, StateError, TargetError, UnsupportedTypeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 
@@ -227,3 +228,23 @@ def test_memory_released_between_saves_is_noticed(tmp_path):
         tensor.fill_(2)
         checkpointer.save(str(tmp_path / "c"), {"t": tensor})
     assert_same({"t": torch.full((50_000,), 2.0)}, load(tmp_path / "c"))
+
+
+def test_an_object_that_would_come_back_as_another_type_is_refused(tmp_path):
+    """Torch reads a bare storage back as a typed one: that is told before anything is written."""
+    checkpointer = milepost.make_sync_checkpointer()
+    with pytest.raises(UnsupportedTypeError, match="would come back as a TypedStorage"):
+        checkpointer.save(str(tmp_path / "c"), {"s": torch.ones(3).untyped_storage()})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", [None, 5, b"run", ""])
+def test_what_is_no_path_is_refused_with_words(path, tmp_path, monkeypatch):
+    """A path that is no text is an error of ours for save and load, not a TypeError from the depths."""
+    monkeypatch.chdir(tmp_path)
+    checkpointer = milepost.make_sync_checkpointer()
+    with pytest.raises(TargetError, match="no path of a checkpoint"):
+        checkpointer.save(path, {})
+    with pytest.raises(CheckpointNotFoundError, match="no path of a checkpoint"):
+        checkpointer.load(path)
+    assert os.listdir(tmp_path) == []

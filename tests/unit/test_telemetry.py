@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 from background import Collect, error_of, make, parts, result, state_of
@@ -85,19 +86,25 @@ def test_an_observer_that_fails_disturbs_nothing(tmp_path, caplog):
 
 
 def test_an_observer_may_use_the_checkpointer(tmp_path):
-    """A save can be begun from within the news that one is committed."""
+    """A save can be begun as soon as an observer hears that another is committed."""
     futures = []
+    saved, begun = threading.Event(), threading.Event()
+
+    def again(_):
+        futures.append(checkpointer.save(str(tmp_path / "second"), state_of(2))[1])
+        begun.set()
 
     class Again:
         def on_event(self, event):
             if event.kind == "committed" and event.path.endswith("first"):
-                written.add_done_callback(
-                    lambda _: futures.append(checkpointer.save(str(tmp_path / "second"), state_of(2))[1])
-                )
+                assert saved.wait(60)
+                written.add_done_callback(again)
 
     with make(observers=[Again()]) as checkpointer:
         written = checkpointer.save(str(tmp_path / "first"), state_of(1))[1]
+        saved.set()
         result(written)
+        assert begun.wait(60)
         checkpointer.wait_committed(60)
     assert result(futures[0]) is None
 

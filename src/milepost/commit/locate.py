@@ -71,6 +71,11 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
         CorruptCheckpointError: The manifest is damaged, or files are not as it says.
         UnsupportedFormatError: It was written by a later Milepost.
     """
+    given: object = path  # users give anything
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+        raise CheckpointNotFoundError(
+            f"this is no path of a checkpoint: {path!r}", hint="give the path of a folder, as text"
+        )
     try:
         path = os.path.abspath(os.fspath(path))
     except FileNotFoundError:

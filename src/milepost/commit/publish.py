@@ -71,9 +71,14 @@ def check_target(storage: Storage, path: str | os.PathLike[str]) -> Target:
     Raises:
         TargetError: It may not; the hint says what to do.
     """
-    text = os.fspath(path)
-    if not text or "\0" in text:
-        raise TargetError(f"this is no path of a checkpoint: {text!r}", path=text, phase="check")
+    given: object = path  # users give anything
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise TargetError(
+            f"this is no path of a checkpoint: {path!r}",
+            phase="check",
+            hint="give the path of a folder, as text",
+        )
     try:
         absolute = os.path.abspath(text)
     except FileNotFoundError:
