@@ -104,7 +104,7 @@ def change(data, value):
             source = source[key]
         parent[path[-1]] = copy.deepcopy(source)
     else:
-        parent[path[-1]] = data.draw(JUNK)
+        parent[path[-1]] = copy.deepcopy(data.draw(JUNK))  # what is drawn must not be changed later
 
 
 def examples(quick):
