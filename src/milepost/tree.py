@@ -366,6 +366,8 @@ def _frozen(node: Node, depth: int) -> Any:
     """A hashable stand-in for a key node; equal for nodes whose values are equal as keys."""
     if depth > MAX_DEPTH + 1:
         raise ValueError(f"the tree is nested more than {MAX_DEPTH} deep")
+    if isinstance(node, dict):
+        raise ValueError(f"a node of the tree is malformed: {str(node)[:80]!r}")  # noqa: TRY004 - bad content
     if not isinstance(node, list | tuple):
         return node
     if node and node[0] in ("bool", "int", "float", "complex") and _CHECKS[node[0]](node):

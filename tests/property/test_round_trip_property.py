@@ -183,3 +183,9 @@ def test_no_malformed_tree_gets_past_the_check(node):
         return
     leaves_ = dict.fromkeys(("size", "dtype", "device", "tensor", "scalar", "array", "blob", "object"), tuple)
     TreeDecoder({**leaves_, "size": lambda node: tuple(node[1])}).decode(node)
+
+
+def test_an_object_in_place_of_a_key_is_malformed():
+    """A JSON object where a key node belongs is a ValueError, and no TypeError from hashing it."""
+    with pytest.raises(ValueError, match="malformed"):
+        check_tree(["dict", [[{}, ["none"]]]], tensors=0, records=0)
