@@ -54,7 +54,6 @@ def ours() -> Candidate:
 
 def torch_experimental() -> Candidate:
     from torch.distributed.checkpoint._experimental.builder import make_async_checkpointer
-    from torch.distributed.checkpoint._experimental.checkpoint_writer import CheckpointWriterConfig  # noqa: F401
     from torch.distributed.checkpoint._experimental.config import CheckpointerConfig
     from torch.distributed.checkpoint._experimental.staging import CheckpointStagerConfig
     from torch.distributed.checkpoint._experimental.types import RankInfo

@@ -29,7 +29,15 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(abc.ABC):
-    """Saves and loads training state."""
+    """Saves and loads training state. Usable as a context manager, which closes it."""
+
+    def __enter__(self) -> Self:
+        """The checkpointer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
 
     @abc.abstractmethod
     def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> Any:
@@ -64,14 +72,6 @@ class SyncCheckpointer(Checkpointer):
         self._writer = writer
         self._reader = reader
         self._closed = False
-
-    def __enter__(self) -> Self:
-        """The checkpointer itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
 
     def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
         """Save a state dict; see `CheckpointWriter.write` for arguments, guarantees and errors.
@@ -165,14 +165,6 @@ class AsyncCheckpointer(Checkpointer):
             self._unseen,
             self._owner,
         )
-
-    def __enter__(self) -> Self:
-        """The checkpointer itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
 
     # -- saving ------------------------------------------------------------------------------------
 

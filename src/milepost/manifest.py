@@ -464,9 +464,3 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
             check.fail(f"tensor {number} lies in record {record} of {len(lengths)}")
         if start < 0 or start % size or start + (0 if empty else reach) > lengths[record]:
             check.fail(f"tensor {number} reaches beyond its record")
-
-
-def tree_of(index: Index) -> Node:
-    """The index's tree, which `decode_index` has checked."""
-    node: Node = index.tree
-    return node

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from milepost.manifest import DTYPE_BYTES, Index, tree_of
+from milepost.manifest import DTYPE_BYTES, Index
 from milepost.tree import Node, TreeDecoder
 
 __all__ = ["Line", "outline", "plain_value", "text_of"]
@@ -101,7 +101,7 @@ class Line:
 def outline(index: Index) -> list[Line]:
     """The lines of an index, containers before what they hold, in the order of the state dict."""
     lines: list[Line] = []
-    stack: list[tuple[str, Node, int]] = [("", tree_of(index), -1)]
+    stack: list[tuple[str, Node, int]] = [("", index.tree, -1)]
     while stack:
         label, node, parent = stack.pop()
         line = _line(index, node)

@@ -25,7 +25,7 @@ from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
 from milepost.snapshot import Snapshot
 from milepost.tree import Node, Path, TreeDecoder, TreeEncoder, UnencodableError, path_text
 
-__all__ = ["Parts", "StateEncoder"]
+__all__ = ["Parts", "StateEncoder", "reach"]
 
 BLOB_BYTES = 64 * 1024
 """Longer ``bytes`` are kept out of the index, in a record of their own."""
@@ -314,7 +314,7 @@ class StateEncoder:
 def _check_memory(walk: _Walk, offsets: list[int], sizes: list[int]) -> None:
     """Refuse tensors that reach beyond their storage: its memory was released (``resize_(0)``)."""
     for tensor, path, offset, size in zip(walk.tensors, walk.paths, offsets, sizes, strict=True):
-        end = (offset + _reach(tensor)) * tensor.element_size()
+        end = (offset + reach(tensor)) * tensor.element_size()
         if tensor.numel() and end > size:
             raise StateError(
                 f"a tensor of shape {tuple(tensor.shape)} reaches {end} bytes into a storage of {size}",
@@ -323,7 +323,7 @@ def _check_memory(walk: _Walk, offsets: list[int], sizes: list[int]) -> None:
             )
 
 
-def _reach(tensor: torch.Tensor) -> int:
+def reach(tensor: torch.Tensor) -> int:
     """How many elements lie between the first and the end of the last, in memory."""
     return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -358,7 +358,7 @@ def _partition(
             continue
         base = pointer - offset * size
         start = pointer - base
-        extents.append((str(tensor.device), base, start, start + _reach(tensor) * size, size, number))
+        extents.append((str(tensor.device), base, start, start + reach(tensor) * size, size, number))
     extents.sort()
     runs: list[list[Any]] = []  # [device, base, start, end, largest element, tensors]
     for device, base, start, end, size, number in extents:

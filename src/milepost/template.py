@@ -17,6 +17,7 @@ import torch
 from milepost.errors import CorruptCheckpointError
 from milepost.manifest import Tensors
 from milepost.rebuild import dtype_of
+from milepost.state import reach
 from milepost.tree import Item, Node, Path, path_text
 
 __all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]
@@ -288,11 +289,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill a run of memory without gaps and without sharing any of it."""
     if tensor.numel() == 0 or tensor.is_contiguous():
         return tensor.numel() > 0
-    return not _overlaps(tensor) and _reach(tensor) == tensor.numel()
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return not _overlaps(tensor) and reach(tensor) == tensor.numel()
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
@@ -338,5 +335,5 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
         if not (target.is_complex() or target.is_neg() or source.is_neg()):
             integers = _INTEGERS[target.element_size()]  # torch cannot index every dtype
             target, source = target.view(integers), source.view(integers)
-        flat = target.as_strided((_reach(target),), (1,))
-        flat[places] = source.as_strided((_reach(source),), (1,)).to(target.device)[places]
+        flat = target.as_strided((reach(target),), (1,))
+        flat[places] = source.as_strided((reach(source),), (1,)).to(target.device)[places]

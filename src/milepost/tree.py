@@ -80,12 +80,8 @@ _TRUE, _FALSE = ("bool", True), ("bool", False)
 
 
 def _encode_int(value: int) -> Node:
-    return ("int", value) if -(1 << 63) <= value < 1 << 63 else ("int", str_of_int(value))
-
-
-def str_of_int(value: int) -> str:
-    """An integer of any size in hexadecimal (decimal text is limited to 4,300 digits by Python)."""
-    return hex(value)
+    # Beyond 64 bits in hexadecimal: Python limits decimal text to 4,300 digits.
+    return ("int", value) if -(1 << 63) <= value < 1 << 63 else ("int", hex(value))
 
 
 def _encode_float(value: float) -> Node:
