@@ -1,4 +1,4 @@
-"""The command line: ``milepost show``, ``milepost verify``, ``milepost ls``.
+"""The command line: ``milepost show``, ``verify``, ``ls`` and ``doctor``.
 
 Data go to stdout and messages to stderr. This module imports nothing heavy: each command imports what
 it needs, so that ``milepost --help`` is there at once.
@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="milepost",
-    help="Look at checkpoints that Milepost saved, and check them. Nothing here changes a file.",
+    help="Look at checkpoints that Milepost saved, and check them. Only `doctor --repair` changes anything.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -95,6 +95,27 @@ def list_(
         from milepost.cli.ls import run
 
         session.exit_code = run(session, folder, exact=exact, as_json=as_json)
+
+
+@app.command(epilog=EPILOG)
+def doctor(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or a folder of checkpoints.")],
+    mend: Annotated[
+        bool,
+        typer.Option("--repair", help="Publish what is complete, and remove what dead saves have left."),
+    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Compare every byte with its checksum.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what is wrong with a checkpoint or a folder of them, which ranks are missing, and what to do.
+
+    Without --repair nothing is changed. With it, nothing is touched that a save still works on.
+    """
+    with reported(debug=debug), Session() as session:
+        from milepost.cli.doctor import run
+
+        session.exit_code = run(session, path, mend=mend, deep=deep, as_json=as_json)
 
 
 def main() -> Any:

@@ -1,0 +1,437 @@
+"""What is wrong with a checkpoint, or with a folder of them, as plain facts. Torch-free; changes nothing.
+
+It judges by the rules of `milepost.commit`: what it calls loadable is what `locate` finds, and what it
+calls complete is what `roll_forward` publishes.
+"""
+
+# Paths are str, here as in the storage package.
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from milepost.commit import Entry, locate, scan
+from milepost.commit.claim import is_abandoned
+from milepost.commit.hidden import (
+    NOTE_NAME,
+    Hidden,
+    Note,
+    belongs,
+    data_rank,
+    index_rank,
+    is_aborted,
+    is_own,
+    list_names,
+    looks_hidden,
+    names_of,
+    opened,
+    ranks_in,
+    read_manifest,
+    read_note,
+    siblings,
+    stem_of,
+)
+from milepost.commit.listing import Explanation, explain_folder
+from milepost.commit.marks import assemble, checked_manifest, missing_files
+from milepost.commit.publish import published_manifest
+from milepost.errors import (
+    CommitError,
+    LoadError,
+    StorageError,
+    UnsupportedFormatError,
+)
+from milepost.manifest import (
+    MANIFEST_NAME,
+    MAX_INDEX_BYTES,
+    Manifest,
+    data_name,
+    decode_index,
+    decode_mark,
+    index_name,
+    is_plain_name,
+)
+from milepost.outline import outline
+from milepost.storage import Folder, Storage
+from milepost.verify import Progress, verify
+
+__all__ = ["Damage", "Diagnosis", "Finding", "RankState", "Watch", "diagnose"]
+
+_CUT_STEM = re.compile(r".+~[0-9a-f]{16}", re.DOTALL)
+
+Watch = Callable[[str], AbstractContextManager[Progress | None]]
+"""Called with the path of a checkpoint whose bytes are read; the context's value is told the progress."""
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What one rank did in an attempt that has not committed.
+
+    Attributes:
+        rank: The rank.
+        state: "arrived": its part is durable. "failed": it left an abort mark. "missing": it began, and
+            has not arrived. "silent": it has left no word.
+        phase: What it was doing when it last said so, or when it failed.
+        bytes_done: Bytes that it had written then.
+        time: When that was, seconds since the epoch by its host's clock; 0 if it is not known.
+        error: Type and message of what it failed with.
+    """
+
+    rank: int
+    state: Literal["arrived", "failed", "missing", "silent"]
+    phase: str | None = None
+    bytes_done: int = 0
+    time: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not as it was written, the rank that wrote it, and the values concerned."""
+
+    file: str
+    message: str
+    rank: int | None = None
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One folder that is a checkpoint, or belongs to one.
+
+    Attributes:
+        name: The checkpoint's name.
+        path: The folder that was looked at.
+        target: The path that `save` and `load` are given for it; None where it cannot be told.
+        state: "whole". "damaged": files are not what they were. "unreadable": a later version wrote it.
+            "complete": every rank's part is there, it loads, but it was not published. "overtaken": as
+            "complete", but a newer checkpoint is published. "incomplete": parts are missing.
+            "replaced": a former checkpoint, exchanged out by a later save. "foreign": named like an attempt
+            here, but its content says that it is another's.
+        loads: Whether `load` can read it (all bytes are only compared in a deep diagnosis).
+        published: It is at its own path, and not in a hidden folder.
+        alive: Its lock is held: somebody works on it. None where that cannot be told.
+        aborted: A rank has failed, so that it will never be committed.
+        step: The training step that was recorded.
+        time: When it was saved, or last changed.
+        size_bytes: Bytes of its files.
+        world_size: How many ranks take part.
+        ranks: What each rank did, in an attempt that has not committed.
+        damage: What is damaged.
+        problem: What else is worth knowing.
+        leftovers: Passing files of the save that are still in a published checkpoint.
+    """
+
+    name: str
+    path: str
+    target: str | None
+    state: Literal[
+        "whole", "damaged", "unreadable", "complete", "overtaken", "incomplete", "replaced", "foreign"
+    ]
+    loads: bool = False
+    published: bool = False
+    alive: bool | None = False
+    aborted: bool = False
+    step: int | None = None
+    time: float = 0.0
+    size_bytes: int = 0
+    world_size: int | None = None
+    ranks: tuple[RankState, ...] = ()
+    damage: tuple[Damage, ...] = ()
+    problem: str | None = None
+    leftovers: tuple[str, ...] = ()
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether something was lost: it is damaged, or incomplete and nobody will complete it."""
+        return self.state == "damaged" or (
+            self.state == "incomplete" and (self.alive is False or self.aborted)
+        )
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found at a path.
+
+    Attributes:
+        path: The path.
+        is_run: It is a folder of checkpoints, and not one checkpoint.
+        findings: All that there is, by time.
+        newest: The newest loadable one in the whole folder: by step, those without one by time.
+    """
+
+    path: str
+    is_run: bool
+    findings: list[Finding] = field(default_factory=list)
+    newest: Finding | None = None
+
+
+# ---------------------------------------------------------------------------- the whole
+
+
+def diagnose(storage: Storage, path: str, *, deep: bool = False, watch: Watch | None = None) -> Diagnosis:
+    """Look at one checkpoint (which may exist as a hidden partial only), or at all in a folder.
+
+    Args:
+        storage: Where.
+        path: The checkpoint, the folder in which checkpoints lie, or a hidden folder of an attempt.
+        deep: Compare every byte of what is looked at with its checksum.
+        watch: Told of the reading.
+
+    Raises:
+        CheckpointNotFoundError: There is neither.
+        StorageError: It cannot be looked at.
+    """
+    path = os.path.abspath(path)
+    found = storage.stat(path)
+    if found is not None and found.kind == "symlink":
+        path = os.path.realpath(path)
+    is_run = not _is_one(storage, path)
+    if is_run and names_of(storage, path) is None:
+        locate(storage, path).folder.close()  # tells what is there instead, and what exists near it
+    folder = path if is_run else os.path.dirname(path)
+    names = names_of(storage, folder) or []
+    listed = {entry.path: entry for entry in scan(storage, folder)}
+    findings = []
+    for name in names:
+        inner = os.path.join(folder, name)
+        finding = _examine(storage, inner, listed.get(inner), names)
+        if finding is None:
+            continue
+        if deep and (is_run or path in (finding.target, finding.path)):
+            finding = _read_whole(storage, finding, watch)
+        findings.append(finding)
+    findings.sort(key=lambda finding: (finding.time, finding.name, finding.path))
+    newest = max((finding for finding in findings if finding.loads), key=_age, default=None)
+    chosen = [finding for finding in findings if is_run or path in (finding.target, finding.path)]
+    if not is_run and not chosen:
+        locate(storage, path).folder.close()
+    return Diagnosis(path, is_run, chosen, newest)
+
+
+def _age(finding: Finding) -> tuple[bool, int, float]:
+    return finding.step is not None, finding.step or 0, finding.time
+
+
+def _is_one(storage: Storage, path: str) -> bool:
+    """Whether the path is one checkpoint's, and not that of a folder of checkpoints."""
+    names = names_of(storage, path)
+    if MANIFEST_NAME in (names or ()) or looks_hidden(os.path.basename(path)):
+        return True
+    parts = any(data_rank(name) is not None or index_rank(name) is not None for name in names or ())
+    if not parts and not siblings(storage, path):
+        return False
+    return not names or not scan(storage, path)
+
+
+# ---------------------------------------------------------------------------- one folder
+
+
+def _examine(storage: Storage, path: str, entry: Entry | None, names: list[str]) -> Finding | None:
+    parts = looks_hidden(os.path.basename(path))
+    with opened(storage, path) as folder:
+        if folder is None:
+            return None
+        if parts is None:
+            return None if entry is None else _published(folder, entry)
+        note = read_note(folder)
+        target = _target(os.path.dirname(path), *parts, note, names)
+        found = Finding(os.path.basename(target) if target else parts[0], path, target, "incomplete")
+        if entry is not None:
+            found = replace(
+                found,
+                step=entry.step,
+                time=entry.time,
+                size_bytes=entry.size_bytes,
+                world_size=entry.world_size,
+            )
+        return _hidden(storage, folder, found, parts[1], note, is_listed=entry is not None)
+
+
+def _target(parent: str, stem: str, attempt: str, note: Note | None, names: list[str]) -> str | None:
+    """The path to which a hidden folder belongs; None if its name was cut and is told nowhere."""
+    if not _CUT_STEM.fullmatch(stem):
+        return os.path.join(parent, stem)
+    candidates = [name for name in names if not looks_hidden(name)]
+    if note is not None and note.attempt == attempt and is_plain_name(note.name):
+        candidates.append(note.name)
+    name = next((name for name in candidates if stem_of(name) == stem and "/" not in name), None)
+    return None if name is None else os.path.join(parent, name)
+
+
+def _published(folder: Folder, entry: Entry) -> Finding:
+    names = list_names(folder)
+    found = Finding(
+        name=entry.name,
+        path=entry.path,
+        target=entry.path,
+        state="whole",
+        loads=True,
+        published=True,
+        step=entry.step,
+        time=entry.time,
+        size_bytes=entry.size_bytes,
+        world_size=entry.world_size,
+    )
+    if entry.state != "damaged":
+        left = tuple(name for name in names if is_own(name) and name != MANIFEST_NAME)
+        is_plain = MANIFEST_NAME not in names
+        return replace(found, problem=entry.problem, leftovers=() if is_plain else left)
+    try:
+        manifest = read_manifest(folder)
+    except UnsupportedFormatError as error:
+        return replace(found, state="unreadable", loads=False, problem=error.message)
+    except LoadError as error:
+        return replace(found, state="damaged", loads=False, damage=(Damage(MANIFEST_NAME, error.message),))
+    lost = (Damage(MANIFEST_NAME, "is missing"),)
+    damage = lost if manifest is None else _misfits(folder, manifest)
+    return replace(found, state="damaged", loads=False, damage=damage)
+
+
+def _hidden(
+    storage: Storage, folder: Folder, found: Finding, attempt: str, note: Note | None, *, is_listed: bool
+) -> Finding | None:
+    """What a hidden folder is: its content decides, by the rules of `milepost.commit.recover`."""
+    names = list_names(folder)
+    published = published_manifest(storage, found.target) if found.target else None
+    try:
+        manifest = read_manifest(folder)
+    except UnsupportedFormatError as error:
+        return replace(found, state="unreadable", problem=error.message)
+    except LoadError as error:
+        return replace(found, state="damaged", damage=(Damage(MANIFEST_NAME, error.message),))
+    if manifest is not None and manifest.attempt != attempt:
+        whole = checked_manifest(folder, manifest.attempt, names, deep=True)
+        free = found.target is not None and storage.stat(found.target) is None
+        return replace(found, state="replaced", loads=whole is not None and free)
+    if not is_listed:  # nothing of ours is in it
+        data = any(data_rank(name) is not None for name in names)
+        if names and not (data and published is not None and published.attempt == attempt):
+            return None
+        return replace(found, state="replaced") if names else replace(found, problem="it is empty")
+    found = replace(found, alive=_is_alive(storage, found.path, attempt, names))
+    whole = checked_manifest(folder, attempt, names, deep=True)
+    if whole is not None:
+        late = published is not None and published.time > whole.time
+        return replace(found, state="overtaken" if late else "complete", loads=not late)
+    if note is not None and not belongs(note, folder, attempt):
+        return replace(found, state="foreign")
+    told = explain_folder(folder)
+    world_size = told.world_size or _marked_world_size(folder, told.arrived)
+    full = world_size is not None and len(told.arrived) >= world_size
+    aborted = is_aborted(names)
+    return replace(
+        found,
+        aborted=aborted,
+        world_size=world_size,
+        ranks=tuple(_ranks(told, world_size)),
+        problem=_contradiction(folder, attempt, names, manifest) if full and not aborted else None,
+    )
+
+
+def _is_alive(storage: Storage, path: str, attempt: str, names: list[str]) -> bool | None:
+    try:
+        if is_abandoned(storage, Hidden(path, attempt)):
+            return False
+    except StorageError:
+        return None
+    if NOTE_NAME in names:
+        return True
+    # Nobody can hold a lock on a file that is not there; but one who has just begun has not named it yet.
+    return False if any(not name.startswith(f".{NOTE_NAME}.") for name in names) else None
+
+
+def _marked_world_size(folder: Folder, arrived: list[int]) -> int | None:
+    """How many ranks take part, where the ``attempt.json`` that said so is lost."""
+    for rank in arrived[:1]:
+        with suppress(LoadError, StorageError):
+            return decode_mark(folder.read(index_name(rank), MAX_INDEX_BYTES), folder.path).world_size
+    return None
+
+
+def _ranks(told: Explanation, world_size: int | None) -> Iterable[RankState]:
+    known = {*told.arrived, *told.aborted, *told.beacons}
+    for rank in range(world_size) if world_size is not None else sorted(known):
+        word, failure = told.beacons.get(rank), told.aborted.get(rank)
+        if failure is not None:
+            error = f"{failure.type}: {failure.message}"
+            count = word.bytes_done if word else 0
+            yield RankState(rank, "failed", failure.phase, count, failure.time, error)
+        elif word is None:
+            yield RankState(rank, "arrived" if rank in told.arrived else "silent")
+        else:
+            state: Literal["arrived", "missing"] = "arrived" if rank in told.arrived else "missing"
+            yield RankState(rank, state, word.phase, word.bytes_done, word.time)
+
+
+def _contradiction(folder: Folder, attempt: str, names: list[str], manifest: Manifest | None) -> str:
+    """Why an attempt is not complete although all ranks have arrived."""
+    if manifest is not None:
+        return "; ".join(missing_files(folder, manifest)[:5]) or "an index or attachment is damaged"
+    try:
+        whole = assemble(folder, attempt, ranks_in(names), live=False)
+    except (CommitError, LoadError, StorageError) as error:
+        return str(getattr(error, "message", error))
+    missing = [name for rank in ranks_in(names) if folder.stat(name := data_name(rank)) is None]
+    if whole is None and missing:
+        return f"{', '.join(sorted(missing)[:5])} {'is' if len(missing) == 1 else 'are'} missing"
+    return "files are not as the ranks' marks say"
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def _rank_of(name: str) -> int | None:
+    rank = data_rank(name)
+    return index_rank(name) if rank is None else rank
+
+
+def _misfits(folder: Folder, manifest: Manifest) -> tuple[Damage, ...]:
+    """The files that are missing or have another size, with the values that are lost with them."""
+    damage = []
+    names = [entry.name for entry in manifest.entries()]
+    for problem in missing_files(folder, manifest):
+        name = max((name for name in names if problem.startswith(f"{name} ")), key=len, default="")
+        keys = () if data_rank(name) is None else _keys_beyond(folder, name)
+        damage.append(Damage(name, problem.removeprefix(f"{name} "), _rank_of(name), keys))
+    return tuple(damage)
+
+
+def _keys_beyond(folder: Folder, name: str) -> tuple[str, ...]:
+    """The values of a data file that reach beyond its end, as its index says."""
+    with suppress(LoadError, StorageError):
+        found = folder.stat(name)
+        size = found.size_bytes if found is not None and found.kind == "file" else 0
+        index = decode_index(folder.read(index_name(data_rank(name) or 0), MAX_INDEX_BYTES), name)
+        records = index.records
+        return tuple(
+            line.path
+            for line in outline(index)
+            if line.record >= 0
+            and index.files[records.file[line.record]].name == name
+            and records.offset[line.record] + line.end > size
+        )
+    return ()
+
+
+def _read_whole(storage: Storage, finding: Finding, watch: Watch | None) -> Finding:
+    """The finding after every byte was compared, if it is what a load of its path reads."""
+    if finding.target is None or not (finding.loads or (finding.published and finding.state == "damaged")):
+        return finding
+    try:
+        with watch(finding.target) if watch else nullcontext(None) as progress:
+            report = verify(storage, finding.target, progress)
+    except LoadError as error:
+        if finding.damage:
+            return finding
+        return replace(finding, state="damaged", loads=False, damage=(Damage("", error.message),))
+    if report.path != finding.path:
+        return finding
+    damage = tuple(Damage(p.file, p.message, _rank_of(p.file), p.keys) for p in report.problems)
+    if damage:
+        return replace(finding, state="damaged", loads=False, damage=damage)
+    odd = "; ".join(f"{warning.file}: {warning.message}" for warning in report.warnings[:5])
+    return replace(finding, problem=odd or finding.problem)

@@ -1,0 +1,561 @@
+"""`milepost doctor`: what it says of whole, damaged and partial checkpoints, and what --repair does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from commit_steps import StepClock, arrive, save, tree
+from typer.testing import CliRunner
+
+import milepost
+from milepost.cli import app
+from milepost.cli.doctor import advice, repair, words
+from milepost.commit import Attempt
+from milepost.commit.hidden import join_hidden
+from milepost.diagnosis import diagnose
+from milepost.errors import CheckpointNotFoundError, StorageError
+from milepost.manifest import decode_manifest, encode_manifest
+from milepost.storage.local import LocalStorage
+
+STORAGE = LocalStorage()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The path of an empty folder for checkpoints."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return str(folder)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["doctor", *(str(argument) for argument in arguments)])
+
+
+def begin(path, rank, world_size, attempt="job-1", **kwargs):
+    return Attempt.begin(STORAGE, path, attempt=attempt, rank=rank, world_size=world_size, **kwargs)
+
+
+def die(*attempts):
+    """What the end of their processes does to attempts."""
+    for attempt in attempts:
+        attempt._release()
+
+
+def partial(path, arrived, world_size, step=5, attempt="job-1"):
+    """Ranks that have arrived, still alive."""
+    return [
+        arrive(STORAGE, path, step, attempt=attempt, rank=rank, world_size=world_size) for rank in arrived
+    ]
+
+
+def only(path, **kwargs):
+    """The only finding at a path."""
+    (finding,) = diagnose(STORAGE, path, **kwargs).findings
+    return finding
+
+
+def save_real(path, step, value=1.0):
+    """A checkpoint with tensors, as users save it."""
+    with milepost.make_sync_checkpointer() as checkpointer:
+        state = {"model": {"weight": torch.full((64, 8), value), "bias": torch.zeros(8)}}
+        checkpointer.save(path, state, step=step)
+
+
+# ---------------------------------------------------------------------------- what it says
+
+
+def test_a_run_of_whole_checkpoints(run):
+    """Each whole checkpoint is named with its step and ranks, then the newest by step; exit code 0."""
+    die(*partial(f"{run}/step-9", (0, 1, 2, 3), 4, step=9))
+    save(STORAGE, f"{run}/step-10", 10)
+    save(STORAGE, f"{run}/step-8", 8)
+    assert invoke(run, "--repair").exit_code == 0
+    result = invoke(run)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert sorted(result.stdout.splitlines()) == [
+        f"newest loadable is step 10 ({run}/step-10)",
+        "step-10: whole: step 10, 1 rank",
+        "step-8: whole: step 8, 1 rank",
+        "step-9: whole: step 9, 4 ranks",
+    ]
+
+
+def test_without_steps_the_newest_is_so_by_time(run):
+    """Where no step was recorded the later save is the newest; a step that was recorded comes first."""
+    save(STORAGE, f"{run}/b", None)
+    save(STORAGE, f"{run}/a", None)
+    assert diagnose(STORAGE, run).newest.name == "a"
+    assert "a: whole: 1 rank" in invoke(run).stdout
+    assert invoke(run).stdout.splitlines()[-1] == f"newest loadable is {run}/a"
+    save(STORAGE, f"{run}/a", 1)
+    save(STORAGE, f"{run}/b", None)
+    assert diagnose(STORAGE, run).newest.name == "a"
+
+
+def test_a_missing_rank_is_told_with_its_last_words(run):
+    """Of a dead partial it says who arrived, what the missing rank did last and when, and who never began."""
+    path = f"{run}/step-5"
+    save(STORAGE, f"{run}/step-4", 4)
+    clock = StepClock()
+    arrived = partial(path, (0, 1), 4)
+    late = begin(path, 3, 4, clock=clock.clock)
+    late.progress("write", 1_258_291)
+    die(*arrived, late)
+    finding = only(path)
+    assert (finding.state, finding.alive, finding.is_wrong) == ("incomplete", False, True)
+    assert words(finding, clock.now + 200) == (
+        "incomplete: rank 3 never arrived (last seen writing, 1.2 MiB, 3 minutes ago); "
+        "rank 2 never began; arrived: 0, 1"
+    )
+    result = invoke(path)
+    assert result.exit_code == 1
+    first, todo, last = result.stdout.splitlines()
+    assert first.startswith("step-5: incomplete: rank 3 never arrived (last seen writing, 1.2 MiB, ")
+    assert f"--repair`, removes it; load step 4 ({run}/step-4) instead" in todo
+    assert last == f"newest loadable is step 4 ({run}/step-4)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(-5, "0 seconds"), (1, "1 second"), (60, "1 minute"), (7300, "2 hours"), (1e6, "11 days")],
+)
+def test_ages_are_told_in_words(run, seconds, said):
+    """The age of a last word is given in the largest unit that fits, and is never negative."""
+    clock = StepClock()
+    attempt = begin(f"{run}/step-5", 0, 2, clock=clock.clock)
+    die(attempt)
+    assert f"(last seen beginning, 0 B, {said} ago)" in words(only(f"{run}/step-5"), clock.now + seconds)
+
+
+def test_an_abort_is_told_with_its_error(run):
+    """A rank that failed is named with phase and error, also while others still live: exit code 1."""
+    path = f"{run}/step-5"
+    (alive,) = partial(path, (0,), 3)
+    failing = begin(path, 2, 3)
+    failing.progress("write", 10)
+    failing.abort(StorageError("no space left", phase="write"))
+    die(failing)
+    finding = only(path)
+    assert (finding.alive, finding.aborted, finding.ranks[2].state) == (True, True, "failed")
+    assert words(finding, 0) == (
+        "incomplete: rank 2 failed in write with StorageError: no space left; rank 1 never began; "
+        "arrived: 0; other ranks have not given up yet"
+    )
+    result = invoke(path)
+    assert result.exit_code == 1
+    assert "look at that rank's log" in result.stdout
+    assert result.stdout.splitlines()[-1] == "none is loadable"
+    die(alive)
+
+
+def test_a_save_that_is_under_way_is_no_damage(run):
+    """While its lock is held an attempt is under way, exit code 0, and --repair leaves it alone."""
+    path = f"{run}/step-5"
+    attempts = [*partial(path, (0,), 3), begin(path, 1, 3, clock=StepClock().clock)]
+    before = tree(STORAGE, run)
+    assert words(only(path), 1002) == (
+        "under way: rank 1 has not arrived yet (beginning, 0 B, 2 seconds ago); "
+        "rank 2 has not begun yet; arrived: 0"
+    )
+    for arguments in ([run], [path], [path, "--repair"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 0
+        assert "step-5: under way" in result.stdout
+        assert "wait for it" in result.stdout
+    assert tree(STORAGE, run) == before
+    die(*attempts)
+
+
+def test_a_lost_attempt_json_is_made_up_for_by_the_marks(run):
+    """After a power cut took attempt.json, the number of ranks comes from a mark, and nobody is alive."""
+    path = f"{run}/step-5"
+    attempts = partial(path, (0,), 3)
+    die(*attempts)
+    os.remove(f"{attempts[0].folder}/attempt.json")
+    finding = only(path)
+    assert (finding.world_size, finding.alive) == (3, False)
+    assert [rank.state for rank in finding.ranks] == ["arrived", "silent", "silent"]
+    assert "ranks 1, 2 never began" in words(finding, 0)
+
+
+def test_all_ranks_arrived_but_a_file_is_gone(run):
+    """A full set of marks without its data is incomplete, and it says which file is missing."""
+    path = f"{run}/step-5"
+    attempts = partial(path, (0, 1), 2)
+    die(*attempts)
+    os.remove(f"{attempts[0].folder}/checkpoint_1.pt")
+    assert words(only(path), 0) == "incomplete: all ranks arrived, but checkpoint_1.pt is missing"
+    os.remove(f"{attempts[0].folder}/index_1.json")
+    shutil.copy(f"{attempts[0].folder}/index_0.json", f"{attempts[0].folder}/index_1.json")
+    assert "says it is rank 0's" in words(only(path), 0)
+
+
+def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
+    """Without reading data, a short file names its rank, the values beyond its end, and what to load."""
+    for step in (4, 5):
+        save_real(f"{run}/step-{step}", step)
+    size = os.path.getsize(f"{run}/step-5/checkpoint_0.pt")
+    os.truncate(f"{run}/step-5/checkpoint_0.pt", 100)
+    result = invoke(f"{run}/step-5")
+    assert result.exit_code == 1
+    what = f"checkpoint_0.pt of rank 0: has 100 bytes instead of {size}, in model.weight, model.bias"
+    assert result.stdout.splitlines() == [
+        f"step-5: damaged: {what}",
+        f"  -> load step 4 ({run}/step-4) instead",
+        f"newest loadable is step 4 ({run}/step-4)",
+    ]
+    os.remove(f"{run}/step-5/index_0.json")
+    result = invoke(f"{run}/step-5")
+    assert (
+        "step-5: damaged: 2 problems\n  index_0.json of rank 0: is missing\n  checkpoint_0" in result.stdout
+    )
+
+
+def test_deep_finds_what_sizes_do_not_show(run):
+    """A flipped byte is found with --deep alone, in the tensor that it is in."""
+    for step in (4, 5):
+        save_real(f"{run}/step-{step}", step, float(step))
+    file = f"{run}/step-5/checkpoint_0.pt"
+    with open(file, "rb+") as data:
+        position = data.read().find(torch.full((64, 8), 5.0).numpy().tobytes())
+        data.seek(position)
+        data.write(b"\xff")
+    assert invoke(run).exit_code == 0
+    result = invoke(run, "--deep")
+    assert result.exit_code == 1
+    assert (
+        "step-5: damaged: checkpoint_0.pt of rank 0: damaged: the CRC-32 is wrong, in model.weight\n"
+        in result.stdout
+    )
+    assert result.stdout.splitlines()[-1] == f"newest loadable is step 4 ({run}/step-4)"
+
+
+def test_manifests_that_are_damaged_or_missing(run):
+    """A damaged or missing manifest is damage, and none is loadable."""
+    path = f"{run}/step-5"
+    save(STORAGE, path, 5)
+    with open(f"{path}/manifest.json", "ab") as file:
+        file.write(b" ")
+    for deep in ([], ["--deep"]):
+        result = invoke(path, *deep)
+        assert result.exit_code == 1
+        assert "step-5: damaged: manifest.json not a manifest" in result.stdout
+        assert "no other checkpoint is loadable" in result.stdout
+    os.remove(f"{path}/manifest.json")
+    result = invoke(run)
+    assert result.exit_code == 1
+    assert "step-5: damaged: manifest.json is missing" in result.stdout
+    assert result.stdout.splitlines()[-1] == "none is loadable"
+
+
+def test_a_later_format_is_exit_code_4(run):
+    """What a later version wrote is not called damaged: exit code 4, with the way out."""
+    save(STORAGE, f"{run}/step-5", 5)
+    path = f"{run}/step-5/manifest.json"
+    with open(path, "rb+") as file:
+        manifest = decode_manifest(file.read(), path)
+        manifest.version = (2, 0)
+        file.seek(0)
+        file.truncate()
+        file.write(encode_manifest(manifest))
+    result = invoke(run)
+    assert result.exit_code == 4
+    assert "step-5: not readable by this version" in result.stdout
+    assert "pip install -U milepost" in result.stdout
+
+
+def test_plain_files_are_whole(run):
+    """A folder of plain torch.save files is whole, also in a deep look."""
+    os.mkdir(f"{run}/old")
+    torch.save({"a": torch.ones(3)}, f"{run}/old/checkpoint_0.pt")
+    for arguments in ([run], [run, "--deep"], [f"{run}/old"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 0
+        assert "old: whole: 1 rank (files of plain torch.save" in result.stdout
+
+
+def test_what_is_not_there_is_exit_code_3(run):
+    """Where nothing is, there is one error with a hint; an empty folder is no error."""
+    save(STORAGE, f"{run}/step-5", 5)
+    result = invoke(f"{run}/step-50")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "step-5" in result.stderr
+    with pytest.raises(CheckpointNotFoundError):
+        diagnose(STORAGE, f"{run}/nothing/at/all")
+    os.mkdir(f"{run}/empty")
+    result = invoke(f"{run}/empty")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "no checkpoints" in result.stderr
+
+
+def test_json_has_all_facts(run):
+    """--json gives each finding with its ranks and damage, and the newest loadable."""
+    save(STORAGE, f"{run}/step-4", 4)
+    die(*partial(f"{run}/step-5", (1,), 2))
+    result = invoke(run, "--json")
+    assert result.exit_code == 1
+    data = json.loads(result.stdout)
+    assert (data["run"], data["newest"]["step"], data["repaired"]) == (True, 4, [])
+    found = {finding["name"]: finding for finding in data["checkpoints"]}
+    assert [rank["state"] for rank in found["step-5"]["ranks"]] == ["silent", "arrived"]
+    assert [found[name]["wrong"] for name in ("step-4", "step-5")] == [False, True]
+    assert found["step-5"]["says"] == "incomplete: rank 0 never began; arrived: 1"
+
+
+def test_hostile_text_never_reaches_the_terminal(run):
+    """Control characters in names and error messages are printed as escapes."""
+    path = f"{run}/step\x1b]0;x\x07"
+    failing = begin(path, 1, 2)
+    failing.abort(RuntimeError("evil\x1b[31m\r\n"))
+    die(failing)
+    result = invoke(run)
+    assert result.exit_code == 1
+    assert not set(result.output) & set("\x1b\x07\r")
+    assert "evil\\x1b" in result.stdout
+
+
+def test_doctor_loads_no_torch(run):
+    """The command does its work without torch and numpy."""
+    die(*partial(f"{run}/step-5", (0,), 2))
+    code = (
+        "import sys; from milepost.cli import main\n"
+        f"sys.argv = ['milepost', 'doctor', {run!r}, '--repair']\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, *sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code, *modules = output.splitlines()[-1].split()
+    assert code == "0"
+    assert {name.partition(".")[0] for name in modules} & {"torch", "numpy"} == set()
+
+
+# ---------------------------------------------------------------------------- repair
+
+
+def test_a_complete_save_loads_and_repair_publishes_it(run):
+    """A full set of marks is the newest loadable in its place; only --repair moves it to its path."""
+    path = f"{run}/step-5"
+    save(STORAGE, f"{run}/step-4", 4)
+    die(*partial(path, (0, 1), 2))
+    before = tree(STORAGE, run)
+    for arguments in ([run], [path], [path, "--json"]):
+        assert invoke(*arguments).exit_code == 0
+    result = invoke(path)
+    assert "step-5: complete, but not published: step 5, 2 ranks" in result.stdout
+    assert f"newest loadable is step 5 ({path})" in result.stdout
+    assert tree(STORAGE, run) == before
+    result = invoke(path, "--repair")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        f"published {path} (it was complete, but not published: step 5, 2 ranks)",
+        "step-5: whole: step 5, 2 ranks",
+        f"newest loadable is step 5 ({path})",
+    ]
+    assert sorted(os.listdir(run)) == ["step-4", "step-5"]
+
+
+def test_repair_removes_what_is_dead_and_nothing_else(run):
+    """Of a dead, a living and a foreign partial only the dead one goes, with a last word of what it was."""
+    save(STORAGE, f"{run}/step-4", 4)
+    dead = partial(f"{run}/step-5", (0,), 2)
+    die(*dead)
+    living = partial(f"{run}/step-6", (0,), 2, step=6)
+    foreign = join_hidden(f"{run}/step-7", "job-1")
+    shutil.copytree(dead[0].folder, foreign)
+    result = invoke(run, "--repair")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == (
+        f"removed {dead[0].folder} (it was incomplete: rank 1 never began; arrived: 0)"
+    )
+    assert "step-7: not ours: .step-7.job-1.partial" in result.stdout
+    left = {".step-6.job-1.partial", ".step-7.job-1.partial", "step-4"}
+    assert set(os.listdir(run)) == left
+    die(*living)
+
+
+def test_repair_of_one_path_leaves_the_others(run):
+    """Given one checkpoint, also by its hidden folder, only its attempts are removed."""
+    attempts = partial(f"{run}/step-5", (0,), 2) + partial(f"{run}/step-6", (0,), 2)
+    die(*attempts)
+    result = invoke(attempts[0].folder, "--repair")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[1:] == ["none is loadable"]
+    assert os.listdir(run) == [".step-6.job-1.partial"]
+    data = json.loads(invoke(f"{run}/step-6", "--repair", "--json").stdout)
+    assert [action["what"] for action in data["repaired"]] == ["removed"]
+    assert data["repaired"][0]["finding"]["state"] == "incomplete"
+    assert os.listdir(run) == []
+
+
+def test_an_overtaken_save_is_removed(run):
+    """A complete attempt that is older than what is published is no longer loadable, and goes."""
+    path = f"{run}/step"
+    old = partial(path, (0,), 1, step=1)
+    save(STORAGE, path, 2)
+    die(*old)
+    assert {finding.state for finding in diagnose(STORAGE, path).findings} == {"whole", "overtaken"}
+    result = invoke(path, "--repair")
+    assert result.exit_code == 0
+    assert "it was complete, but overtaken by a newer checkpoint: step 1, 1 rank" in result.stdout
+    assert os.listdir(run) == ["step"]
+
+
+def test_left_overs_of_an_exchange(run):
+    """A checkpoint that was exchanged out is cleared, or put back when nothing else is at the path."""
+    path = f"{run}/step"
+    save(STORAGE, path, 1)
+    aside = f"{run}-aside"
+    shutil.copytree(path, aside)
+    save(STORAGE, path, 2)
+    slot = join_hidden(path, "job-1")
+    os.rename(aside, slot)
+    (replaced,) = (finding for finding in diagnose(STORAGE, path).findings if finding.path == slot)
+    assert (replaced.state, replaced.loads) == ("replaced", False)
+    assert "left over: a former checkpoint, replaced by a later save: step 1, 1 rank" in words(replaced, 0)
+    os.rename(path, aside)
+    found = diagnose(STORAGE, path)
+    assert found.newest.step == 1
+    assert "puts it back" in advice(found.findings[0], found)
+    assert [action.what for action in repair(STORAGE, found)] == ["published"]
+    assert only(path).step == 1
+    shutil.move(path, slot)
+    os.rename(aside, path)
+    result = invoke(path, "--repair")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"removed {slot} (it was left over")
+    assert os.listdir(run) == ["step"]
+
+
+def test_plain_files_that_were_exchanged_out_are_cleared(run):
+    """Plain files in the hidden folder of the attempt that is published are left over, and removed."""
+    path = f"{run}/step"
+    save(STORAGE, path, 1, attempt="one")
+    slot = join_hidden(path, "one")
+    os.mkdir(slot)
+    with open(f"{slot}/checkpoint_0.pt", "wb") as file:
+        file.write(b"old")
+    assert "left over" in invoke(path).stdout
+    assert f"removed {slot}" in invoke(path, "--repair").stdout
+    assert os.listdir(run) == ["step"]
+
+
+def test_empty_hidden_folders_and_passing_files_go(run):
+    """What a save left as it began, and its passing files in a published checkpoint, are told and removed."""
+    path = f"{run}/step"
+    save(STORAGE, path, 1)
+    slot = join_hidden(path, "job-1")
+    os.mkdir(slot)
+    with open(f"{path}/state_0.json", "wb") as file:
+        file.write(b"{}")
+    result = invoke(path)
+    assert "step: whole: step 1, 1 rank (1 passing file of its save still in it)" in result.stdout
+    assert "step: incomplete: it is empty" in result.stdout
+    result = invoke(path, "--repair")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[:2] == [
+        f"removed {slot} (it was incomplete: it is empty)",
+        f"swept {path}: removed state_0.json",
+    ]
+    assert sorted(tree(STORAGE, run)) == [
+        "step/checkpoint_0.pt",
+        "step/index_0.json",
+        "step/manifest.json",
+    ]
+
+
+def test_a_damaged_checkpoint_in_the_way_of_a_complete_one(run):
+    """What cannot be read at a path is not replaced by a repair; the complete save beside it still loads."""
+    path = f"{run}/step"
+    os.mkdir(path)
+    die(*partial(path, (0,), 1, step=2))
+    with open(f"{path}/manifest.json", "wb") as file:
+        file.write(b"{}")
+    result = invoke(path, "--repair")
+    assert result.exit_code == 1
+    assert "a complete save beside it is loaded in its place" in result.stdout
+    assert f"newest loadable is step 2 ({path})" in result.stdout
+    assert len(os.listdir(run)) == 2
+
+
+def test_what_a_damaged_checkpoint_replaced_is_kept(run):
+    """The former checkpoint may be the last whole one: a repair keeps it, and puts it back when asked."""
+    path = f"{run}/step"
+    save(STORAGE, path, 1)
+    slot = join_hidden(path, "job-1")
+    shutil.copytree(path, f"{run}-aside")
+    save(STORAGE, path, 2)
+    os.rename(f"{run}-aside", slot)
+    os.truncate(f"{path}/checkpoint_0.pt", 10)
+    result = invoke(path, "--repair")
+    assert result.exit_code == 1
+    assert f"not repaired {path}: the checkpoint there cannot be read whole" in result.stdout
+    assert "move that away, and `milepost doctor --repair` puts this one back" in result.stdout
+    shutil.move(path, f"{run}-aside")
+    result = invoke(path, "--repair")
+    assert result.exit_code == 0
+    assert "step: whole: step 1, 1 rank" in result.stdout
+
+
+def test_a_complete_save_with_a_damaged_byte_is_not_published_by_a_deep_repair(run):
+    """With --deep the bytes of a complete save are compared before it may replace what is at its path."""
+    path = f"{run}/step"
+    save(STORAGE, path, 1)
+    (attempt,) = partial(path, (0,), 1, step=2)
+    die(attempt)
+    with open(f"{attempt.folder}/checkpoint_0.pt", "rb+") as file:
+        file.write(b"X")
+    result = invoke(path, "--repair", "--deep")
+    assert result.exit_code == 1
+    assert f"not repaired {path}: a save that seemed complete is damaged" in result.stdout
+    assert decode_manifest(tree(STORAGE, path)["manifest.json"], path).step == 1
+
+
+def test_names_that_were_cut(run):
+    """The full name of a cut hidden folder comes from its attempt.json; without it nothing is repaired."""
+    path = f"{run}/{'long' * 60}"
+    attempts = partial(path, (0,), 2)
+    die(*attempts)
+    assert only(path).name == "long" * 60
+    os.remove(f"{attempts[0].folder}/attempt.json")
+    finding = only(run)
+    assert finding.target is None
+    assert "its name is cut" in advice(finding, diagnose(STORAGE, run))
+    assert repair(STORAGE, diagnose(STORAGE, run)) == []
+    assert os.listdir(run) == [os.path.basename(attempts[0].folder)]
+
+
+def test_a_hidden_folder_with_a_damaged_manifest_is_left_alone(run):
+    """A manifest that cannot be read makes a hidden folder nobody's to remove: it is damage."""
+    path = f"{run}/step"
+    attempts = partial(path, (0,), 1)
+    die(*attempts)
+    with open(f"{attempts[0].folder}/manifest.json", "wb") as file:
+        file.write(b"{}")
+    result = invoke(path, "--repair")
+    assert result.exit_code == 1
+    assert "delete it yourself" in result.stdout
+    assert len(os.listdir(run)) == 1
+
+
+def test_a_repair_that_fails_goes_on_with_the_next(run, monkeypatch):
+    """A failure at one path is told, with exit code 1, and the other paths are repaired all the same."""
+    attempts = partial(f"{run}/step-5", (0,), 2) + partial(f"{run}/step-6", (0,), 2)
+    die(*attempts)
+    broken = milepost.cli.doctor.roll_forward
+
+    def fails(storage, path):
+        if path.endswith("5"):
+            raise StorageError("no permission", path=path)
+        return broken(storage, path)
+
+    monkeypatch.setattr("milepost.cli.doctor.roll_forward", fails)
+    result = invoke(run, "--repair")
+    assert result.exit_code == 1
+    assert f"not repaired {run}/step-5: no permission" in result.stdout
+    assert os.listdir(run) == [".step-5.job-1.partial"]
