@@ -17,6 +17,7 @@ from milepost.checkpointer import AsyncCheckpointer, SyncCheckpointer
 from milepost.config import CheckpointerConfig, CheckpointWriterConfig, validate
 from milepost.errors import ConfigError
 from milepost.staging import DefaultStager
+from milepost.state import StateEncoder
 from milepost.types import RankInfo
 
 __all__ = [
@@ -49,13 +50,9 @@ def make_sync_checkpointer(
     validate(config)
     _check_hook(commit_hook)
     rank_info = _checked_rank(rank_info)
-    writer = CheckpointWriter(
-        config.writer_config,
-        rank_info,
-        create_barrier_from_config(config.barrier_config),
-        commit_hook,
-    )
-    return SyncCheckpointer(writer, CheckpointReader(rank_info))
+    barrier = create_barrier_from_config(config.barrier_config)
+    writer = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook)
+    return SyncCheckpointer(writer, _reader(config, rank_info, barrier))
 
 
 def default_subprocess_init_fn(*args: Any) -> None:
@@ -112,7 +109,8 @@ def make_async_checkpointer(
         and checkpoint_writer_init_fn is default_writer_init_fn
         and not checkpoint_writer_init_args
     )
-    reader = CheckpointReader(rank_info)
+    barrier = create_barrier_from_config(config.barrier_config) if own else None
+    reader = _reader(config, rank_info, barrier)
     fallback: CheckpointWriter | None = None
     checkpointers: list[weakref.ref[AsyncCheckpointer]] = []
 
@@ -121,11 +119,15 @@ def make_async_checkpointer(
         if checkpointer is not None:
             checkpointer.on_progress(target, phase, done, size)
 
-    stager = DefaultStager(config.staging_config)
+    def encoder() -> StateEncoder:
+        return StateEncoder(rank_info, config.writer_config.replicated)
+
+    stager = DefaultStager(config.staging_config, encoder=encoder())
     if own:
-        barrier = create_barrier_from_config(config.barrier_config)
         lean = LeanWriter(config.writer_config, barrier, commit_hook)
-        process = CheckpointProcess(rank_info, config.process_config, lean=lean, on_progress=on_progress)
+        process = CheckpointProcess(
+            rank_info, config.process_config, lean=lean, on_progress=on_progress, encoder=encoder
+        )
         fallback = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook)
     else:
         if commit_hook is not None or config.barrier_config.barrier_type is not None:
@@ -140,10 +142,20 @@ def make_async_checkpointer(
             checkpoint_writer_init_fn,
             checkpoint_writer_init_args,
             on_progress=on_progress,
+            encoder=encoder,
         )
     checkpointer = AsyncCheckpointer(stager, process, reader, config=options, fallback=fallback)
     checkpointers.append(weakref.ref(checkpointer))
     return checkpointer
+
+
+def _reader(config: CheckpointerConfig, rank_info: RankInfo, barrier: object) -> CheckpointReader:
+    """A reader whose ranks agree at the barrier's store, where there is one."""
+    return CheckpointReader(
+        rank_info,
+        store=getattr(barrier, "store", None),
+        timeout_seconds=config.writer_config.write_barrier_timeout_secs,
+    )
 
 
 def _checked_rank(rank_info: RankInfo | None) -> RankInfo:

@@ -25,6 +25,7 @@ from milepost.errors import ClosedError, ConfigError, error_context
 from milepost.snapshot import Labels, Packed
 from milepost.staged import StagedImage, WriteAttempt, image_of
 from milepost.staging import DefaultStager
+from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import TrackedFuture, gc_paused
@@ -105,6 +106,7 @@ class CheckpointProcess:
         checkpoint_writer_init_args: Its arguments.
         lean: Use Milepost's own writer instead, without these functions.
         on_progress: Called with the absolute path of a save, its phase, bytes written and bytes in all.
+        encoder: Makes what takes apart the state dicts that no `DefaultStager` has staged.
 
     Raises:
         ConfigError: A function cannot be handed to another process.
@@ -121,7 +123,9 @@ class CheckpointProcess:
         *,
         lean: LeanWriter | None = None,
         on_progress: Callable[[str, str, int, int], None] | None = None,
+        encoder: Callable[[], StateEncoder] | None = None,
     ) -> None:
+        self._make_encoder = encoder or (lambda: StateEncoder(rank_info))
         self._rank_info = rank_info
         self._config = config
         self._lean = lean
@@ -265,6 +269,9 @@ class CheckpointProcess:
             arguments=arguments,
             shared=image.shared.records,
         )
+        if image.shares is not None:
+            packed.shares, packed.agreement = image.shares.columns, image.shares.agreement
+            packed.crcs = image.shares.crcs()
         job = Job(number, future, image, target, attempt, (state_dict, image.shared.storages))
         request = Write(
             number=number,
@@ -288,7 +295,7 @@ class CheckpointProcess:
         with self._lock:
             self._check_open()
             if self._stager is None:
-                self._stager = DefaultStager()
+                self._stager = DefaultStager(encoder=self._make_encoder())
             return self._stager.stage_image(state_dict, leave_shared=self._lean is None)
 
     def _check_main(self, pickled: bytes) -> None:

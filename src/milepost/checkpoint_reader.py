@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from milepost.assembly import ShardedSource
 from milepost.commit import Located, locate
+from milepost.commit.marks import read_shards
 from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -16,15 +21,20 @@ from milepost.errors import (
     error_context,
 )
 from milepost.manifest import (
+    DTYPE_BYTES,
     MAX_INDEX_BYTES,
     Index,
     data_name,
     decode_index,
     digest,
 )
+from milepost.names import Names
+from milepost.placements import is_dtensor
+from milepost.shards import ShardMap, decode_shard_map
 from milepost.sources import IndexedSource, PlainSource, Verify
 from milepost.storage import OpenFile, Storage, default_storage
 from milepost.template import Match
+from milepost.together import Meeting, Report, default_meeting, describe, refuse
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused
 
@@ -37,16 +47,28 @@ _TRIES = 20
 
 
 class CheckpointReader:
-    """Reads this rank's part of checkpoints. Thread-safe; holds nothing between reads.
+    """Reads checkpoints as one rank of a job. Thread-safe; holds nothing between reads.
 
     Args:
         rank_info: Which rank this is, of how many.
         storage: Where checkpoints live; the local file system by default.
+        store: A ``torch.distributed`` store at which the ranks agree on each load; by default that of the
+            default process group, if there is one of this size.
+        timeout_seconds: How long to wait there for the other ranks.
     """
 
-    def __init__(self, rank_info: RankInfo, *, storage: Storage | None = None) -> None:
+    def __init__(
+        self,
+        rank_info: RankInfo,
+        *,
+        storage: Storage | None = None,
+        store: Any = None,
+        timeout_seconds: float = 600,
+    ) -> None:
         self._rank_info = rank_info
         self._storage = default_storage() if storage is None else storage
+        self._store = store
+        self._timeout_seconds = timeout_seconds
 
     def read(
         self,
@@ -56,24 +78,42 @@ class CheckpointReader:
         map_location: Any = None,
         verify: Verify = True,
         strict: bool = False,
+        allow_missing: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+        together: bool = True,
         **kwargs: Any,
     ) -> tuple[STATE_DICT, list[str]]:
-        """Read what this rank saved at `path`.
+        """Read what this rank needs of the checkpoint at `path`.
 
         On return every byte that was loaded has been checked against the checksums made when it was
         saved (unless `verify` is False). If it raises, the template is as it was; the one exception are
         damage and failures found while reading, whose error then has ``targets_modified`` True.
 
+        A tensor that several ranks saved between them (a DTensor, or one that was declared replicated) is
+        loaded into whatever the template has: a DTensor of any placements gets this rank's part of it, a plain
+        tensor all of it. Every other value is what rank `r` of N saved, for rank `r` of this job;
+        ranks beyond N take those of rank ``r % N``.
+
+        With several ranks, and a default process group or a store, all ranks must call this, with the same path:
+        they return the same missing keys, and if one of them cannot load, all raise and no rank has
+        changed anything (but for damage that is found while reading). With neither, each rank raises alone.
+
         Args:
             path: The checkpoint's folder, or one with a ``checkpoint_<rank>.pt`` of plain ``torch.save``.
             state_dict: A template to load into. Only its keys are loaded and none is added; its tensors
                 are filled in place, its other values replaced; None stands for all that was saved there.
-                Without a template the file is mapped privately: tensors are copies on write.
+                Without a template the file is mapped privately: tensors are copies on write; those that several
+                ranks saved come whole, as plain contiguous tensors.
             map_location: As for ``torch.load``, for tensors that are new.
             verify: True; False to skip the checksums; "first" to read twice, checking all before the
                 template is touched.
             strict: Refuse keys of the template that were not saved, before anything is changed. Otherwise
                 they, and saved keys that the template lacks, are one warning in the log.
+            allow_missing: Patterns (as in `fnmatch`) of paths that need not have been saved; what is let pass is
+                named in the log, and is not among the missing keys.
+            rename: From the path at which something was saved to the one that it has in the template, such
+                as ``{"model.old.*": "model.new.*"}``; what is renamed is named in the log.
+            together: False to load on this rank alone although there is a process group.
             kwargs: Accepted for compatibility with ``torch.load`` and ignored.
 
         Returns:
@@ -85,89 +125,142 @@ class CheckpointReader:
             IncompleteCheckpointError: The save never committed.
             CorruptCheckpointError: A file is damaged; the message says which, and which key.
             MismatchError: The template does not fit, or (if strict) keys are missing; lists them all.
+            PeerLoadError: Another rank could not load, or did not come.
             UnsupportedFormatError: A later version of Milepost wrote it.
         """
         if state_dict is not None and not isinstance(state_dict, dict):
             raise MismatchError(f"the template must be a dict, not {type(state_dict).__name__}")
         if not (isinstance(verify, bool) or verify == "first"):
             raise ConfigError(f'verify must be True, False or "first", not {verify!r}')
+        names = Names(rename, allow_missing)
+        if state_dict is None and names.renames:
+            raise ConfigError("rename needs a template: pass the state dict to load into")
         unknown = kwargs.keys() - {"weights_only", "mmap"}
         if unknown:
             logger.warning("load ignores the unknown arguments %s", sorted(unknown))
         rank = self._rank_info.global_rank
-        with (
-            error_context(path=path, rank=rank, phase="load"),
-            self._source(path, map_location, verify) as source,
-        ):
-            if state_dict is None:
-                return source.whole(), []
-            with gc_paused():
-                found = source.match(state_dict)
-            if found.misfits or (strict and found.missing):
-                raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
-            try:
-                source.fill(found.fills)
-                found.finish()
-            except MilepostError as error:
-                error.targets_modified = source.filling
-                raise
-            if found.missing or found.unexpected:
-                logger.warning("%s", _differences(path, found))
-            return state_dict, found.missing
+        meeting = self._meeting() if together else None
+        with error_context(path=path, rank=rank, phase="load"):
+            source, found = self._prepared(path, state_dict, map_location, verify, names, meeting)
+            with source:
+                self._judge(path, found or Match(), meeting, strict=strict)
+                loaded: list[STATE_DICT] = []
+                work = partial(self._load, source, state_dict, found, loaded)
+                if meeting is None:
+                    work()
+                else:
+                    meeting.agree(Report(str(path)), work)
+        if found is not None:
+            _tell(path, found)
+        return loaded[0], found.missing if found is not None else []
 
-    def _source(self, path: str, map_location: Any, verify: Verify) -> PlainSource | IndexedSource:
+    def _meeting(self) -> Meeting | None:
+        info = self._rank_info
+        return default_meeting(info.global_rank, info.global_world_size, self._store, self._timeout_seconds)
+
+    def _prepared(
+        self,
+        path: str,
+        state_dict: STATE_DICT | None,
+        map_location: Any,
+        verify: Verify,
+        names: Names,
+        meeting: Meeting | None,
+    ) -> tuple[PlainSource | IndexedSource | ShardedSource, Match | None]:
+        """Open what is to be read, and compare it with the template; a failure is told to the other ranks."""
+        source: PlainSource | IndexedSource | ShardedSource | None = None
+        try:
+            source = self._source(path, state_dict, map_location, verify)
+            if state_dict is None:
+                return source, None
+            with gc_paused():
+                return source, source.match(state_dict, names)
+        except BaseException as error:
+            if source is not None:
+                source.__exit__(None, None, None)
+            if meeting is not None:
+                meeting.tell(Report(str(path), error=describe(error)))
+            raise
+
+    def _judge(self, path: str, found: Match, meeting: Meeting | None, *, strict: bool) -> None:
+        """Refuse what does not fit, on all ranks alike; afterwards `found` is what all ranks found."""
+        if meeting is not None:
+            verdict = meeting.hold(Report(str(path), found.missing, found.unexpected, found.misfits))
+            refuse(verdict, self._rank_info.global_rank, modified=False)
+            found.missing, found.unexpected, found.misfits = (
+                verdict.missing,
+                verdict.unexpected,
+                verdict.misfits,
+            )
+        if found.misfits or (strict and found.missing):
+            raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
+
+    def _load(
+        self,
+        source: PlainSource | IndexedSource | ShardedSource,
+        state_dict: STATE_DICT | None,
+        found: Match | None,
+        loaded: list[STATE_DICT],
+    ) -> None:
+        if found is None or state_dict is None:
+            loaded.append(source.whole())
+            return
+        try:
+            source.fill(found.fills)
+            found.finish()
+        except MilepostError as error:
+            error.targets_modified = source.filling
+            raise
+        loaded.append(state_dict)
+
+    def _source(
+        self, path: str, template: STATE_DICT | None, map_location: Any, verify: Verify
+    ) -> PlainSource | IndexedSource | ShardedSource:
         """Open what is to be read. A save that replaces it may take a file away meanwhile: look again."""
         for final in (*[False] * _TRIES, True):
             located = locate(self._storage, path)
             try:
-                if located.manifest is None:
-                    return PlainSource(self._open_plain(located), map_location)
-                with gc_paused():
-                    index, file = self._open(located)
-                return IndexedSource(index, file, map_location, verify)
+                return self._opened(located, template, map_location, verify)
             except (EntryNotFoundError, CheckpointNotFoundError):
+                located.folder.close()
                 if final:
                     raise
-            finally:
+            except BaseException:
                 located.folder.close()
+                raise
         raise AssertionError("unreachable")
 
-    def _open(self, located: Located) -> tuple[Index, OpenFile]:
+    def _opened(
+        self, located: Located, template: STATE_DICT | None, map_location: Any, verify: Verify
+    ) -> PlainSource | IndexedSource | ShardedSource:
+        """The source in a folder that was found. It takes over the folder, or that is closed."""
         manifest = located.manifest
         if manifest is None:
-            raise AssertionError("a plain folder has no index")
-        rank, world_size = self._rank_info.global_rank, self._rank_info.global_world_size
-        if rank >= manifest.world_size:
-            raise CheckpointNotFoundError(
-                f"this checkpoint was saved by {manifest.world_size} ranks: it has no part of rank {rank}",
-                path=located.path,
-                hint=f"load it with {manifest.world_size} ranks",
-            )
-        if world_size != manifest.world_size:
+            source = PlainSource(self._open_plain(located), map_location)
+            located.folder.close()
+            return source
+        rank = self._rank_info.global_rank % manifest.world_size
+        if rank != self._rank_info.global_rank:
             logger.warning(
-                "%s was saved by %d ranks; rank %d of %d reads only what rank %d saved",
-                *(located.path, manifest.world_size, rank, world_size, rank),
+                "%s was saved by %d ranks: what is each rank's own, rank %d takes from rank %d",
+                *(located.path, manifest.world_size, self._rank_info.global_rank, rank),
             )
-        listed = manifest.indexes[rank]
-        name = f"{located.path}/{listed.name}"
-        data = located.folder.read(listed.name, MAX_INDEX_BYTES)
-        if digest(listed.name, data) != listed:
-            raise CorruptCheckpointError(
-                f"the index does not have the SHA-256 of the manifest: {name}", path=name
+        if manifest.shards is None and not _has_dtensor(template):
+            with gc_paused():
+                index, file = _open_rank(located, rank)
+            located.folder.close()
+            return IndexedSource(index, file, map_location, verify)
+        with gc_paused():
+            shards = _shard_map(located)
+            return ShardedSource(
+                rank,
+                shards,
+                partial(_open_rank, located),
+                map_location,
+                verify,
+                same_world=manifest.world_size == self._rank_info.global_world_size,
+                close=located.folder.close,
             )
-        index = decode_index(data, name)
-        if (index.attempt, index.rank, index.world_size) != (manifest.attempt, rank, manifest.world_size):
-            raise CorruptCheckpointError(f"the index belongs to another checkpoint: {name}", path=name)
-        if len(index.files) != 1 or index.files[0] not in manifest.files:
-            raise CorruptCheckpointError(f"the index lists other files than the manifest: {name}", path=name)
-        file = located.folder.open(index.files[0].name)
-        if file.size != index.files[0].size:
-            file.close()
-            raise CorruptCheckpointError(
-                f"the file has {file.size} bytes, {index.files[0].size} were written: {file.path}",
-                path=file.path,
-            )
-        return index, file
 
     def _open_plain(self, located: Located) -> OpenFile:
         name = data_name(self._rank_info.global_rank)
@@ -180,6 +273,68 @@ class CheckpointReader:
                 hint=f"it holds {', '.join(located.folder.names()[:5]) or 'nothing'}",
             ) from None
         return file
+
+
+def _open_rank(located: Located, rank: int) -> tuple[Index, OpenFile]:
+    """A rank's index, checked, and its data file."""
+    manifest = located.manifest
+    assert manifest is not None
+    listed = manifest.indexes[rank]
+    name = f"{located.path}/{listed.name}"
+    data = located.folder.read(listed.name, MAX_INDEX_BYTES)
+    if digest(listed.name, data) != listed:
+        raise CorruptCheckpointError(
+            f"the index does not have the SHA-256 of the manifest: {name}", path=name
+        )
+    index = decode_index(data, name)
+    if (index.attempt, index.rank, index.world_size) != (manifest.attempt, rank, manifest.world_size):
+        raise CorruptCheckpointError(f"the index belongs to another checkpoint: {name}", path=name)
+    if len(index.files) != 1 or index.files[0] not in manifest.files:
+        raise CorruptCheckpointError(f"the index lists other files than the manifest: {name}", path=name)
+    file = located.folder.open(index.files[0].name)
+    if file.size != index.files[0].size:
+        file.close()
+        raise CorruptCheckpointError(
+            f"the file has {file.size} bytes, {index.files[0].size} were written: {file.path}",
+            path=file.path,
+        )
+    return index, file
+
+
+def _shard_map(located: Located) -> ShardMap:
+    manifest = located.manifest
+    assert manifest is not None
+    if manifest.shards is None:
+        return ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
+    return decode_shard_map(
+        read_shards(located.folder, manifest),
+        f"{located.path}/{manifest.shards.name}",
+        attempt=manifest.attempt,
+        world_size=manifest.world_size,
+        dtypes=frozenset(DTYPE_BYTES),
+    )
+
+
+def _has_dtensor(value: Any) -> bool:
+    """Whether there is a DTensor in a template; where torch's module of it was never imported there is none."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    if isinstance(value, dict):
+        return any(map(_has_dtensor, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_dtensor, value))
+    return is_dtensor(value)
+
+
+def _tell(path: str, found: Match) -> None:
+    """Name in the log what differs, what was let pass and what was renamed."""
+    if found.missing or found.unexpected:
+        logger.warning("%s", _differences(path, found))
+    if found.allowed:
+        logger.warning("%s lacks what is allowed to be missing: %s", path, "; ".join(found.allowed))
+    if found.renamed:
+        pairs = "; ".join(f"{old} -> {new}" for old, new in found.renamed)
+        logger.warning("%s: loaded under new names: %s", path, pairs)
 
 
 def _differences(path: str, found: Match, *, strict: bool = False) -> str:

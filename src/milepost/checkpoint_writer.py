@@ -76,7 +76,7 @@ class CheckpointWriter:
         self._barrier = barrier
         self._commit_hook = commit_hook
         self._storage = default_storage() if storage is None else storage
-        self._encoder = StateEncoder()
+        self._encoder = StateEncoder(rank_info, config.replicated)
         self._ring = Ring()
         self._lock = threading.RLock()  # a hook may write, too
         self._closed = False

@@ -30,10 +30,15 @@ class CheckpointWriterConfig:
         write_barrier_timeout_secs: How long a rank waits for the others, in seconds.
         start_id: Common id of this start of the job, for several ranks; it must be new at every start.
             Defaults to the environment's ``MILEPOST_START_ID``.
+        replicated: Which plain tensors are the same on all ranks, so that each byte of them is saved once:
+            patterns for their paths such as ``"model.*"`` (``*`` stands for any text), or
+            DistributedDataParallel modules. All other plain tensors are each rank's own; a DTensor says
+            itself how it lies.
     """
 
     write_barrier_timeout_secs: int = 600
     start_id: str | None = None
+    replicated: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -171,6 +176,14 @@ def _check(name: str, value: Any, kind: str) -> None:
         low, high = _RANGES[name]
         if type(value) is not int or not low <= value <= high:
             raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+    elif name == "writer_config.replicated":
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(item, str) or hasattr(item, "parameters") for item in value
+        ):
+            raise ConfigError(
+                f"{name} must be a list of patterns or DistributedDataParallel modules, not {value!r}",
+                hint='replicated=["model.*"]',
+            )
     elif kind == "list[Any]":
         if not isinstance(value, list) or not all(
             callable(getattr(item, "on_event", None)) for item in value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from milepost.commit.hidden import (
     data_rank,
     index_rank,
     is_aborted,
+    is_note_aside,
     is_own,
     list_names,
     looks_hidden,
@@ -60,6 +62,10 @@ from milepost.verify import Progress, verify
 
 __all__ = ["Damage", "Diagnosis", "Finding", "RankState", "Watch", "diagnose"]
 
+_TRIES = 5
+_LATE_SECONDS = 300.0
+"""So long after its last change an attempt waits for ranks that have not begun, as those that have arrived
+need not stay."""
 _CUT_STEM = re.compile(r".+~[0-9a-f]{16}", re.DOTALL)
 
 Watch = Callable[[str], AbstractContextManager[Progress | None]]
@@ -113,7 +119,8 @@ class Finding:
             here, but its content says that it is another's.
         loads: Whether `load` can read it (all bytes are only compared in a deep diagnosis).
         published: It is at its own path, and not in a hidden folder.
-        alive: Its lock is held: somebody works on it. None where that cannot be told.
+        alive: Its lock is held: somebody works on it. None where that cannot be told, or ranks that have
+            not begun may still come.
         aborted: A rank has failed, so that it will never be committed.
         step: The training step that was recorded.
         time: When it was saved, or last changed.
@@ -144,13 +151,6 @@ class Finding:
     problem: str | None = None
     leftovers: tuple[str, ...] = ()
 
-    @property
-    def is_wrong(self) -> bool:
-        """Whether something was lost: it is damaged, or incomplete and nobody will complete it."""
-        return self.state == "damaged" or (
-            self.state == "incomplete" and (self.alive is False or self.aborted)
-        )
-
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -161,12 +161,14 @@ class Diagnosis:
         is_run: It is a folder of checkpoints, and not one checkpoint.
         findings: All that there is, by time.
         newest: The newest loadable one in the whole folder: by step, those without one by time.
+        around: All in the folder, also what was not asked for.
     """
 
     path: str
     is_run: bool
     findings: list[Finding] = field(default_factory=list)
     newest: Finding | None = None
+    around: list[Finding] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -186,30 +188,39 @@ def diagnose(storage: Storage, path: str, *, deep: bool = False, watch: Watch | 
         StorageError: It cannot be looked at.
     """
     path = os.path.abspath(path)
-    found = storage.stat(path)
-    if found is not None and found.kind == "symlink":
+    at = storage.stat(path)
+    if at is not None and at.kind == "symlink":
         path = os.path.realpath(path)
+    damaged = None
+    for _ in range(_TRIES):
+        # A save may be replacing what is looked at: damage that is seen twice in the same way is so.
+        before, found = damaged, _look(storage, path)
+        damaged = [finding for finding in found.findings if finding.state == "damaged"]
+        if damaged in ([], before):
+            break
+    return _looked_into(storage, found, watch) if deep else found
+
+
+def _look(storage: Storage, path: str) -> Diagnosis:
     is_run = not _is_one(storage, path)
-    if is_run and names_of(storage, path) is None:
-        locate(storage, path).folder.close()  # tells what is there instead, and what exists near it
     folder = path if is_run else os.path.dirname(path)
-    names = names_of(storage, folder) or []
+    names = names_of(storage, folder)
+    if names is None:
+        locate(storage, path).folder.close()  # tells what is there instead, and what exists near it
+        storage.open_folder(folder).close()  # tells why it cannot be listed
     listed = {entry.path: entry for entry in scan(storage, folder)}
-    findings = []
-    for name in names:
-        inner = os.path.join(folder, name)
-        finding = _examine(storage, inner, listed.get(inner), names)
-        if finding is None:
-            continue
-        if deep and (is_run or path in (finding.target, finding.path)):
-            finding = _read_whole(storage, finding, watch)
-        findings.append(finding)
-    findings.sort(key=lambda finding: (finding.time, finding.name, finding.path))
-    newest = max((finding for finding in findings if finding.loads), key=_age, default=None)
+    places = (os.path.join(folder, name) for name in names or ())
+    looks = (_examine(storage, place, listed.get(place), names or []) for place in places)
+    findings = [finding for finding in looks if finding is not None]
     chosen = [finding for finding in findings if is_run or path in (finding.target, finding.path)]
     if not is_run and not chosen:
         locate(storage, path).folder.close()
-    return Diagnosis(path, is_run, chosen, newest)
+    chosen.sort(key=lambda finding: (finding.time, finding.name, finding.path))
+    return Diagnosis(path, is_run, chosen, _newest(findings), findings)
+
+
+def _newest(findings: list[Finding]) -> Finding | None:
+    return max((finding for finding in findings if finding.loads), key=_age, default=None)
 
 
 def _age(finding: Finding) -> tuple[bool, int, float]:
@@ -231,24 +242,20 @@ def _is_one(storage: Storage, path: str) -> bool:
 
 
 def _examine(storage: Storage, path: str, entry: Entry | None, names: list[str]) -> Finding | None:
-    parts = looks_hidden(os.path.basename(path))
+    base = os.path.basename(path)
+    stem, attempt = looks_hidden(base) or (base, None)
     with opened(storage, path) as folder:
-        if folder is None:
+        if folder is None or (attempt is None and entry is None):
             return None
-        if parts is None:
-            return None if entry is None else _published(folder, entry)
         note = read_note(folder)
-        target = _target(os.path.dirname(path), *parts, note, names)
-        found = Finding(os.path.basename(target) if target else parts[0], path, target, "incomplete")
+        target = path if attempt is None else _target(os.path.dirname(path), stem, attempt, note, names)
+        found = Finding(os.path.basename(target) if target else stem, path, target, "incomplete")
         if entry is not None:
-            found = replace(
-                found,
-                step=entry.step,
-                time=entry.time,
-                size_bytes=entry.size_bytes,
-                world_size=entry.world_size,
-            )
-        return _hidden(storage, folder, found, parts[1], note, is_listed=entry is not None)
+            facts = ("step", "time", "size_bytes", "world_size")
+            found = replace(found, **{fact: getattr(entry, fact) for fact in facts})
+            if attempt is None:
+                return _published(folder, found, entry)
+        return _hidden(storage, folder, found, attempt or "", note, is_listed=entry is not None)
 
 
 def _target(parent: str, stem: str, attempt: str, note: Note | None, names: list[str]) -> str | None:
@@ -262,33 +269,22 @@ def _target(parent: str, stem: str, attempt: str, note: Note | None, names: list
     return None if name is None else os.path.join(parent, name)
 
 
-def _published(folder: Folder, entry: Entry) -> Finding:
+def _published(folder: Folder, found: Finding, entry: Entry) -> Finding:
     names = list_names(folder)
-    found = Finding(
-        name=entry.name,
-        path=entry.path,
-        target=entry.path,
-        state="whole",
-        loads=True,
-        published=True,
-        step=entry.step,
-        time=entry.time,
-        size_bytes=entry.size_bytes,
-        world_size=entry.world_size,
-    )
     if entry.state != "damaged":
         left = tuple(name for name in names if is_own(name) and name != MANIFEST_NAME)
-        is_plain = MANIFEST_NAME not in names
-        return replace(found, problem=entry.problem, leftovers=() if is_plain else left)
+        found = replace(found, state="whole", published=True, loads=True, problem=entry.problem)
+        return replace(found, leftovers=left if MANIFEST_NAME in names else ())
+    found = replace(found, state="damaged", published=True)
     try:
         manifest = read_manifest(folder)
     except UnsupportedFormatError as error:
-        return replace(found, state="unreadable", loads=False, problem=error.message)
+        return replace(found, state="unreadable", problem=error.message)
     except LoadError as error:
-        return replace(found, state="damaged", loads=False, damage=(Damage(MANIFEST_NAME, error.message),))
+        return replace(found, damage=(Damage(MANIFEST_NAME, error.message),))
     lost = (Damage(MANIFEST_NAME, "is missing"),)
     damage = lost if manifest is None else _misfits(folder, manifest)
-    return replace(found, state="damaged", loads=False, damage=damage)
+    return replace(found, damage=damage or (Damage("", entry.problem or "it changes all the time"),))
 
 
 def _hidden(
@@ -312,7 +308,9 @@ def _hidden(
         if names and not (data and published is not None and published.attempt == attempt):
             return None
         return replace(found, state="replaced") if names else replace(found, problem="it is empty")
-    found = replace(found, alive=_is_alive(storage, found.path, attempt, names))
+    fresh = time.time() - found.time < _LATE_SECONDS
+    alive = _is_alive(storage, found.path, attempt, names, fresh=fresh)
+    found = replace(found, alive=alive)
     whole = checked_manifest(folder, attempt, names, deep=True)
     if whole is not None:
         late = published is not None and published.time > whole.time
@@ -322,17 +320,19 @@ def _hidden(
     told = explain_folder(folder)
     world_size = told.world_size or _marked_world_size(folder, told.arrived)
     full = world_size is not None and len(told.arrived) >= world_size
-    aborted = is_aborted(names)
+    aborted, ranks = is_aborted(names), tuple(_ranks(told, world_size))
+    may_come = fresh and not aborted and any(rank.state == "silent" for rank in ranks)
     return replace(
         found,
+        alive=alive or (None if may_come else alive),
         aborted=aborted,
         world_size=world_size,
-        ranks=tuple(_ranks(told, world_size)),
+        ranks=ranks,
         problem=_contradiction(folder, attempt, names, manifest) if full and not aborted else None,
     )
 
 
-def _is_alive(storage: Storage, path: str, attempt: str, names: list[str]) -> bool | None:
+def _is_alive(storage: Storage, path: str, attempt: str, names: list[str], *, fresh: bool) -> bool | None:
     try:
         if is_abandoned(storage, Hidden(path, attempt)):
             return False
@@ -341,7 +341,7 @@ def _is_alive(storage: Storage, path: str, attempt: str, names: list[str]) -> bo
     if NOTE_NAME in names:
         return True
     # Nobody can hold a lock on a file that is not there; but one who has just begun has not named it yet.
-    return False if any(not name.startswith(f".{NOTE_NAME}.") for name in names) else None
+    return None if fresh and all(is_note_aside(name) for name in names) else False
 
 
 def _marked_world_size(folder: Folder, arrived: list[int]) -> int | None:
@@ -353,18 +353,17 @@ def _marked_world_size(folder: Folder, arrived: list[int]) -> int | None:
 
 
 def _ranks(told: Explanation, world_size: int | None) -> Iterable[RankState]:
-    known = {*told.arrived, *told.aborted, *told.beacons}
-    for rank in range(world_size) if world_size is not None else sorted(known):
+    arrived = set(told.arrived)
+    for rank in range(world_size or 0) or sorted({*arrived, *told.aborted, *told.beacons}):
         word, failure = told.beacons.get(rank), told.aborted.get(rank)
+        last = (word.phase, word.bytes_done, word.time) if word else (None, 0, 0.0)
         if failure is not None:
             error = f"{failure.type}: {failure.message}"
-            count = word.bytes_done if word else 0
-            yield RankState(rank, "failed", failure.phase, count, failure.time, error)
-        elif word is None:
-            yield RankState(rank, "arrived" if rank in told.arrived else "silent")
+            yield RankState(rank, "failed", failure.phase, last[1], failure.time, error)
+        elif rank in arrived:
+            yield RankState(rank, "arrived", *last)
         else:
-            state: Literal["arrived", "missing"] = "arrived" if rank in told.arrived else "missing"
-            yield RankState(rank, state, word.phase, word.bytes_done, word.time)
+            yield RankState(rank, "missing" if word else "silent", *last)
 
 
 def _contradiction(folder: Folder, attempt: str, names: list[str], manifest: Manifest | None) -> str:
@@ -372,13 +371,12 @@ def _contradiction(folder: Folder, attempt: str, names: list[str], manifest: Man
     if manifest is not None:
         return "; ".join(missing_files(folder, manifest)[:5]) or "an index or attachment is damaged"
     try:
-        whole = assemble(folder, attempt, ranks_in(names), live=False)
+        assemble(folder, attempt, ranks_in(names), live=False)
     except (CommitError, LoadError, StorageError) as error:
         return str(getattr(error, "message", error))
     missing = [name for rank in ranks_in(names) if folder.stat(name := data_name(rank)) is None]
-    if whole is None and missing:
-        return f"{', '.join(sorted(missing)[:5])} {'is' if len(missing) == 1 else 'are'} missing"
-    return "files are not as the ranks' marks say"
+    more = f"{', '.join(sorted(missing)[:5])} {'is' if len(missing) == 1 else 'are'} missing"
+    return more if missing else "files are not as the ranks' marks say"
 
 
 # ---------------------------------------------------------------------------- damage
@@ -415,6 +413,14 @@ def _keys_beyond(folder: Folder, name: str) -> tuple[str, ...]:
             and records.offset[line.record] + line.end > size
         )
     return ()
+
+
+def _looked_into(storage: Storage, found: Diagnosis, watch: Watch | None) -> Diagnosis:
+    """The diagnosis after every byte of what was asked for was compared."""
+    read = [_read_whole(storage, finding, watch) for finding in found.findings]
+    paths = {finding.path for finding in read}
+    others = [finding for finding in found.around if finding.path not in paths]
+    return replace(found, findings=read, newest=_newest([*read, *others]), around=[*read, *others])
 
 
 def _read_whole(storage: Storage, finding: Finding, watch: Watch | None) -> Finding:

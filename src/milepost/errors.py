@@ -21,7 +21,8 @@
         ├── IncompleteCheckpointError (RuntimeError)   a save that never committed
         ├── CorruptCheckpointError (RuntimeError)      damaged, or not ours
         ├── UnsupportedFormatError (RuntimeError)      written by a later Milepost
-        └── MismatchError (RuntimeError)               does not fit the template, or keys are missing
+        ├── MismatchError (RuntimeError)               does not fit the template, or keys are missing
+        └── PeerLoadError (RuntimeError)               another rank could not load, so this one does not
 
 A leaf also inherits the built-in that a caller would catch. Each error carries the facts it knows as
 attributes: ``path``, ``rank``, ``key`` and ``phase`` (None where unknown), and a ``hint``: the way out.
@@ -50,6 +51,7 @@ __all__ = [
     "LowMemoryError",
     "MilepostError",
     "MismatchError",
+    "PeerLoadError",
     "PostCommitError",
     "RemoteError",
     "StateError",
@@ -259,6 +261,13 @@ class UnsupportedFormatError(LoadError, RuntimeError):
 
 class MismatchError(LoadError, RuntimeError):
     """The checkpoint does not fit the template, or keys are missing in a strict load."""
+
+
+class PeerLoadError(LoadError, RuntimeError):
+    """Another rank could not load, or did not come, so that this rank does not load either.
+
+    ``targets_modified`` tells whether tensors of this rank's template were already written to.
+    """
 
 
 @contextmanager

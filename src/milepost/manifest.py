@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from milepost.errors import CorruptCheckpointError, UnsupportedFormatError
+from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_shards
 from milepost.tree import Node, check_tree
 
 __all__ = [
@@ -49,7 +50,7 @@ CHUNK_BYTES = 256 * 1024
 VERSION = (1, 0)
 """Format version (major, minor). A reader refuses another major version and accepts any minor one."""
 
-FEATURES: frozenset[str] = frozenset()
+FEATURES: frozenset[str] = frozenset({SHARDS_FEATURE})
 """The optional features that this version of the library can read."""
 
 MAX_INDEX_BYTES = 1 << 30
@@ -181,6 +182,7 @@ class Index(Mark, kw_only=True):
 
     records: Records
     tensors: Tensors
+    shards: Shards | msgspec.UnsetType = msgspec.UNSET
     tree: Any
 
 
@@ -265,6 +267,7 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
     check(1 <= manifest.world_size == len(manifest.indexes), "there must be one index for each rank")
     for rank, index in enumerate(manifest.indexes):
         check(index.name == index_name(rank), f"index {rank} is named {index.name!r}")
+    check(manifest.shards is None or manifest.shards.name == SHARDS_NAME, "the shard map has another name")
     _check_sizes(manifest.entries(), check)
     check(all(index.size <= MAX_INDEX_BYTES for index in manifest.indexes), "an index is too large")
     _check_metadata(manifest.metadata, check)
@@ -285,6 +288,10 @@ def decode_index(data: bytes, path: str) -> Index:
     _check_mark(index, check)
     _check_records(index.records, index.files, check)
     _check_tensors(index.tensors, index.records, check)
+    if index.shards is not msgspec.UNSET:
+        held = list(zip(index.tensors.dtype, index.tensors.shape, strict=True))
+        problem = check_shards(index.shards, held, frozenset(DTYPE_BYTES))
+        check(problem is None, problem or "")
     try:
         check_tree(index.tree, tensors=len(index.tensors.record), records=len(index.records.length))
     except ValueError as error:

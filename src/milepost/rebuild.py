@@ -15,7 +15,7 @@ from milepost.manifest import DTYPE_BYTES, Tensors
 from milepost.objects import storage_from, unpickle_object
 from milepost.tree import Node, TreeDecoder
 
-__all__ = ["DTYPE_NAMES", "NATIVE_LEAVES", "TensorBuilder", "dtype_of"]
+__all__ = ["DTYPE_NAMES", "NATIVE_LEAVES", "TensorBuilder", "dtype_of", "finished"]
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES if hasattr(torch, name)}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -33,6 +33,15 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def finished(tensor: torch.Tensor, kind: str, requires_grad: bool) -> Any:  # noqa: FBT001 - a column
+    """What was saved as this kind, over a tensor that holds its values."""
+    if kind == "ndarray":
+        return tensor.numpy()
+    if kind == "parameter":
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
 class TensorBuilder:
     """Builds the values of an index over storages that hold its records.
 
@@ -41,6 +50,7 @@ class TensorBuilder:
         storage_of: The storage that holds a record's bytes, on the device where it is to be.
         bytes_of: The bytes of a record that is no tensor.
         path_of: The path of the object in a record, for messages.
+        beyond: Makes the values whose numbers are beyond the columns: tensors that several ranks hold.
     """
 
     def __init__(
@@ -49,11 +59,13 @@ class TensorBuilder:
         storage_of: Callable[[int], torch.UntypedStorage],
         bytes_of: Callable[[int], bytes],
         path_of: Callable[[int], str | None] = lambda _: None,
+        beyond: Callable[[int], Any] | None = None,
     ) -> None:
         self._tensors = tensors
         self._storage_of = storage_of
         self._bytes_of = bytes_of
         self._path_of = path_of
+        self._beyond = beyond
         self._built: dict[int, Any] = {}
         self._gradients = set(tensors.requires_grad)
         self._conjugates = set(tensors.conj)
@@ -76,7 +88,10 @@ class TensorBuilder:
     def value(self, number: int) -> Any:
         """The tensor, parameter or array of this number."""
         if number not in self._built:
-            self._built[number] = self._build(number)
+            if self._beyond is not None and number >= len(self._tensors.record):
+                self._built[number] = self._beyond(number)
+            else:
+                self._built[number] = self._build(number)
         return self._built[number]
 
     def forget(self) -> None:
@@ -102,13 +117,7 @@ class TensorBuilder:
         return tensor
 
     def _build(self, number: int) -> Any:
-        tensor = self.tensor(number)
-        kind = self._tensors.kind[number]
-        if kind == "ndarray":
-            return tensor.numpy()
-        if kind == "parameter":
-            return torch.nn.Parameter(tensor, requires_grad=number in self._gradients)
-        return tensor.requires_grad_() if number in self._gradients else tensor
+        return finished(self.tensor(number), self._tensors.kind[number], number in self._gradients)
 
     def _array(self, node: Node) -> Any:
         dtype, data, shape = _numpy_dtype(node[2]), self._bytes_of(node[1]), node[3]

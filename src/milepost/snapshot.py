@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +26,12 @@ from milepost.errors import PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
 from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
 from milepost.pickle_view import emit
+from milepost.shards import SHARDS_FEATURE, Shards
 from milepost.storage import Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
 from milepost.tree import Node, TreeEncoder, UnencodableError, path_text
 
-__all__ = ["Labels", "Packed", "SaveOptions", "Snapshot", "partial_directory", "save_snapshot"]
+__all__ = ["Labels", "Packed", "SaveOptions", "Shares", "Snapshot", "partial_directory", "save_snapshot"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,29 @@ def partial_directory() -> str:
 
 
 @dataclass
+class Shares:
+    """What this rank's file holds of tensors that several ranks hold between them.
+
+    Attributes:
+        columns: The columns `Shards` of the index, without CRCs, as msgpack.
+        agreement: Hash of what all ranks must agree on.
+        crcs: Computes (or returns) the column of CRCs.
+    """
+
+    columns: bytes
+    agreement: str
+    crcs: Callable[[], list[list[int]]]
+
+    def decoded(self) -> Shards:
+        """The columns, without CRCs."""
+        return msgspec.msgpack.decode(self.columns, type=Shards)
+
+    def numbers(self) -> list[int]:
+        """Numbers of the tensors that are parts of global ones."""
+        return self.decoded().tensor
+
+
+@dataclass
 class Snapshot:
     """A state dict taken apart.
 
@@ -64,6 +89,7 @@ class Snapshot:
         copy: Copies a piece of a record: ``copy(record, position, bytes, address)``.
         memory: Where the records are in place already: a function that returns that memory, page-aligned
             and at least as large as it is asked for.
+        shares: This rank's part of global tensors; None without such.
     """
 
     tree: Node
@@ -73,6 +99,7 @@ class Snapshot:
     objects: list[bytes]
     copy: Callable[[int, int, int, int], None]
     memory: Callable[[int], memoryview] | None = None
+    shares: Shares | None = None
 
     def pickle(self) -> bytes:
         """The bytes of ``data.pkl``."""
@@ -93,6 +120,9 @@ class Packed(msgspec.Struct):
         arguments: Pickle of the save's keyword arguments, where a hook or writer of the user's wants them.
         shared: Records that are not in the arena but in memory attached to the request: (record, which
             of the attached, where in that memory).
+        shares: As in `Shares`, its columns; b"" without shares.
+        agreement: As in `Shares`.
+        crcs: As in `Shares`.
     """
 
     tree: Any
@@ -103,6 +133,9 @@ class Packed(msgspec.Struct):
     writer: dict[str, str] = {}
     arguments: bytes = b""
     shared: list[tuple[int, int, int]] = []
+    shares: bytes = b""
+    agreement: str = ""
+    crcs: list[list[int]] = []
 
 
 def _in_place(record: int, position: int, size: int, address: int) -> None:
@@ -298,7 +331,6 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
             (IDENTITY_ENTRY, msgspec.json.encode(identity)),
         ],
     )
-    ring = options.ring
     written = 0
 
     def report(count: int) -> None:
@@ -307,6 +339,63 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         attempt.progress("write", written)
         options.report("write", written, image.size)
 
+    shares = snapshot.shares
+    # Replicas are compared by checksums, which are computed while the disk is at work.
+    with _beside(shares.crcs if shares is not None else None) as crcs:
+        _write_image(attempt, snapshot, options, image, report)
+    index = Index(
+        attempt=options.attempt,
+        process=attempt.process,
+        rank=options.rank,
+        world_size=options.world_size,
+        time=time.time(),
+        files=[DataFile(data_name(options.rank), image.size, image.file_crc)],
+        writer=_writer_facts() | options.writer,
+        records=_records(snapshot, image),
+        tensors=snapshot.tensors,
+        tree=snapshot.tree,
+    )
+    if shares is not None:
+        index.requires = [SHARDS_FEATURE]
+        index.agreement = shares.agreement
+        index.shards = shares.decoded()
+        index.shards.crcs = crcs[0]
+    return index
+
+
+@contextmanager
+def _beside(work: Callable[[], Any] | None) -> Iterator[list[Any]]:
+    """Run `work` in a thread during the context; its result is in the list afterwards."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work() if work is not None else None)
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked for it
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="milepost-replicas")
+    if work is not None:
+        thread.start()
+    try:
+        yield results
+    finally:
+        if work is not None:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _write_image(
+    attempt: Attempt,
+    snapshot: Snapshot,
+    options: SaveOptions,
+    image: Image,
+    report: Callable[[int], None],
+) -> None:
+    """Write the data file from the ring, or from where its records lie already."""
+    ring = options.ring
     file = options.storage.create(attempt.data_path, direct=True)
     try:
         if snapshot.memory is None:
@@ -328,18 +417,6 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         file.discard()
         raise
     file.finish(image.size)
-    return Index(
-        attempt=options.attempt,
-        process=attempt.process,
-        rank=options.rank,
-        world_size=options.world_size,
-        time=time.time(),
-        files=[DataFile(data_name(options.rank), image.size, image.file_crc)],
-        writer=_writer_facts() | options.writer,
-        records=_records(snapshot, image),
-        tensors=snapshot.tensors,
-        tree=snapshot.tree,
-    )
 
 
 def _records(snapshot: Snapshot, image: Image) -> Records:

@@ -19,14 +19,17 @@ from isal import isal_zlib
 
 from milepost.errors import ConfigError, CorruptCheckpointError, MilepostError, MismatchError
 from milepost.manifest import CHUNK_BYTES, DTYPE_BYTES, Index
+from milepost.names import Names
+from milepost.placements import narrowed
 from milepost.rebuild import TensorBuilder
+from milepost.reshard import Box
 from milepost.sharing import sharing_misfits
 from milepost.state import StateEncoder
 from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
 from milepost.storage.stream import FileStream
 from milepost.template import Fill, Match, copy_into, is_dense, match
-from milepost.tree import paths_of
+from milepost.tree import Node, paths_of
 from milepost.types import STATE_DICT
 from milepost.utils import gc_paused
 
@@ -58,7 +61,7 @@ class PlainSource:
         state: STATE_DICT = self._state
         return state
 
-    def match(self, template: STATE_DICT) -> Match:
+    def match(self, template: STATE_DICT, names: Names | None = None) -> Match:
         """Take the loaded state apart as if it were to be saved, and match that."""
         if not isinstance(self._state, dict):
             raise MismatchError(f"the file holds a {type(self._state).__name__}, not a dict: {self._path}")
@@ -69,7 +72,7 @@ class PlainSource:
             a, b = (saved[n].detach().resolve_conj().resolve_neg().flatten() for n in (first, second))
             return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
-        found = match(template, tree, tensors, self._taken.decode)
+        found = match(template, tree, tensors, self._taken.decode, names)
         found.misfits += sharing_misfits(found.fills, tensors, tree, same_bytes)
         return found
 
@@ -77,7 +80,9 @@ class PlainSource:
         """Copy the tensors."""
         self.filling = True
         for fill in fills:
-            copy_into(fill.target, self._taken.walk.tensors[fill.number])
+            for piece in fill.parts():
+                source = narrowed(self._taken.walk.tensors[fill.number], piece.box)
+                copy_into(narrowed(fill.target, Box(piece.local, piece.size)), source)
 
 
 def _torch_load(file: OpenFile, map_location: Any) -> Any:
@@ -108,9 +113,17 @@ def _torch_load(file: OpenFile, map_location: Any) -> Any:
 class IndexedSource:
     """A data file with its index."""
 
-    def __init__(self, index: Index, file: OpenFile, map_location: Any, verify: Verify) -> None:
+    def __init__(
+        self,
+        index: Index,
+        file: OpenFile,
+        map_location: Any,
+        verify: Verify,
+        *,
+        beyond: Callable[[int], Any] | None = None,
+    ) -> None:
         self._index = index
-        self._file = file
+        self.file = file
         self._verify = verify
         self._relocate = _relocation(map_location)
         self._chunks = index.records.chunks()
@@ -126,6 +139,7 @@ class IndexedSource:
             self._storage_of,
             self._bytes_of,
             lambda record: paths_of(index.tree, "object").get(record),
+            beyond,
         )
         self._map: memoryview | None = None
         self.filling = False
@@ -134,21 +148,25 @@ class IndexedSource:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.file.close()
 
     # -- without a template ------------------------------------------------------------------------
 
-    def whole(self) -> STATE_DICT:
-        """The whole state, over a private mapping of the file where that can be."""
-        self._map = self._file.map()
+    def whole(self, tree: Node | None = None) -> STATE_DICT:
+        """The whole state, over a private mapping of the file where that can be.
+
+        Args:
+            tree: What it consists of, by default the index's tree.
+        """
+        self._map = self.file.map()
         if self._map is not None and self._verify:
             self._check_mapping(self._map)
         elif self._map is None:
             self._read_records(range(len(self._chunks) - 1))
-        state: STATE_DICT = self._builder.decode(self._index.tree)
+        state: STATE_DICT = self._builder.decode(self._index.tree if tree is None else tree)
         if not isinstance(state, dict):
             raise CorruptCheckpointError(
-                f"the index holds no state dict: {self._file.path}", path=self._file.path
+                f"the index holds no state dict: {self.file.path}", path=self.file.path
             )
         return state
 
@@ -181,14 +199,35 @@ class IndexedSource:
 
     # -- into a template ---------------------------------------------------------------------------
 
-    def match(self, template: STATE_DICT) -> Match:
+    def match(self, template: STATE_DICT, names: Names | None = None) -> Match:
         """Compare with the template; objects are read here, all else later."""
         tree, tensors = self._index.tree, self._index.tensors
-        found = match(template, tree, tensors, self._builder.decode)
-        found.misfits += sharing_misfits(found.fills, tensors, tree, self._same_bytes)
+        found = match(template, tree, tensors, self._builder.decode, names)
+        found.misfits += sharing_misfits(found.fills, tensors, tree, self.same_bytes)
         return found
 
-    def _same_bytes(self, first: int, second: int) -> bool:
+    def decode(self, node: Node) -> Any:
+        """The value of a node."""
+        return self._builder.decode(node)
+
+    def relocated(self, tensor: torch.Tensor, location: str) -> torch.Tensor:
+        """A new tensor on the CPU, moved to where ``map_location`` says."""
+        storage = self._relocate(tensor.untyped_storage(), location)
+        if storage.device == tensor.device:
+            return tensor
+        moved = torch.empty(0, dtype=tensor.dtype, device=storage.device)
+        return moved.set_(storage, 0, tensor.shape, tensor.stride())
+
+    def copy_pieces(self, fill: Fill) -> None:
+        """Read a tensor aside, and copy those parts of it that are wanted."""
+        record = self._index.tensors.record[fill.number]
+        if record not in self._storages:
+            self._read_records([record])
+        source = self._builder.tensor(fill.number)
+        for piece in fill.parts():
+            copy_into(narrowed(fill.target, Box(piece.local, piece.size)), narrowed(source, piece.box))
+
+    def same_bytes(self, first: int, second: int) -> bool:
         """Whether two tensors lie at the same place of records that have the same checksums."""
         tensors, lengths, chunks = self._index.tensors, self._index.records.length, self._chunks
         a, b = tensors.record[first], tensors.record[second]
@@ -206,9 +245,9 @@ class IndexedSource:
             direct, copies, aside = self._sort(fills)
             parts = [self._part(record, direct[record].target.data_ptr()) for record in sorted(direct)]
         if self._verify == "first":
-            self._read([self._part(record, None) for record in sorted({*direct, *aside})])
+            self.read([self._part(record, None) for record in sorted({*direct, *aside})])
         self.filling = True
-        self._read(parts)
+        self.read(parts)
         for fill, source in copies:  # the same bytes, even where shape or dtype differ
             length = self._index.records.length[self._index.tensors.record[fill.number]]
             ctypes.memmove(fill.target.data_ptr(), source.target.data_ptr(), length)
@@ -266,18 +305,25 @@ class IndexedSource:
     # -- records -----------------------------------------------------------------------------------
 
     def _part(self, record: int, address: int | None) -> Part:
-        records = self._index.records
-        crcs = records.crcs[self._chunks[record] : self._chunks[record + 1]] if self._verify else None
-        return Part(records.offset[record], address, records.length[record], crcs, record)
+        return self.part(record, 0, self._index.records.length[record], address)
 
-    def _read(self, parts: Sequence[Part]) -> None:
-        report = read_parts(self._file, parts, chunk_bytes=CHUNK_BYTES)
+    def part(self, record: int, start: int, end: int, address: int | None) -> Part:
+        """The bytes of a record from `start` to `end`, which lie between chunks or at the record's end."""
+        records, first = self._index.records, self._chunks[record]
+        crcs = None
+        if self._verify:
+            crcs = records.crcs[first + start // CHUNK_BYTES : first + -(-end // CHUNK_BYTES)]
+        return Part(records.offset[record] + start, address, end - start, crcs, record)
+
+    def read(self, parts: Sequence[Part]) -> None:
+        """Read parts, sorted by offset, to where they go; CorruptCheckpointError names what is damaged."""
+        report = read_parts(self.file, parts, chunk_bytes=CHUNK_BYTES)
         self._refuse(report.damaged)
 
     def _read_records(self, records: Sequence[int]) -> None:
         """Read records into new memory, on their devices."""
         memory = {record: _memory(self._index.records.length[record]) for record in records}
-        self._read(
+        self.read(
             [self._part(record, storage.data_ptr() or None) for record, storage in sorted(memory.items())]
         )
         for record, storage in memory.items():
@@ -304,7 +350,7 @@ class IndexedSource:
         data = bytearray(length)
         if length:
             address = ctypes.addressof(ctypes.c_char.from_buffer(data))
-            self._read([self._part(record, address)])
+            self.read([self._part(record, address)])
         return bytes(data)
 
     def _refuse(self, damaged: Sequence[Damage]) -> None:
@@ -325,10 +371,10 @@ class IndexedSource:
                 f"(CRC-32 {damage.expected:08x} expected, {damage.found:08x} found)"
             )
         raise CorruptCheckpointError(
-            f"{self._file.path} is damaged: {'; '.join(where)}"
+            f"{self.file.path} is damaged: {'; '.join(where)}"
             + (f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""),
             targets_modified=self.filling,
-            path=self._file.path,
+            path=self.file.path,
             hint="load another checkpoint; `milepost ls` on the folder above lists them",
         )
 

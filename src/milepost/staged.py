@@ -19,7 +19,8 @@ import torch
 from milepost.arena import Arena
 from milepost.image import Layout
 from milepost.manifest import Tensors
-from milepost.state import Parts
+from milepost.snapshot import Shares
+from milepost.state import STAGED_SHARE, Parts
 from milepost.tree import Node
 from milepost.types import STATE_DICT
 
@@ -130,6 +131,7 @@ class StagedImage:
         objects: The bytes of the records that are no tensors.
         attempts: What it is being written as, by path; a fresh writer goes on with it.
         shared: Records that are not in the arena.
+        shares: This rank's part of global tensors; None without such.
     """
 
     arena: Arena
@@ -139,6 +141,7 @@ class StagedImage:
     objects: list[bytes]
     attempts: dict[str, WriteAttempt] = field(default_factory=dict)
     shared: SharedRecords = field(default_factory=SharedRecords)
+    shares: Shares | None = None
 
     def recognise(self, staged: STATE_DICT, views: list[Any]) -> None:
         """Remember what was staged, for `image_of`.
@@ -148,6 +151,9 @@ class StagedImage:
             views: Its tensors and arrays over the arena. They are not counted as used by this: their
                 owner's list is kept, whose items stay alive as long as somebody has the image.
         """
+        for number in self.shares.numbers() if self.shares else ():
+            if isinstance(views[number], torch.Tensor):
+                setattr(views[number], STAGED_SHARE, True)
         self._views = views
         self._keep: list[Any] = []
         self._others: list[tuple[Callable[[], Any], Any]] = []

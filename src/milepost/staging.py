@@ -87,6 +87,7 @@ class DefaultStager(CheckpointStager):
     Args:
         config: Options; the defaults are what this machine can do.
         available: Tells how many bytes of memory are left, None if unknown; for tests.
+        encoder: Takes the states apart; with several ranks it knows which one this is, and what is replicated.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class DefaultStager(CheckpointStager):
         config: CheckpointStagerConfig | None = None,
         *,
         available: Callable[[], int | None] = available_bytes,
+        encoder: StateEncoder | None = None,
     ) -> None:
         self._config = config or CheckpointStagerConfig()
         if self._config.use_non_blocking_copy and not torch.accelerator.is_available():
@@ -101,7 +103,7 @@ class DefaultStager(CheckpointStager):
                 "use_non_blocking_copy=True needs an accelerator, and there is none: leave it out here"
             )
         self._available = available
-        self._encoder = StateEncoder()
+        self._encoder = encoder or StateEncoder()
         self._slots: list[_Slot] = []
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -401,6 +403,7 @@ class _Slot:
             parts.plan.tensors,
             parts.walk.objects,
             shared=shared,
+            shares=parts.shares(),
         )
         self.image.recognise(staged, values)
         return staged, self.image

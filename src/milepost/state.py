@@ -8,7 +8,7 @@ all of which it reads anew from the tensors at every call. Values are never kept
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,24 @@ from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.objects import pickle_object, storage_from, unpickle_object
 from milepost.pickle_view import tensor_fragments
+from milepost.placements import (
+    Division,
+    Member,
+    Replicated,
+    declared_whole,
+    is_dtensor,
+    local_of,
+    placed,
+)
 from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
-from milepost.snapshot import Snapshot
+from milepost.snapshot import Shares, Snapshot
 from milepost.tree import Node, Path, TreeDecoder, TreeEncoder, UnencodableError, path_text
+from milepost.types import RankInfo
 
-__all__ = ["Parts", "StateEncoder", "reach"]
+__all__ = ["STAGED_SHARE", "Parts", "StateEncoder", "reach"]
+
+STAGED_SHARE = "_milepost_share"
+"""Attribute of a staged tensor that is a part of a global one: alone it would pass for a whole one."""
 
 BLOB_BYTES = 64 * 1024
 """Longer ``bytes`` are kept out of the index, in a record of their own."""
@@ -65,10 +78,18 @@ class _Walk:
     objects: list[bytes] = field(default_factory=list)
     object_nodes: list[list[Any]] = field(default_factory=list)
     object_values: list[Any] = field(default_factory=list)
+    members: list[Member] = field(default_factory=list)
+    wholes: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, tensor: torch.Tensor, kind: str, path: Path, owner: Any = None) -> int:
-        """The number of a tensor; the same object gets the same number each time."""
+    def add(
+        self, tensor: torch.Tensor, kind: str, path: Path, owner: Any = None, *, member: bool = False
+    ) -> int:
+        """The number of a tensor; the same object gets the same number each time.
+
+        As a member of a global tensor it has another one, as only a part of it may be saved.
+        """
         identity = id(tensor if owner is None else owner)
+        identity = ~identity if member else identity
         number = self.numbers.get(identity)
         if number is None:
             number = self.numbers[identity] = len(self.tensors)
@@ -99,11 +120,24 @@ class Parts:
         tree: Its tree.
         walk: The tensors and objects that the tree refers to.
         plan: What depends on structure alone.
+        division: Who saves what of the tensors that are parts of global ones; None without such.
     """
 
     tree: Node
     walk: _Walk
     plan: _Plan
+    division: Division | None = None
+
+    def shares(self, *, lazily: bool = False) -> Shares | None:
+        """What the index says of global tensors; CRCs of replicas are computed here, or when asked for."""
+        division = self.division
+        if division is None:
+            return None
+        wholes = self.walk.wholes
+        if lazily:
+            return Shares(division.encoded, division.agreement, lambda: division.crcs(wholes))
+        crcs = division.crcs(wholes)
+        return Shares(division.encoded, division.agreement, lambda: crcs)
 
     def decode(self, node: Node) -> Any:
         """The value of a node of `tree`: the tensors and objects are those that were taken apart."""
@@ -144,9 +178,17 @@ class Parts:
 
 
 class StateEncoder:
-    """Takes state dicts apart. One instance serves one stream of saves; it is not thread-safe."""
+    """Takes state dicts apart. One instance serves one stream of saves; it is not thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        rank_info: Which rank this is, of how many.
+        replicated: What was declared to be the same on all ranks; see `Replicated`.
+    """
+
+    def __init__(self, rank_info: RankInfo | None = None, replicated: Iterable[Any] = ()) -> None:
+        self._rank_info = rank_info or RankInfo(0, 1)
+        self._replicated = Replicated(replicated, self._rank_info.global_world_size)
+        self._division: Division | None = None
         self._plans: list[_Plan] = []
         self._walk = _Walk()
         self._encoder = TreeEncoder(
@@ -169,7 +211,10 @@ class StateEncoder:
         """
         parts = self.take_apart(state_dict)
         plan, walk = parts.plan, parts.walk
-        return Snapshot(parts.tree, plan.tensors, plan.layout, plan.fragments, walk.objects, parts.copier())
+        return Snapshot(
+            *(parts.tree, plan.tensors, plan.layout, plan.fragments, walk.objects, parts.copier()),
+            shares=parts.shares(lazily=True),
+        )
 
     def take_apart(self, state_dict: Any) -> Parts:
         """The tree and the tensors of a state dict; raises as `encode`."""
@@ -180,16 +225,20 @@ class StateEncoder:
                 hint='wrap it: {"state": ...}',
             )
         walk = self._walk = _Walk()
+        if self._replicated.active:
+            self._replicated.begin()
         try:
             tree = self._encoder.encode(state_dict)
         except UnencodableError as error:
             raise UnsupportedTypeError(str(error), key=path_text(error.path) or None) from None
         finally:
             self._walk = _Walk()
+        self._replicated.end(member.path for member in walk.members)
+        division = self._divide(walk) if walk.members else None
         plan = self._plan(walk)
         for node in walk.object_nodes:
             node[1] += len(plan.layout.lengths)
-        return Parts(tree, walk, plan)
+        return Parts(tree, walk, plan, division)
 
     # -- leaves ------------------------------------------------------------------------------------
 
@@ -204,23 +253,76 @@ class StateEncoder:
             # Every property that is asked for costs 2 ms a save of 20,000 tensors: quantised tensors show
             # by their dtype, and meta tensors are refused when their structure is planned.
             if value.layout is torch.strided and value.dtype in DTYPE_NAMES and not value.is_nested:
-                return (
-                    "tensor",
-                    self._walk.add(value, "tensor" if kind is torch.Tensor else "parameter", path),
-                )
+                if value.__dict__ and STAGED_SHARE in value.__dict__:
+                    raise StateError(
+                        "this tensor was staged as one rank's part of a global one, and the state dict was "
+                        "changed since",
+                        key=path_text(path),
+                        hint="give the staged state dict to the checkpoint process as it is",
+                    )
+                name = "tensor" if kind is torch.Tensor else "parameter"
+                if self._replicated.active and self._replicated.declares(value, path):
+                    return self._member(value, name, path)
+                return ("tensor", self._walk.add(value, name, path))
+        elif is_dtensor(value):
+            return self._dtensor(value, path)
         elif isinstance(value, np.generic) and kind.__module__ == "numpy":
             return ("scalar", _descr(value.dtype, path), value.tobytes().hex())
         elif kind is np.ndarray:
             return self._array(value, path)
         return self._object(value, path)
 
+    def _dtensor(self, value: Any, path: Path) -> Node:
+        """A DTensor: this rank's part of it."""
+        local = local_of(value)
+        if (
+            local.layout is not torch.strided
+            or local.dtype not in DTYPE_NAMES
+            or type(local) is not torch.Tensor
+        ):
+            raise UnencodableError(
+                f"a DTensor of {type(local).__qualname__}, {local.dtype}, {local.layout}, cannot be saved",
+                path,
+            )
+        try:
+            place = placed(value)
+        except StateError as error:
+            raise error.located(key=path_text(path)) from None
+        walk, everywhere = self._walk, len(place.ranks) == self._rank_info.global_world_size
+        kind = "parameter" if getattr(value, "_is_param", False) else "tensor"
+        declared = self._replicated.active and not everywhere and self._replicated.declares(local, path)
+        number = walk.add(_resolved(local), kind, path, owner=value, member=True)
+        walk.members.append(Member(path, number, place, declared, value.requires_grad))
+        return ("tensor", number)
+
+    def _member(self, value: torch.Tensor, kind: str, path: Path, owner: Any = None) -> Node:
+        """A plain tensor that was declared to be a replica."""
+        place = declared_whole(value, self._replicated.ranks)
+        number = self._walk.add(
+            _resolved(value), kind, path, owner=value if owner is None else owner, member=True
+        )
+        self._walk.members.append(Member(path, number, place, True, value.requires_grad))
+        return ("tensor", number)
+
+    def _divide(self, walk: _Walk) -> Division:
+        """Settle who saves what, and keep of each tensor only what this rank does."""
+        rank, size = self._rank_info.global_rank, self._rank_info.global_world_size
+        division = self._division = Division.of(
+            walk.members, walk.tensors, walk.kinds, rank, size, self._division, self._encoder.encode
+        )
+        walk.wholes = division.take(walk.tensors)
+        return division
+
     def _array(self, value: np.ndarray[Any, Any], path: Path) -> Node:
         if value.dtype in _NUMPY_KINDS and value.dtype.isnative:
-            known = self._walk.numbers.get(id(value))
-            if known is not None:
+            declared = self._replicated.active and self._replicated.declares(_NO_TENSOR, path)
+            known = self._walk.numbers.get(~id(value) if declared else id(value))
+            if known is not None and not declared:
                 return ("tensor", known)
             strided = all(step >= 0 and step % value.itemsize == 0 for step in value.strides)
             shared = value if strided and value.flags.writeable else value.copy()
+            if declared:
+                return self._member(torch.from_numpy(shared), "ndarray", path, owner=value)
             return ("tensor", self._walk.add(torch.from_numpy(shared), "ndarray", path, owner=value))
         if value.dtype.hasobject:
             raise UnencodableError(
@@ -309,6 +411,16 @@ class StateEncoder:
         )
         self._plans = [plan, *self._plans[: _KEPT_PLANS - 1]]
         return plan
+
+
+_NO_TENSOR = torch.empty(0)
+
+
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """With its conjugate and negative bits carried out: a part of a global tensor has none."""
+    if tensor.is_conj() or tensor.is_neg():
+        return tensor.detach().resolve_conj().resolve_neg()
+    return tensor
 
 
 def _check_memory(walk: _Walk, offsets: list[int], sizes: list[int]) -> None:

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from milepost.errors import CorruptCheckpointError
+from milepost.errors import CorruptCheckpointError, StateError
 from milepost.manifest import Tensors
+from milepost.names import Names, nodes_by_path
+from milepost.placements import is_dtensor, local_of, placed
 from milepost.rebuild import dtype_of
+from milepost.reshard import Piece, whole
 from milepost.state import reach
 from milepost.tree import Item, Node, Path, path_text
 
@@ -40,10 +43,18 @@ _EXACT: dict[str, type] = {
 
 @dataclass(slots=True)
 class Fill:
-    """A tensor of the template, and the number of the saved tensor that goes into it."""
+    """A tensor of the template, and the number of the saved tensor that goes into it.
+
+    Where the target is a rank's part of a DTensor, `pieces` tell which parts of the saved one go where in it.
+    """
 
     target: torch.Tensor
     number: int
+    pieces: tuple[Piece, ...] | None = None
+
+    def parts(self) -> tuple[Piece, ...]:
+        """The pieces of the saved tensor that are wanted: all of it, if nothing else is said."""
+        return (whole(self.target.shape),) if self.pieces is None else self.pieces
 
 
 @dataclass
@@ -55,6 +66,8 @@ class Match:
         missing: Topmost paths of the template that were not saved.
         unexpected: Topmost saved paths that the template lacks.
         misfits: What does not fit, a sentence each; nothing may be written while there are any.
+        allowed: Topmost paths that were not saved, and need not have been.
+        renamed: The saved path and the template's, for each value that was renamed.
         finish: Puts all other values in place; to be called when the tensors are filled.
     """
 
@@ -62,10 +75,18 @@ class Match:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+    renamed: list[tuple[str, str]] = field(default_factory=list)
     finish: Callable[[], Any] = lambda: None
 
 
-def match(template: Any, node: Node, tensors: Tensors, decode: Callable[[Node], Any]) -> Match:
+def match(
+    template: Any,
+    node: Node,
+    tensors: Tensors,
+    decode: Callable[[Node], Any],
+    names: Names | None = None,
+) -> Match:
     """Compare a template with a saved tree; neither is changed.
 
     Args:
@@ -74,19 +95,26 @@ def match(template: Any, node: Node, tensors: Tensors, decode: Callable[[Node], 
         node: The saved tree.
         tensors: The tensors it refers to.
         decode: Builds the values that are new to the template, and objects.
+        names: What was renamed since it was saved, and what need not have been saved.
     """
-    return _Matcher(tensors, decode).run(template, node)
+    return _Matcher(tensors, decode, names or Names()).run(template, node)
 
 
 class _Matcher:
-    def __init__(self, tensors: Tensors, decode: Callable[[Node], Any]) -> None:
+    def __init__(self, tensors: Tensors, decode: Callable[[Node], Any], names: Names) -> None:
         self._tensors = tensors
         self._decode = decode
+        self._names = names
         self._match = Match()
         self._filled: list[torch.Tensor] = []
+        self._saved: dict[str, Node] = {}
+        self._unexpected: list[tuple[Path, Node]] = []
 
     def run(self, template: Any, node: Node) -> Match:
+        if self._names.renames:
+            self._saved = nodes_by_path(node)
         put = self._value(template, node, ())
+        self._match.unexpected = self._names.left_over(self._unexpected, self._match.renamed)
 
         def finish() -> Any:
             torch.autograd.graph.increment_version(self._filled)
@@ -139,13 +167,20 @@ class _Matcher:
         parts = []
         for key, value in target.items():
             where = (*path, key)
-            if key in saved:
-                part = self._value(value, saved[key], where)
+            found = self._renamed(where) if self._names.renames else None
+            if found is None:
+                found = saved.get(key)
+            if found is None and self._names.renames and self._names.reach_into(value, where, self._saved):
+                found = ("dict", [])  # all that is below has other names
+            if found is not None:
+                part = self._value(value, found, where)
                 if part is not None:
                     parts.append((key, part))
+            elif self._names.may_lack(value, where):
+                self._match.allowed.append(path_text(where))
             else:
                 self._match.missing.append(path_text(where))
-        self._match.unexpected += [path_text((*path, key)) for key in saved if key not in target]
+        self._unexpected += [((*path, key), value) for key, value in saved.items() if key not in target]
 
         def put() -> dict[Any, Any]:
             for key, part in parts:
@@ -153,6 +188,15 @@ class _Matcher:
             return target
 
         return put
+
+    def _renamed(self, path: Path) -> Node | None:
+        """What was saved under the name that a path of the template had then."""
+        new = path_text(path)
+        for old in self._names.old_names(new):
+            if old in self._saved:
+                self._match.renamed.append((old, new))
+                return self._saved[old]
+        return None
 
     def _list(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
         saved = node[1]
@@ -193,6 +237,8 @@ class _Matcher:
                 return self._misfit(
                     path, f"a numpy array of dtype {target.dtype}{layout}", columns.dtype[number]
                 )
+        elif is_dtensor(target):
+            return self._dtensor(target, number, path)
         elif isinstance(target, torch.Tensor):
             destination = target.detach() if target.requires_grad else target
         else:
@@ -215,6 +261,26 @@ class _Matcher:
         self._match.fills.append(Fill(destination, number))
         if isinstance(target, torch.Tensor):
             self._filled.append(target)
+        return None
+
+    def _dtensor(self, target: Any, number: int, path: Path) -> Callable[[], Any] | None:
+        """This rank's part of a DTensor: it is filled from those parts of the saved tensor."""
+        dtype, shape = dtype_of(self._tensors.dtype[number]), self._tensors.shape[number]
+        if target.dtype != dtype or list(target.shape) != shape:
+            return self._misfit(
+                path,
+                f"a DTensor of {target.dtype} of shape {tuple(target.shape)}",
+                f"{dtype} of shape {tuple(shape)}",
+            )
+        try:
+            pieces = placed(target).pieces
+        except StateError as error:
+            return self._misfit(path, f"a DTensor that can be filled: {error.message}", "a tensor")
+        local = local_of(target).detach()
+        if local.layout is not torch.strided or local.is_meta or _overlaps(local):
+            return self._misfit(path, f"a dense tensor to fill, not {_kind(local)}", "a dense tensor")
+        self._match.fills.append(Fill(local, number, pieces))
+        self._filled.append(local)
         return None
 
     def _raw_array(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:

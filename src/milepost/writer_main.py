@@ -42,7 +42,7 @@ from milepost.errors import CommitTimeoutError
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.pickle_view import tensor_fragments
-from milepost.snapshot import Labels, Packed, SaveOptions, Snapshot, save_snapshot
+from milepost.snapshot import Labels, Packed, SaveOptions, Shares, Snapshot, save_snapshot
 from milepost.storage.writing import Ring
 
 __all__ = ["Service", "main"]
@@ -202,7 +202,10 @@ class Service:
             arena.grow(size)
             return arena.view[:size]
 
-        snapshot = Snapshot(packed.tree, tensors, layout, fragments, packed.objects, lambda *_: None, memory)
+        shares = Shares(packed.shares, packed.agreement, lambda: packed.crcs) if packed.shares else None
+        snapshot = Snapshot(
+            *(packed.tree, tensors, layout, fragments, packed.objects, lambda *_: None, memory), shares=shares
+        )
         options = SaveOptions(
             storage=self._storage,
             rank=self._init.rank,

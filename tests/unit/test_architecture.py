@@ -22,6 +22,7 @@ STORAGES = "Only builder, cli, testing"
 
 TORCH_MODULES = {
     "accelerator",
+    "assembly",
     "barriers",
     "builder",
     "checkpoint_process",
@@ -33,6 +34,7 @@ TORCH_MODULES = {
     "integrations",
     "manager",
     "objects",
+    "placements",
     "rebuild",
     "sharing",
     "sources",
@@ -41,6 +43,7 @@ TORCH_MODULES = {
     "state",
     "template",
     "testing",
+    "together",
 }
 """The modules that may import torch; every other one is torch-free, and listed in pyproject.toml."""
 

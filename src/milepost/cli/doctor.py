@@ -48,9 +48,15 @@ def run(session: Session, path: str, *, mend: bool, deep: bool, as_json: bool) -
         session.json(_as_data(found, actions))
     else:
         _print(session, found, actions)
-    if any(finding.is_wrong for finding in found.findings) or any(a.what == "failed" for a in actions):
+    if any(is_wrong(finding) for finding in found.findings) or any(a.what == "failed" for a in actions):
         return DAMAGED
     return FAILED if any(finding.state == "unreadable" for finding in found.findings) else OK
+
+
+def is_wrong(finding: Finding) -> bool:
+    """Whether something was lost: it is damaged, or incomplete and nobody will complete it."""
+    given_up = finding.alive is False or finding.aborted
+    return finding.state == "damaged" or (finding.state == "incomplete" and given_up)
 
 
 def _again(storage: Storage, before: Diagnosis, *, deep: bool, watch: Watch) -> Diagnosis:
@@ -90,6 +96,8 @@ def repair(storage: Storage, diagnosis: Diagnosis) -> list[Action]:
 def _refusal(findings: list[Finding]) -> str | None:
     """Why recovery is not let loose on a path, if so."""
     for finding in findings:
+        if finding.state == "incomplete" and finding.alive is None:
+            return f"it cannot be told yet whether somebody works on it: {_shown(finding.path)}"
         if not finding.published and any(damage.file != MANIFEST_NAME for damage in finding.damage):
             return f"a save that seemed complete is damaged; delete it yourself: {_shown(finding.path)}"
     damaged = any(finding.published and finding.state in ("damaged", "unreadable") for finding in findings)
@@ -122,7 +130,7 @@ def _as_data(found: Diagnosis, actions: list[Action]) -> dict[str, object]:
         "run": found.is_run,
         "checkpoints": [
             asdict(finding)
-            | {"wrong": finding.is_wrong, "says": words(finding, now), "advice": advice(finding, found)}
+            | {"wrong": is_wrong(finding), "says": words(finding, now), "advice": advice(finding, found)}
             for finding in found.findings
         ],
         "newest": asdict(found.newest) if found.newest else None,
@@ -240,7 +248,9 @@ def _told(finding: Finding, now: float) -> Iterable[str]:
     missing = by_state.get("missing", [])
     living = finding.alive and not finding.aborted
     for rank in missing[:_MOST_RANKS]:
-        last = f"{_DOING.get(rank.phase or '', f'in {rank.phase}')}, {size(rank.bytes_done)}"
+        last = _DOING.get(rank.phase or "", f"in {rank.phase}")
+        if rank.bytes_done or rank.phase == "write":
+            last += f", {size(rank.bytes_done)}"
         last += f", {_ago(rank.time, now)}"
         yield f"rank {rank.rank} " + (
             f"has not arrived yet ({last})" if living else f"never arrived (last seen {last})"
@@ -278,7 +288,7 @@ def advice(finding: Finding, found: Diagnosis) -> str | None:
         if finding.alive:
             return "wait for it; if it hangs, look at the logs of the ranks that have not arrived"
         if finding.alive is None:
-            return f"it cannot be told whether somebody works on it; {instead}"
+            return f"other ranks may still come: look again in a few minutes; {instead}"
         return f"nobody works on it any more: the next save to it, or {mend}, removes it; {instead}"
     if finding.state == "complete":
         later = "its owners publish it" if finding.alive else f"the next save to it, or {mend}, publishes it"

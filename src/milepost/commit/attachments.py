@@ -10,6 +10,7 @@ from contextlib import suppress
 from milepost.commit.hidden import data_rank, file_digest, index_rank, is_own, list_names
 from milepost.errors import CommitError, EntryNotFoundError
 from milepost.manifest import FileDigest, is_plain_name
+from milepost.shards import SHARDS_NAME
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
 
@@ -63,7 +64,7 @@ def _collect(storage: Storage, root: Folder, path: str, names: list[str], found:
 def _is_ours(name: str, world_size: int) -> bool:
     rank = data_rank(name)
     rank = index_rank(name) if rank is None else rank
-    if rank is not None and rank >= world_size:
+    if (rank is not None and rank >= world_size) or name == SHARDS_NAME:
         raise _refused(f"{name!r}, a name that Milepost uses for its own files", "give the file another name")
     return rank is not None or is_own(name)
 

@@ -307,8 +307,8 @@ class Attempt:
             if not ranks_in(names) >= set(range(self.world_size)):
                 return False
             try:
-                manifest = assemble(self._folder(), self.id, ranks_in(names), live=True)
-                if manifest is None:
+                assembled = assemble(self._folder(), self.id, ranks_in(names), live=True)
+                if assembled is None:
                     raise CommitError(
                         f"a file of this checkpoint has gone while it was saved: {self.folder}",
                         hint="does another program clear this folder?",
@@ -319,7 +319,7 @@ class Attempt:
                 self.abort(error)
                 raise
             try:
-                created = commit_manifest(self._storage, self.folder, manifest)
+                created = commit_manifest(self._storage, self.folder, *assembled)
             except EntryNotFoundError:  # another rank has published the folder just now
                 created = False
             if not created:

@@ -77,7 +77,7 @@ _NUMBER = "(0|[1-9][0-9]{0,8})"
 _OWN = re.compile(
     rf"attempt\.json|arrived\.json|aborted\.json|manifest\.json|(?:state|abort)_{_NUMBER}\.json"
 )
-_ASIDE = re.compile(rf"\.(?:{_OWN.pattern}|index_{_NUMBER}\.json)\.[0-9a-f]{{16}}\.tmp")
+_ASIDE = re.compile(rf"\.(?:{_OWN.pattern}|shards\.json|index_{_NUMBER}\.json)\.[0-9a-f]{{16}}\.tmp")
 _DATA = re.compile(rf"checkpoint_{_NUMBER}\.pt")
 _INDEX = re.compile(rf"index_{_NUMBER}\.json")
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -10,11 +10,13 @@ from milepost.commit.hidden import (
     belongs,
     file_digest,
     is_aborted,
+    list_names,
     numbers,
     ranks_in,
     read_manifest,
     read_note,
 )
+from milepost.commit.merge import Merger
 from milepost.errors import (
     CommitError,
     CorruptCheckpointError,
@@ -31,9 +33,10 @@ from milepost.manifest import (
     digest,
     index_name,
 )
+from milepost.shards import MAX_SHARDS_BYTES, SHARDS_FEATURE, SHARDS_NAME, encode_shard_map
 from milepost.storage import Folder
 
-__all__ = ["assemble", "checked_manifest", "missing_files"]
+__all__ = ["assemble", "checked_manifest", "missing_files", "read_shards"]
 
 
 def missing_files(folder: Folder, manifest: Manifest) -> list[str]:
@@ -58,8 +61,12 @@ def missing_files(folder: Folder, manifest: Manifest) -> list[str]:
     return problems
 
 
-def assemble(folder: Folder, attempt: str, ranks: set[int], *, live: bool) -> Manifest | None:
-    """The manifest of a full set of marks; None if it is not full, or a file of it is not there.
+def assemble(
+    folder: Folder, attempt: str, ranks: set[int], *, live: bool
+) -> tuple[Manifest, bytes | None] | None:
+    """The manifest of a full set of marks, and the shard map (if any rank has a part of a global tensor).
+
+    None if the set is not full, or a file of it is not there.
 
     Everybody who assembles the same folder gets the same bytes.
 
@@ -76,6 +83,7 @@ def assemble(folder: Folder, attempt: str, ranks: set[int], *, live: bool) -> Ma
     """
     marks: list[Mark] = []
     indexes: list[FileDigest] = []
+    merger = Merger(attempt, len(ranks))
     for rank in range(len(ranks)):
         if rank not in ranks:
             return None
@@ -89,9 +97,13 @@ def assemble(folder: Folder, attempt: str, ranks: set[int], *, live: bool) -> Ma
             return None
         marks.append(mark)
         indexes.append(digest(name, data))
+        if SHARDS_FEATURE in mark.requires:
+            merger.add(rank, data, os.path.join(folder.path, name))
     if not marks:
         return None
-    _check_agreement(attempt, marks)
+    _check_agreement(attempt, marks, merger)
+    shards = merger.finish()
+    encoded = None if shards is None else encode_shard_map(shards)
     attachments = _attachments(folder, marks, live=live)
     if attachments is None:
         return None
@@ -107,10 +119,36 @@ def assemble(folder: Folder, attempt: str, ranks: set[int], *, live: bool) -> Ma
         files=[file for mark in marks for file in mark.files],
         attachments=attachments,
     )
-    return None if missing_files(folder, manifest) else manifest
+    if missing_files(folder, manifest):
+        return None
+    if encoded is not None:
+        manifest.shards = digest(SHARDS_NAME, encoded)
+    return manifest, encoded
 
 
-def _check_agreement(attempt: str, marks: list[Mark]) -> None:
+def read_shards(folder: Folder, manifest: Manifest) -> bytes:
+    """The bytes of the shard map that a manifest lists; made from the marks where it was not written yet.
+
+    Raises:
+        CorruptCheckpointError: It is not what the manifest says.
+    """
+    assert manifest.shards is not None
+    path = os.path.join(folder.path, SHARDS_NAME)
+    try:
+        data: bytes | None = folder.read(SHARDS_NAME, MAX_SHARDS_BYTES)
+    except EntryNotFoundError:
+        if MANIFEST_NAME in list_names(folder):
+            raise
+        assembled = assemble(folder, manifest.attempt, ranks_in(list_names(folder)), live=False)
+        data = assembled[1] if assembled else None
+    if data is None or digest(SHARDS_NAME, data) != manifest.shards:
+        raise CorruptCheckpointError(
+            f"the shard map does not have the SHA-256 of the manifest: {path}", path=path
+        )
+    return data
+
+
+def _check_agreement(attempt: str, marks: list[Mark], merger: Merger) -> None:
     facts: Mapping[str, list[object]] = {
         "attempt": [mark.attempt for mark in marks],
         "world size": [mark.world_size for mark in marks],
@@ -124,7 +162,8 @@ def _check_agreement(attempt: str, marks: list[Mark]) -> None:
             raise CommitError(
                 f"the ranks disagree on the {fact}: expected {expected!r}, "
                 f"rank {other[0]} has {values[other[0]]!r}"
-                + (f" (as have ranks {numbers(other[1:])})" if other[1:] else ""),
+                + (f" (as have ranks {numbers(other[1:])})" if other[1:] else "")
+                + (merger.difference(0, other[0]) if fact == "state they share" else ""),
                 rank=other[0],
                 phase="commit",
                 hint="all ranks must save the same step with the same arguments; look at these ranks' logs",
@@ -190,6 +229,7 @@ def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep
             return manifest if all(file_digest(folder, file.name) == file for file in hashed) else None
         if is_aborted(names):
             return None
-        return assemble(folder, attempt, ranks_in(names), live=False)
+        assembled = assemble(folder, attempt, ranks_in(names), live=False)
+        return assembled[0] if assembled else None
     except (CommitError, CorruptCheckpointError, UnsupportedFormatError, EntryNotFoundError):
         return None

@@ -27,7 +27,7 @@ from milepost.commit.hidden import (
     read_note,
     siblings,
 )
-from milepost.commit.marks import checked_manifest
+from milepost.commit.marks import checked_manifest, read_shards
 from milepost.commit.publish import publish, published_manifest, remove_tree, retire, sweep
 from milepost.errors import (
     EntryExistsError,
@@ -45,6 +45,7 @@ from milepost.manifest import (
     encode_manifest,
     index_name,
 )
+from milepost.shards import SHARDS_NAME
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
 
@@ -107,7 +108,8 @@ def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
             published = published_manifest(storage, path)
             if manifest is None or (published is not None and published.time > manifest.time):
                 return False
-            if not commit_manifest(storage, hidden.path, manifest):
+            shards = read_shards(folder, manifest) if manifest.shards else None
+            if not commit_manifest(storage, hidden.path, manifest, shards):
                 # The names may be no more than what a killed process saw: they must be durable first.
                 storage.sync_folder(hidden.path)
         publish(storage, path, hidden.attempt)
@@ -120,13 +122,19 @@ def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
     return True
 
 
-def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> bool:
-    """Create the manifest and make all names in the folder durable: the commit.
+def commit_manifest(storage: Storage, folder: str, manifest: Manifest, shards: bytes | None) -> bool:
+    """Create the shard map (if there is one) and the manifest, and make all names in the folder durable.
+
+    This is the commit.
 
     Returns:
         False if there is one already; its names are then as durable as its creator made them.
     """
     storage.make_public(folder)
+    if shards is not None:
+        # Whoever assembles the same marks makes the same bytes: what is there already is as good.
+        with suppress(EntryExistsError):
+            publish_bytes(storage, os.path.join(folder, SHARDS_NAME), shards, "create")
     try:
         publish_bytes(storage, os.path.join(folder, MANIFEST_NAME), encode_manifest(manifest), "create")
     except EntryExistsError:

@@ -1,0 +1,319 @@
+"""What all ranks' indexes say of the tensors that they hold between them, merged and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+import msgspec
+
+from milepost.commit.hidden import numbers
+from milepost.errors import CommitError, CorruptCheckpointError
+from milepost.manifest import DTYPE_BYTES
+from milepost.shards import Key, ShardMap, Table, check_described, decode_key
+from milepost.tree import path_text
+
+__all__ = ["Merger"]
+
+_SHOWN = 5
+
+
+class _Columns(msgspec.Struct):
+    """The columns of an index's shards: those that most ranks have in common stay encoded."""
+
+    key: msgspec.Raw
+    dtype: msgspec.Raw
+    kind: msgspec.Raw
+    shape: msgspec.Raw
+    placement: msgspec.Raw
+    alias: msgspec.Raw
+    requires_grad: msgspec.Raw
+    copies: msgspec.Raw
+    crcs: msgspec.Raw
+    pieces: list[int]
+    start: list[int]
+    size: list[int]
+
+    def described(self) -> tuple[bytes, ...]:
+        return tuple(
+            bytes(raw)
+            for raw in (self.key, self.dtype, self.kind, self.shape)
+            + (self.placement, self.alias, self.requires_grad)
+        )
+
+
+class _Index(msgspec.Struct):
+    shards: _Columns
+
+
+class _Described(msgspec.Struct):
+    """The columns that describe global tensors, decoded."""
+
+    key: list[Key]
+    dtype: list[str]
+    kind: list[str]
+    shape: list[list[int]]
+    placement: list[str]
+    alias: list[int]
+    requires_grad: list[int]
+
+
+@dataclass
+class _Group:
+    """Ranks whose columns describe the same tensors, and where these are in the merged columns.
+
+    `of_parts` are the entries that several meshes hold (see `placements.Member.of_part`).
+    """
+
+    first: int
+    described: _Described
+    rows: list[int]
+    names: list[bytes]
+    of_parts: set[int] = field(default_factory=set)
+
+
+class Merger:
+    """Merges the shards of all ranks, one index after the other, in the order of ranks.
+
+    Args:
+        attempt: Id of the attempt.
+        world_size: How many ranks there are.
+    """
+
+    def __init__(self, attempt: str, world_size: int) -> None:
+        self._merged = ShardMap(attempt=attempt, world_size=world_size)
+        self._rows: dict[bytes, int] = {}
+        self._groups: dict[tuple[bytes, ...], _Group] = {}
+        self._group_of: dict[int, _Group] = {}
+        self._tables: list[Table] = []
+        self._boxes: dict[int, dict[tuple[int, ...], int]] = {}
+        self._replicas: dict[tuple[int, str], dict[tuple[int, ...], list[int]]] = {}
+        self._seen: dict[tuple[int, bytes, bytes], list[tuple[int, str, tuple[int, ...]]]] = {}
+        self._conflicts: list[str] = []
+
+    def add(self, rank: int, data: bytes, path: str) -> None:
+        """Take in a rank's index.
+
+        Raises:
+            CorruptCheckpointError: Its shards are malformed.
+        """
+        try:
+            columns = msgspec.json.decode(data, type=_Index).shards
+            group = self._group(rank, columns)
+        except msgspec.DecodeError as error:
+            raise CorruptCheckpointError(
+                f"the shards of an index are malformed: {error}: {path}", path=path
+            ) from None
+        self._group_of[rank] = group
+        described = group.described
+        flat = sum(count * len(shape) for count, shape in zip(columns.pieces, described.shape, strict=False))
+        if len(columns.pieces) != len(described.key) or not len(columns.start) == len(columns.size) == flat:
+            raise CorruptCheckpointError(f"the shards of an index differ in length: {path}", path=path)
+        self._compare_replicas(rank, group, columns, path)
+        position = 0
+        for entry, count in enumerate(columns.pieces):
+            if count:
+                end = position + count * len(described.shape[entry])
+                self._place(
+                    rank, group, entry, count, columns.start[position:end], columns.size[position:end]
+                )
+                position = end
+
+    def _group(self, rank: int, columns: _Columns) -> _Group:
+        key = columns.described()
+        group = self._groups.get(key)
+        if group is None:
+            described = msgspec.convert(
+                {
+                    name: msgspec.json.decode(raw)
+                    for name, raw in zip(_Described.__struct_fields__, key, strict=True)
+                },
+                _Described,
+            )
+            problem = check_described(described, frozenset(DTYPE_BYTES))
+            if problem:
+                raise msgspec.ValidationError(problem)
+            names = [msgspec.json.encode(name) for name in described.key]
+            rows = [self._row(rank, described, entry, names) for entry in range(len(names))]
+            of_parts = {n for n, text in enumerate(described.placement) if text.endswith(", replicated")}
+            group = self._groups[key] = _Group(rank, described, rows, names, of_parts)
+        return group
+
+    def _row(self, rank: int, described: _Described, entry: int, names: list[bytes]) -> int:
+        """The row of the merged columns for an entry of a rank's columns."""
+        merged = self._merged
+        row = self._rows.get(names[entry])
+        facts = (described.dtype[entry], described.shape[entry], described.placement[entry])
+        if row is None:
+            row = self._rows[names[entry]] = len(merged.key)
+            merged.key.append(described.key[entry])
+            merged.dtype.append(facts[0])
+            merged.shape.append(facts[1])
+            merged.placement.append(facts[2])
+            merged.kind.append(described.kind[entry])
+            alias = described.alias[entry]
+            merged.alias.append(row if alias == entry else self._rows[names[alias]])
+            if entry in described.requires_grad:
+                merged.requires_grad.append(row)
+            self._tables.append(Table([], [], []))
+            return row
+        known = (merged.dtype[row], merged.shape[row], merged.placement[row])
+        if known != facts:
+            self._conflicts.append(
+                f"{_text(described.key[entry])}: {_facts(known)} on an earlier rank, {_facts(facts)} on rank {rank}"
+            )
+        return row
+
+    def _place(
+        self, rank: int, group: _Group, entry: int, count: int, start: list[int], size: list[int]
+    ) -> None:
+        table = self._tables[group.rows[entry]]
+        if entry in group.of_parts:
+            start, size, count = self._not_yet_held(group.rows[entry], count, start, size)
+        if count == 1:
+            table.rank.append(rank)
+        else:
+            table.rank += [rank] * count
+        table.start += start
+        table.size += size
+
+    def _not_yet_held(
+        self, row: int, count: int, start: list[int], size: list[int]
+    ) -> tuple[list[int], list[int], int]:
+        """Of boxes that a rank of another mesh may have saved as well, those that none has."""
+        known = self._boxes.setdefault(row, {})
+        dims = len(start) // count
+        kept_start: list[int] = []
+        kept_size: list[int] = []
+        kept = 0
+        for n in range(count):
+            box = (*start[n * dims : (n + 1) * dims], *size[n * dims : (n + 1) * dims])
+            if known.setdefault(box, 1) == 1:
+                known[box] = 2
+                kept_start += box[:dims]
+                kept_size += box[dims:]
+                kept += 1
+        return kept_start, kept_size, kept
+
+    # -- replicas --------------------------------------------------------------------------------
+
+    def _compare_replicas(self, rank: int, group: _Group, columns: _Columns, path: str) -> None:
+        """Sort a rank's checksums of what others hold as well to theirs."""
+        same = (id(group), bytes(columns.copies), bytes(columns.crcs))
+        known = self._seen.get(same)
+        if known is None:
+            copies = msgspec.json.decode(columns.copies, type=list[str])
+            crcs = msgspec.json.decode(columns.crcs, type=list[list[int]])
+            if not len(copies) == len(crcs) == len(group.rows):
+                raise CorruptCheckpointError(f"the shards of an index differ in length: {path}", path=path)
+            known = self._seen[same] = [
+                (entry, held_by, tuple(crc))
+                for entry, (held_by, crc) in enumerate(zip(copies, crcs, strict=True))
+                if crc
+            ]
+        boxes = self._boxes_of(group, columns) if group.of_parts else {}
+        for entry, held_by, crc in known:
+            place = (group.rows[entry], boxes.get(entry, held_by))
+            self._replicas.setdefault(place, {}).setdefault(crc, []).append(rank)
+
+    def _boxes_of(self, group: _Group, columns: _Columns) -> dict[int, str]:
+        """What a rank holds of the tensors that several meshes hold, by their entries."""
+        boxes, position = {}, 0
+        for entry, count in enumerate(columns.pieces):
+            end = position + count * len(group.described.shape[entry])
+            if entry in group.of_parts:
+                boxes[entry] = f"{columns.start[position:end]} {columns.size[position:end]}"
+            position = end
+        return boxes
+
+    # -- the result ------------------------------------------------------------------------------
+
+    def difference(self, first: int, second: int) -> str:
+        """The first tensor in which two ranks' columns differ, as the end of a message."""
+        a, b = self._group_of.get(first), self._group_of.get(second)
+        here = dict(zip(a.names, range(len(a.names)), strict=True)) if a else {}
+        there = dict(zip(b.names, range(len(b.names)), strict=True)) if b else {}
+        for name in sorted({*here, *there}):
+            key = _text(msgspec.json.decode(name))
+            if name not in here or name not in there:
+                has, lacks = (first, second) if name in here else (second, first)
+                return f"; first: {key}, which rank {has} has and rank {lacks} has not"
+            assert a is not None
+            assert b is not None
+            facts = [
+                (g.described.dtype[n], g.described.shape[n], g.described.placement[n])
+                for g, n in ((a, here[name]), (b, there[name]))
+            ]
+            if facts[0] != facts[1]:
+                return (
+                    f"; first: {key}, {_facts(facts[0])} on rank {first}, {_facts(facts[1])} on rank {second}"
+                )
+        return "; the tensors are the same, but not how they share memory"
+
+    def finish(self) -> ShardMap | None:
+        """The shard map; None if no rank has shards.
+
+        Raises:
+            CommitError: The ranks contradict each other, replicas differ, or a part is held by no rank.
+        """
+        if not self._group_of:
+            return None
+        if self._conflicts:
+            raise CommitError(
+                f"the ranks hold tensors of one key that differ: {'; '.join(self._conflicts[:_SHOWN])}",
+                phase="commit",
+                hint="a DTensor must have one mesh on all its ranks; or declare it: replicated=[pattern]",
+            )
+        self._check_replicas()
+        self._check_coverage()
+        merged = self._merged
+        encoded: dict[bytes, int] = {}
+        for table in self._tables:
+            merged.table.append(encoded.setdefault(msgspec.json.encode(table), len(encoded)))
+        merged.tables = [msgspec.Raw(data) for data in encoded]
+        return merged
+
+    def _check_replicas(self) -> None:
+        differing = []
+        for (row, _), replicas in self._replicas.items():
+            if len(replicas) > 1:
+                groups = sorted(replicas.values(), key=len, reverse=True)
+                differing.append(
+                    f"{_text(self._merged.key[row])}: "
+                    + ", others on ".join(f"ranks {numbers(ranks)}" for ranks in groups)
+                )
+        if differing:
+            more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+            raise CommitError(
+                f"replicas differ, so none of them can be saved for all: one value of "
+                f"{'; one of '.join(differing[:_SHOWN])}{more}",
+                phase="commit",
+                hint="the ranks have run apart: find out since when; or do not declare these as replicated",
+            )
+
+    def _check_coverage(self) -> None:
+        merged = self._merged
+        for row, (shape, table) in enumerate(zip(merged.shape, self._tables, strict=True)):
+            dims, volume = len(shape), 0
+            if dims == 1:
+                volume = sum(table.size)
+            elif dims == 0:
+                volume = len(table.rank)
+            else:
+                for n in range(0, len(table.size), dims):
+                    volume += prod(table.size[n : n + dims])
+            if volume != prod(shape):
+                raise CommitError(
+                    f"the ranks hold {volume} elements of {_text(merged.key[row])}, which has {prod(shape)}: "
+                    f"{merged.placement[row]}",
+                    phase="commit",
+                    hint="every rank of the tensor's mesh must save it, under the same key, each exactly once",
+                )
+
+
+def _text(key: Key) -> str:
+    return path_text(decode_key(key))
+
+
+def _facts(facts: tuple[str, list[int], str]) -> str:
+    return f"{facts[0]} {facts[1]} {facts[2]}"

@@ -1,0 +1,336 @@
+"""Tensors that several ranks hold between them, as the JSON files describe them. Torch-free.
+
+`Shards` are the columns of an index: what this rank's file holds of which global tensor. The committing
+rank merges those of all ranks into `shards.json`, the `ShardMap`: for each key the global tensor, and which
+rank's file holds which box of it. A loader that reshards reads that one file, and then only the indexes of
+the ranks that it reads from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any, Protocol
+
+import msgspec
+
+from milepost.errors import CorruptCheckpointError
+from milepost.reshard import Box, Piece, intersection
+from milepost.tree import Item, Node, Path, TreeDecoder, TreeEncoder, UnencodableError, check_tree
+
+__all__ = [
+    "SHARDS_FEATURE",
+    "SHARDS_NAME",
+    "ShardMap",
+    "Shards",
+    "Table",
+    "check_described",
+    "check_shards",
+    "decode_key",
+    "decode_shard_map",
+    "encode_key",
+    "encode_shard_map",
+]
+
+SHARDS_NAME = "shards.json"
+SHARDS_FEATURE = "shards"
+"""The feature that an index or manifest with shards requires of its reader."""
+
+MAX_SHARDS_BYTES = 1 << 31
+_MAX_INT = (1 << 63) - 1
+
+Key = list[Any]
+"""A typed path: text for a key that is text, ["item", n] for a position, else the key's node."""
+
+
+class Shards(msgspec.Struct):
+    """The shards of an index, in columns: one entry for each tensor that is part of a global one.
+
+    Attributes:
+        tensor: Number of the tensor that holds what this rank's file has of it.
+        key: The typed path, which is the tensor's identity on all ranks.
+        dtype: As in `Tensors`.
+        kind: As in `Tensors`.
+        shape: The global shape.
+        placement: How it lies on the ranks, for people: "Shard(0) on ranks 0-3".
+        alias: Number of the first entry that shares the same memory; its own number if none does.
+        copies: The ranks that hold the very same part of it, "" if only this one does.
+        crcs: With several such ranks, the CRC-32 of each rank's share of that part, row by row.
+        requires_grad: Numbers of the entries with requires_grad, ascending.
+        pieces: How many pieces this rank's file holds of it.
+        start: *(flat)* where each piece starts in the global tensor.
+        local: *(flat)* where it starts in the tensor that holds it.
+        size: *(flat)* its size.
+    """
+
+    tensor: list[int] = []
+    key: list[Key] = []
+    dtype: list[str] = []
+    kind: list[str] = []
+    shape: list[list[int]] = []
+    placement: list[str] = []
+    alias: list[int] = []
+    copies: list[str] = []
+    crcs: list[list[int]] = []
+    requires_grad: list[int] = []
+    pieces: list[int] = []
+    start: list[int] = []
+    local: list[int] = []
+    size: list[int] = []
+
+    def pieces_of_each(self) -> Iterator[list[Piece]]:
+        """The pieces of each entry, in order."""
+        position = 0
+        for count, shape in zip(self.pieces, self.shape, strict=True):
+            dims = len(shape)
+            found = []
+            for _ in range(count):
+                end = position + dims
+                found.append(
+                    Piece(
+                        tuple(self.start[position:end]),
+                        tuple(self.local[position:end]),
+                        tuple(self.size[position:end]),
+                    )
+                )
+                position = end
+            yield found
+
+
+class Table(msgspec.Struct):
+    """Which rank's file holds which box of a global tensor; `start` and `size` are flat."""
+
+    rank: list[int]
+    start: list[int]
+    size: list[int]
+
+    def within(self, wanted: Box) -> Iterator[tuple[int, Box]]:
+        """The (rank, box) of every part of a box that some file holds."""
+        dims = len(wanted.start)
+        if not dims:
+            yield from ((rank, wanted) for rank in self.rank[:1])
+            return
+        numbers: list[int] | range = range(len(self.rank))
+        for dim in range(dims):
+            first, end = wanted.start[dim], wanted.start[dim] + wanted.size[dim]
+            starts, sizes = self.start[dim::dims], self.size[dim::dims]
+            if dim == 0:
+                numbers = [
+                    n
+                    for n, (start, size) in enumerate(zip(starts, sizes, strict=True))
+                    if start < end and start + size > first
+                ]
+            else:
+                numbers = [n for n in numbers if starts[n] < end and starts[n] + sizes[n] > first]
+        for n in numbers:
+            at = n * dims
+            held = Box(tuple(self.start[at : at + dims]), tuple(self.size[at : at + dims]))
+            common = intersection(wanted, held)
+            if common is not None:
+                yield self.rank[n], common
+
+
+class ShardMap(msgspec.Struct, kw_only=True):
+    """``shards.json``: every global tensor of a checkpoint, in columns, and where its parts lie.
+
+    `tables` holds each distinct `Table` once, encoded; `table` tells which one is a tensor's. Other columns as
+    in `Shards`.
+    """
+
+    format: str = "milepost.shards"
+    version: tuple[int, int] = (1, 0)
+    attempt: str
+    world_size: int
+    key: list[Key] = []
+    dtype: list[str] = []
+    kind: list[str] = []
+    shape: list[list[int]] = []
+    placement: list[str] = []
+    alias: list[int] = []
+    requires_grad: list[int] = []
+    table: list[int] = []
+    tables: list[msgspec.Raw] = []
+
+    def where(self, number: int) -> Table:
+        """The table of a tensor.
+
+        Raises:
+            CorruptCheckpointError: It is malformed.
+        """
+        dims = len(self.shape[number])
+        try:
+            table = msgspec.json.decode(self.tables[self.table[number]], type=Table)
+        except msgspec.DecodeError as error:
+            raise CorruptCheckpointError(f"{SHARDS_NAME}: a table is malformed: {error}") from None
+        count = len(table.rank)
+        if not len(table.start) == len(table.size) == count * dims:
+            raise CorruptCheckpointError(f"{SHARDS_NAME}: the columns of a table differ in length")
+        if count and not (
+            0 <= min(table.rank) <= max(table.rank) < self.world_size
+            and (not dims or (min(table.start) >= 0 and min(table.size) >= 0))
+        ):
+            raise CorruptCheckpointError(f"{SHARDS_NAME}: a table names a rank or box that cannot be")
+        return table
+
+
+def encode_shard_map(shards: ShardMap) -> bytes:
+    """The bytes of ``shards.json``."""
+    return msgspec.json.encode(shards)
+
+
+def decode_shard_map(
+    data: bytes, path: str, *, attempt: str, world_size: int, dtypes: frozenset[str]
+) -> ShardMap:
+    """The map in `data`, which was read from `path`; tables are checked when they are used.
+
+    Raises:
+        CorruptCheckpointError: It is malformed, or belongs to another checkpoint.
+    """
+    try:
+        shards = msgspec.json.decode(data, type=ShardMap)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError(f"not valid shard map JSON ({error}): {path}", path=path) from None
+    count = len(shards.key)
+    columns = (shards.dtype, shards.kind, shards.shape, shards.placement, shards.alias, shards.table)
+    problem = None
+    if shards.format != "milepost.shards" or shards.version[0] != 1:
+        problem = f"the format is {shards.format!r} {shards.version}"
+    elif (shards.attempt, shards.world_size) != (attempt, world_size):
+        problem = "it belongs to another checkpoint"
+    elif any(len(column) != count for column in columns):
+        problem = "its columns differ in length"
+    elif any(not 0 <= table < len(shards.tables) for table in shards.table):
+        problem = "it names a table that is not there"
+    else:
+        problem = check_described(shards, dtypes)
+    if problem:
+        raise CorruptCheckpointError(f"{problem}: {path}", path=path)
+    return shards
+
+
+def check_shards(shards: Shards, tensors: list[tuple[str, list[int]]], dtypes: frozenset[str]) -> str | None:
+    """What is wrong with the columns of an index, None if nothing.
+
+    Args:
+        shards: The columns.
+        tensors: Dtype and shape of each tensor of the index.
+        dtypes: The dtypes that there are.
+    """
+    count = len(shards.tensor)
+    columns = (
+        *(shards.key, shards.dtype, shards.kind, shards.shape, shards.placement),
+        *(shards.alias, shards.copies, shards.crcs, shards.pieces),
+    )
+    if any(len(column) != count for column in columns):
+        return "the columns of the shards differ in length"
+    if any(not 0 <= number < len(tensors) for number in shards.tensor):
+        return "a shard names a tensor that is not there"
+    if any(n < 0 for n in shards.pieces):
+        return "a shard has a negative number of pieces"
+    flat = sum(n * len(shape) for n, shape in zip(shards.pieces, shards.shape, strict=True))
+    if not len(shards.start) == len(shards.local) == len(shards.size) == flat:
+        return "the columns of the pieces differ in length"
+    problem = check_described(shards, dtypes)
+    if problem:
+        return problem
+    for entry, pieces in enumerate(shards.pieces_of_each()):
+        dtype, held = tensors[shards.tensor[entry]]
+        shape = shards.shape[entry]
+        if dtype != shards.dtype[entry] or (pieces and len(held) != len(shape)):
+            return f"shard {entry} does not fit its tensor"
+        for piece in pieces:
+            for start, local, size, length, extent in zip(*piece, shape, held, strict=True):
+                if min(start, local, size) < 0 or start + size > length or local + size > extent:
+                    return f"a piece of shard {entry} reaches beyond its tensor"
+    return None
+
+
+class _Described(Protocol):
+    key: list[Key]
+    dtype: list[str]
+    kind: list[str]
+    shape: list[list[int]]
+    alias: list[int]
+    requires_grad: list[int]
+
+
+def check_described(shards: _Described, dtypes: frozenset[str]) -> str | None:
+    """What is wrong with the columns that an index and the map have in common."""
+    count = len(shards.key)
+    if not set(shards.dtype) <= dtypes:
+        return f"unknown dtype {sorted(set(shards.dtype) - dtypes)}"
+    if not set(shards.kind) <= {"tensor", "parameter", "ndarray"}:
+        return f"unknown kind of tensor {sorted(set(shards.kind))}"
+    if any(not 0 <= first <= number for number, first in enumerate(shards.alias)):
+        return "an alias names an entry that does not come before"
+    if any(not 0 <= number < count for number in shards.requires_grad):
+        return "requires_grad names a shard that is not there"
+    for shape in shards.shape:
+        if len(shape) > 64 or any(n < 0 for n in shape) or prod(shape) > _MAX_INT // 16:
+            return f"a global tensor has shape {shape}"
+    for key in shards.key:
+        if not _is_key(key):
+            return f"a key of the shards is malformed: {str(key)[:80]!r}"
+    return None
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+
+def _refuse(value: Any, path: Path) -> Node:
+    raise UnencodableError(f"a key of type {type(value).__name__}", path)
+
+
+_encoder = TreeEncoder(_refuse)
+_decoder = TreeDecoder(
+    {"scalar": lambda node: ("scalar", *node[1:]), "size": lambda node: ("size", *node[1])}
+)
+
+
+def encode_key(path: Path, node_of: Any = None) -> Key:
+    """A path as it is written down.
+
+    Args:
+        path: The keys on the way down.
+        node_of: Encodes a key that is no text; by default only plain values can be encoded.
+    """
+    encode = node_of or _encoder.encode
+    key: Key = []
+    for step in path:
+        if type(step) is Item:
+            key.append(["item", int(step)])
+            continue
+        node = encode(step)
+        plain = node[0] == "str" and node[1] is not None
+        key.append(node[1] if plain else node)
+    return key
+
+
+def decode_key(key: Key) -> Path:
+    """The path in a key; for looking things up and for messages."""
+    path: list[Any] = []
+    for part in key:
+        if isinstance(part, str):
+            path.append(part)
+        elif part[0] == "item":
+            path.append(Item(part[1]))
+        else:
+            path.append(_decoder.decode(part))
+    return tuple(path)
+
+
+def _is_key(key: Key) -> bool:
+    for part in key:
+        if isinstance(part, str):
+            continue
+        if not isinstance(part, list) or not part:
+            return False
+        if part[0] == "item":
+            if len(part) != 2 or type(part[1]) is not int or part[1] < 0:
+                return False
+            continue
+        try:
+            check_tree(["set", [part]], tensors=0, records=0)
+        except ValueError:
+            return False
+    return True
