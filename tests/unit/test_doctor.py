@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 import milepost
 from milepost.cli import app
-from milepost.cli.doctor import advice, repair, words
+from milepost.cli.doctor import advice, is_wrong, repair, words
 from milepost.commit import Attempt
 from milepost.commit.hidden import join_hidden
 from milepost.diagnosis import diagnose
@@ -43,9 +44,11 @@ def begin(path, rank, world_size, attempt="job-1", **kwargs):
 
 
 def die(*attempts):
-    """What the end of their processes does to attempts."""
+    """What the end of their processes does to attempts, an hour ago."""
     for attempt in attempts:
         attempt._release()
+        for name in os.listdir(attempt.folder):
+            os.utime(f"{attempt.folder}/{name}", (time.time() - 3600,) * 2)
 
 
 def partial(path, arrived, world_size, step=5, attempt="job-1"):
@@ -109,7 +112,7 @@ def test_a_missing_rank_is_told_with_its_last_words(run):
     late.progress("write", 1_258_291)
     die(*arrived, late)
     finding = only(path)
-    assert (finding.state, finding.alive, finding.is_wrong) == ("incomplete", False, True)
+    assert (finding.state, finding.alive, is_wrong(finding)) == ("incomplete", False, True)
     assert words(finding, clock.now + 200) == (
         "incomplete: rank 3 never arrived (last seen writing, 1.2 MiB, 3 minutes ago); "
         "rank 2 never began; arrived: 0, 1"
@@ -131,7 +134,7 @@ def test_ages_are_told_in_words(run, seconds, said):
     clock = StepClock()
     attempt = begin(f"{run}/step-5", 0, 2, clock=clock.clock)
     die(attempt)
-    assert f"(last seen beginning, 0 B, {said} ago)" in words(only(f"{run}/step-5"), clock.now + seconds)
+    assert f"(last seen beginning, {said} ago)" in words(only(f"{run}/step-5"), clock.now + seconds)
 
 
 def test_an_abort_is_told_with_its_error(run):
@@ -161,7 +164,7 @@ def test_a_save_that_is_under_way_is_no_damage(run):
     attempts = [*partial(path, (0,), 3), begin(path, 1, 3, clock=StepClock().clock)]
     before = tree(STORAGE, run)
     assert words(only(path), 1002) == (
-        "under way: rank 1 has not arrived yet (beginning, 0 B, 2 seconds ago); "
+        "under way: rank 1 has not arrived yet (beginning, 2 seconds ago); "
         "rank 2 has not begun yet; arrived: 0"
     )
     for arguments in ([run], [path], [path, "--repair"]):
@@ -171,6 +174,35 @@ def test_a_save_that_is_under_way_is_no_damage(run):
         assert "wait for it" in result.stdout
     assert tree(STORAGE, run) == before
     die(*attempts)
+
+
+def test_ranks_that_may_still_come_are_waited_for(run):
+    """While ranks that have not begun may still come, for some minutes, a repair leaves the attempt alone."""
+    path = f"{run}/step-5"
+    (attempt,) = partial(path, (1,), 2)
+    attempt._release()
+    result = invoke(path, "--repair")
+    assert result.exit_code == 1
+    assert f"not repaired {path}: it cannot be told yet whether somebody works on it" in result.stdout
+    result = invoke(path)
+    assert result.exit_code == 0
+    assert "other ranks may still come" in result.stdout
+    die(attempt)
+    assert invoke(path).exit_code == 1
+    assert invoke(path, "--repair").exit_code == 0
+
+
+def test_a_save_that_died_as_it_began(run):
+    """A folder in which attempt.json has not got its name yet is given up when it is minutes old."""
+    folder = join_hidden(f"{run}/step-5", "job-1")
+    os.mkdir(folder)
+    aside = f"{folder}/.attempt.json.{'0' * 16}.tmp"
+    with open(aside, "wb") as file:
+        file.write(b"")
+    assert only(run).alive is None
+    os.utime(aside, (0, 0))
+    assert words(only(run), 0) == "incomplete: no rank has left a word"
+    assert f"removed {folder}" in invoke(run, "--repair").stdout
 
 
 def test_a_lost_attempt_json_is_made_up_for_by_the_marks(run):
@@ -235,6 +267,40 @@ def test_deep_finds_what_sizes_do_not_show(run):
         in result.stdout
     )
     assert result.stdout.splitlines()[-1] == f"newest loadable is step 4 ({run}/step-4)"
+
+
+def test_damage_that_is_seen_only_once_is_none(run, monkeypatch):
+    """What seems damaged while a save replaces it is looked at again, and is whole."""
+    path = f"{run}/step-5"
+    save(STORAGE, path, 5)
+    real, looks = milepost.diagnosis.scan, []
+
+    def scan(storage, folder):
+        looks.append(folder)
+        if len(looks) > 1:
+            return real(storage, folder)
+        os.rename(f"{path}/checkpoint_0.pt", f"{run}-aside")
+        entries = real(storage, folder)
+        os.rename(f"{run}-aside", f"{path}/checkpoint_0.pt")
+        return entries
+
+    monkeypatch.setattr("milepost.diagnosis.scan", scan)
+    assert only(path).state == "whole"
+    assert len(looks) == 2
+
+
+def test_a_folder_that_cannot_be_listed_is_exit_code_4(run):
+    """When the folder around a checkpoint cannot be listed, the error says so, not that it is missing."""
+    save(STORAGE, f"{run}/step-5", 5)
+
+    class Unlisted(LocalStorage):
+        def open_folder(self, path):
+            if path == run:
+                raise StorageError("no permission", path=path)
+            return super().open_folder(path)
+
+    with pytest.raises(StorageError, match="no permission"):
+        diagnose(Unlisted(), f"{run}/step-5")
 
 
 def test_manifests_that_are_damaged_or_missing(run):
