@@ -625,3 +625,95 @@ def test_a_repair_that_fails_goes_on_with_the_next(run, monkeypatch):
     assert result.exit_code == 1
     assert f"not repaired {run}/step-5: no permission" in result.stdout
     assert os.listdir(run) == [".step-5.job-1.partial"]
+
+
+# ---------------------------------------------------------------------------- odd places
+
+
+def test_links_and_folders_of_plain_files(run):
+    """A link is followed; plain files beside checkpoints do not make their folder one checkpoint."""
+    save(STORAGE, f"{run}/step-5", 5)
+    os.symlink(f"{run}/step-5", f"{run}/latest")
+    assert only(f"{run}/latest").path == f"{run}/step-5"
+    with open(f"{run}/checkpoint_0.pt", "wb") as file:
+        file.write(b"")
+    found = diagnose(STORAGE, run)
+    assert (found.is_run, [finding.name for finding in found.findings]) == (True, ["step-5"])
+
+
+def test_a_folder_with_our_name_and_nothing_of_ours(run):
+    """A hidden folder of somebody else is no checkpoint, and is never touched."""
+    slot = join_hidden(f"{run}/step-5", "mine")
+    os.mkdir(slot)
+    with open(f"{slot}/notes.txt", "wb") as file:
+        file.write(b"")
+    assert invoke(f"{run}/step-5", "--repair").exit_code == 3
+    assert invoke(run, "--repair").exit_code == 0
+    assert os.listdir(slot) == ["notes.txt"]
+
+
+def test_a_complete_save_that_is_alive_or_of_a_later_format(run):
+    """What its owners are about to publish is left to them, and so is what a later version made."""
+    path = f"{run}/step-5"
+    (attempt,) = partial(path, (0,), 1)
+    result = invoke(path, "--repair")
+    assert result.exit_code == 0
+    assert "complete, but not published: step 5, 1 rank; somebody still works on it" in result.stdout
+    assert "its owners publish it" in result.stdout
+    die(attempt)
+    assert [action.what for action in repair(STORAGE, diagnose(STORAGE, path))] == ["published"]
+    with open(f"{path}/manifest.json", "rb") as file:
+        manifest = decode_manifest(file.read(), path)
+    manifest.version = (2, 0)
+    with open(f"{path}/manifest.json", "wb") as file:
+        file.write(encode_manifest(manifest))
+    os.rename(path, attempt.folder)
+    assert invoke(path, "--repair").exit_code == 4
+    assert os.listdir(run) == [os.path.basename(attempt.folder)]
+
+
+def test_a_lock_that_cannot_be_asked_for(run):
+    """When the lock cannot be tried, it is not known whether a save lives, and nothing is repaired."""
+    path = f"{run}/step-5"
+    die(*partial(path, (0,), 2))
+
+    class Unlockable(LocalStorage):
+        def lock(self, path, *, exclusive=False):
+            raise StorageError("no permission", path=path)
+
+    found = diagnose(Unlockable(), path)
+    assert found.findings[0].alive is None
+    assert [action.what for action in repair(Unlockable(), found)] == ["failed"]
+
+
+def test_many_ranks_and_much_damage_are_told_in_short(run):
+    """Of many missing ranks and damaged files the first ten are told, and how many more there are."""
+    path = f"{run}/step-5"
+    late = [begin(path, rank, 13) for rank in range(12)]
+    die(*late)
+    said = words(only(path), 0)
+    assert "rank 9 never arrived" in said
+    assert "and 2 more ranks never arrived; rank 12 never began" in said
+    die(*partial(f"{run}/step-6", range(12), 12, step=6))
+    assert invoke(f"{run}/step-6", "--repair").exit_code == 0
+    for rank in range(12):
+        os.remove(f"{run}/step-6/checkpoint_{rank}.pt")
+    result = invoke(f"{run}/step-6")
+    assert "step-6: damaged: 12 problems" in result.stdout
+    assert "  and 2 more\n" in result.stdout
+
+
+def test_a_committed_attempt_whose_file_is_gone(run):
+    """An unpublished manifest that does not fit its files makes an incomplete attempt."""
+    path = f"{run}/step-5"
+    (attempt,) = partial(path, (0,), 1)
+    die(attempt)
+    assert [action.what for action in repair(STORAGE, diagnose(STORAGE, path))] == ["published"]
+    os.rename(path, attempt.folder)
+    os.remove(f"{attempt.folder}/checkpoint_0.pt")
+    finding = only(path)
+    assert (finding.state, finding.world_size, finding.problem) == (
+        "incomplete",
+        1,
+        "checkpoint_0.pt is missing",
+    )
