@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from milepost import syscalls
 from milepost.errors import ConfigError, StateError
 from milepost.rebuild import DTYPE_NAMES
 from milepost.reshard import Box, Piece, Split, cut, pieces_of, whole
-from milepost.shards import Shards, encode_key
+from milepost.shards import ON_EACH_MESH, Shards, encode_key
 from milepost.tree import Node, Path, path_text
 
 __all__ = ["Division", "Member", "Placed", "Replicated", "is_dtensor", "local_of", "narrowed", "placed"]
@@ -72,19 +73,25 @@ _known: dict[Any, Placed] = {}
 _MAX_KNOWN = 1 << 16
 
 
-def placed(value: Any) -> Placed:
+def placed(value: Any, *, everywhere: bool = False) -> Placed:
     """How a DTensor lies on the ranks of its mesh.
+
+    Args:
+        value: The DTensor.
+        everywhere: Its mesh is a slice of a larger one, and it was declared to be the same on the other slices.
 
     Raises:
         StateError: It has Partial placements, or its local tensor is not what they say.
     """
     mesh, shape = value.device_mesh, tuple(value.shape)
-    key = (mesh, tuple(value.placements), shape)
+    # A mesh does not know its rank: a process that joins another group may have another one.
+    key = (mesh, tuple(mesh.get_coordinate() or ()), tuple(value.placements), shape, everywhere)
     found = _known.get(key)
     if found is None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
-        found = _known[key] = _place(mesh, key[1], shape)
+        wide = _widened(mesh, key[2]) if everywhere else (mesh, key[2])
+        found = _known[key] = _place(*wide, shape)
     local = local_of(value)
     if tuple(local.shape) != found.local and not (0 in found.local and local.numel() == 0):
         raise StateError(
@@ -93,6 +100,25 @@ def placed(value: Any) -> Placed:
             hint="does another library shard this tensor in a way of its own?",
         )
     return found
+
+
+def _widened(mesh: Any, placements: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The mesh that this one is a slice of, and the placements on it: replicated in its other dimensions."""
+    find = getattr(mesh, "_get_root_mesh", None)
+    if find is None:
+        from torch.distributed.device_mesh import _mesh_resources  # noqa: PLC0415 - gone in newer versions
+
+        find = partial(_mesh_resources.get_root_mesh, mesh)
+    root = find()
+    names, all_names = mesh.mesh_dim_names or (), root.mesh_dim_names or ()
+    if len(names) != len(placements) or not set(names) <= set(all_names):
+        return mesh, placements
+    by_name = dict(zip(names, placements, strict=True))
+    if [name for name in all_names if name in by_name] != list(names):
+        return mesh, placements
+    from torch.distributed.tensor import Replicate  # noqa: PLC0415 - a DTensor has imported it
+
+    return root, tuple(by_name.get(name, Replicate()) for name in all_names)
 
 
 def _place(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> Placed:
@@ -176,7 +202,7 @@ class Replicated:
         } - {0}
 
     def declares(self, tensor: torch.Tensor, path: Path) -> bool:
-        """Whether a plain tensor, or a DTensor whose mesh is only a part of the job, is a replica."""
+        """Whether a plain tensor is a replica, or a DTensor the same on all slices of the mesh."""
         if self._match(path_text(path)):
             return True
         return bool(self._memory) and tensor.untyped_storage().data_ptr() in self._memory
@@ -200,33 +226,19 @@ class Member:
         path: Where it is.
         number: Its number among the tensors.
         placed: How it lies on the ranks.
-        declared: It was declared to be a replica.
         requires_grad: Whether the global one requires a gradient.
     """
 
     path: Path
     number: int
     placed: Placed
-    declared: bool
     requires_grad: bool
-
-    @property
-    def of_part(self) -> bool:
-        """A DTensor whose mesh is a part of the job, and that is declared to be the same on the others.
-
-        Nobody knows which those are, so each of its ranks saves all it holds, and the commit picks.
-        """
-        return self.declared and self.placed.text != WHOLE
-
-
-WHOLE = "replicated"
-"""The placement of plain tensors that were declared to be replicas."""
 
 
 def declared_whole(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Placed:
     """How a plain tensor lies that all ranks hold."""
     shape = tuple(tensor.shape)
-    return Placed(shape, (whole(shape),) if tensor.numel() else (), shape, ranks, ranks, WHOLE)
+    return Placed(shape, (whole(shape),) if tensor.numel() else (), shape, ranks, ranks, "replicated")
 
 
 @dataclass
@@ -279,7 +291,7 @@ class Division:
             alias = first.setdefault(memory, entry)
             aliases.append(alias)
             structure.append(
-                (member.path, tuple(map(type, member.path)), member.number, member.placed, member.declared)
+                (member.path, tuple(map(type, member.path)), member.number, member.placed)
                 + (member.requires_grad, alias, tensor.dtype, kinds[member.number])
             )
         if known is not None and known.structure == structure:
@@ -362,12 +374,13 @@ class _Divider:
             place, tensor = member.placed, self.tensors[member.number]
             boxes = shares.get(self.aliases[entry])
             mine = None
+            shares_of = [box for box in boxes or () if box.volume]
             if boxes is not None:
                 mine = boxes[place.copies.index(self.rank)]
-                if self.aliases[entry] == entry:
-                    checks.append((entry, [box for box in boxes if box.volume]))
-            elif member.of_part and place.pieces and self.aliases[entry] == entry:
-                checks.append((entry, [whole(tensor.shape).box]))
+            if self._is_of_part(member) and place.pieces:
+                shares_of += [box for box in (mine or whole(tensor.shape).box,) if box.volume]
+            if shares_of and self.aliases[entry] == entry:
+                checks.append((entry, shares_of))
             pieces = list(place.pieces) if mine is None else _held(place.pieces, mine)
             if mine is not None and mine != whole(tensor.shape).box:
                 owned[member.number] = mine if mine.volume and pieces else None
@@ -395,16 +408,24 @@ class _Divider:
             checks,
         )
 
+    def _is_of_part(self, member: Member) -> bool:
+        """Whether a tensor's mesh is a part of the job: other meshes may hold it too, and nobody knows which.
+
+        Then each mesh saves it, with a checksum of what this rank saves behind those of the shares. Where
+        several did, they are compared at the commit, and the first is kept.
+        """
+        return len(member.placed.ranks) < self.world_size
+
     def _text(self, member: Member) -> str:
-        if member.of_part:
-            return f"{member.placed.text.partition(' ranks ')[0]}, replicated"
+        if self._is_of_part(member):
+            return f"{member.placed.text.partition(' ranks ')[0]} ranks{ON_EACH_MESH}"
         return member.placed.text
 
     def _shares(self, names: list[bytes]) -> dict[int, list[Box]]:
         """For each tensor that several ranks hold alike the box that each of them saves."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for entry, member in enumerate(self.members):
-            if len(member.placed.copies) > 1 and self.aliases[entry] == entry and not member.of_part:
+            if len(member.placed.copies) > 1 and self.aliases[entry] == entry:
                 groups.setdefault(member.placed.copies, []).append(entry)
         shares: dict[int, list[Box]] = {}
         for copies, entries in groups.items():

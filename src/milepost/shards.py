@@ -19,6 +19,8 @@ from milepost.reshard import Box, Piece, intersection
 from milepost.tree import Item, Node, Path, TreeDecoder, TreeEncoder, UnencodableError, check_tree
 
 __all__ = [
+    "MAX_SHARDS_BYTES",
+    "ON_EACH_MESH",
     "SHARDS_FEATURE",
     "SHARDS_NAME",
     "ShardMap",
@@ -35,6 +37,9 @@ __all__ = [
 SHARDS_NAME = "shards.json"
 SHARDS_FEATURE = "shards"
 """The feature that an index or manifest with shards requires of its reader."""
+
+ON_EACH_MESH = ", on each mesh"
+"""The end of the placement of tensors whose mesh is a part of the job, so that several may hold it."""
 
 MAX_SHARDS_BYTES = 1 << 31
 _MAX_INT = (1 << 63) - 1
@@ -55,7 +60,8 @@ class Shards(msgspec.Struct):
         placement: How it lies on the ranks, for people: "Shard(0) on ranks 0-3".
         alias: Number of the first entry that shares the same memory; its own number if none does.
         copies: The ranks that hold the very same part of it, "" if only this one does.
-        crcs: With several such ranks, the CRC-32 of each rank's share of that part, row by row.
+        crcs: With several such ranks, the CRC-32 of each rank's share of that part, row by row; and where
+            other meshes may hold it as well, that of what this rank saves, behind them.
         requires_grad: Numbers of the entries with requires_grad, ascending.
         pieces: How many pieces this rank's file holds of it.
         start: *(flat)* where each piece starts in the global tensor.

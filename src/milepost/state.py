@@ -284,15 +284,17 @@ class StateEncoder:
                 f"a DTensor of {type(local).__qualname__}, {local.dtype}, {local.layout}, cannot be saved",
                 path,
             )
+        walk = self._walk
         try:
             place = placed(value)
+            everywhere = len(place.ranks) == self._rank_info.global_world_size
+            if self._replicated.active and not everywhere and self._replicated.declares(local, path):
+                place = placed(value, everywhere=True)
         except StateError as error:
             raise error.located(key=path_text(path)) from None
-        walk, everywhere = self._walk, len(place.ranks) == self._rank_info.global_world_size
         kind = "parameter" if getattr(value, "_is_param", False) else "tensor"
-        declared = self._replicated.active and not everywhere and self._replicated.declares(local, path)
         number = walk.add(_resolved(local), kind, path, owner=value, member=True)
-        walk.members.append(Member(path, number, place, declared, value.requires_grad))
+        walk.members.append(Member(path, number, place, value.requires_grad))
         return ("tensor", number)
 
     def _member(self, value: torch.Tensor, kind: str, path: Path, owner: Any = None) -> Node:
@@ -301,7 +303,7 @@ class StateEncoder:
         number = self._walk.add(
             _resolved(value), kind, path, owner=value if owner is None else owner, member=True
         )
-        self._walk.members.append(Member(path, number, place, True, value.requires_grad))
+        self._walk.members.append(Member(path, number, place, value.requires_grad))
         return ("tensor", number)
 
     def _divide(self, walk: _Walk) -> Division:

@@ -89,7 +89,7 @@ def test_help_loads_no_heavy_module():
     assert ours == {"milepost.cli", "milepost.cli.output"}
 
 
-@pytest.mark.parametrize("command", ["show", "verify", "ls"])
+@pytest.mark.parametrize("command", ["show", "verify", "ls", "doctor"])
 def test_no_command_loads_torch(saved, command):
     """Every command does its work without torch and numpy."""
     code = (
@@ -112,7 +112,7 @@ def test_each_command_and_exit_code_is_documented():
     """docs/cli.md has a section for each command, and help and document list the same exit codes."""
     document = (ROOT / "docs" / "cli.md").read_text()
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
-    assert sorted(names) == ["ls", "show", "verify"]
+    assert sorted(names) == ["doctor", "ls", "show", "verify"]
     for name in names:
         assert f"## `milepost {name} --help`" in document
     in_help = re.findall(

@@ -10,7 +10,7 @@ import msgspec
 from milepost.commit.hidden import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
 from milepost.manifest import DTYPE_BYTES
-from milepost.shards import Key, ShardMap, Table, check_described, decode_key
+from milepost.shards import ON_EACH_MESH, Key, ShardMap, Table, check_described, decode_key
 from milepost.tree import path_text
 
 __all__ = ["Merger"]
@@ -62,7 +62,7 @@ class _Described(msgspec.Struct):
 class _Group:
     """Ranks whose columns describe the same tensors, and where these are in the merged columns.
 
-    `of_parts` are the entries that several meshes hold (see `placements.Member.of_part`).
+    `of_parts` are the entries that several meshes may hold.
     """
 
     first: int
@@ -135,7 +135,7 @@ class Merger:
                 raise msgspec.ValidationError(problem)
             names = [msgspec.json.encode(name) for name in described.key]
             rows = [self._row(rank, described, entry, names) for entry in range(len(names))]
-            of_parts = {n for n, text in enumerate(described.placement) if text.endswith(", replicated")}
+            of_parts = {n for n, text in enumerate(described.placement) if text.endswith(ON_EACH_MESH)}
             group = self._groups[key] = _Group(rank, described, rows, names, of_parts)
         return group
 
@@ -213,15 +213,22 @@ class Merger:
             ]
         boxes = self._boxes_of(group, columns) if group.of_parts else {}
         for entry, held_by, crc in known:
-            place = (group.rows[entry], boxes.get(entry, held_by))
-            self._replicas.setdefault(place, {}).setdefault(crc, []).append(rank)
+            row, shares = group.rows[entry], crc
+            if boxes.get(entry):
+                shares = crc[:-1]
+                self._note(row, boxes[entry], crc[-1:], rank)
+            if shares:
+                self._note(row, held_by, shares, rank)
+
+    def _note(self, row: int, held_by: str, crcs: tuple[int, ...], rank: int) -> None:
+        self._replicas.setdefault((row, held_by), {}).setdefault(crcs, []).append(rank)
 
     def _boxes_of(self, group: _Group, columns: _Columns) -> dict[int, str]:
-        """What a rank holds of the tensors that several meshes hold, by their entries."""
+        """What a rank saves of the tensors that several meshes may hold, by their entries."""
         boxes, position = {}, 0
         for entry, count in enumerate(columns.pieces):
             end = position + count * len(group.described.shape[entry])
-            if entry in group.of_parts:
+            if entry in group.of_parts and count:
                 boxes[entry] = f"{columns.start[position:end]} {columns.size[position:end]}"
             position = end
         return boxes
@@ -262,7 +269,7 @@ class Merger:
             raise CommitError(
                 f"the ranks hold tensors of one key that differ: {'; '.join(self._conflicts[:_SHOWN])}",
                 phase="commit",
-                hint="a DTensor must have one mesh on all its ranks; or declare it: replicated=[pattern]",
+                hint="a key must mean the same tensor, placed in the same way, on all ranks that have it",
             )
         self._check_replicas()
         self._check_coverage()
