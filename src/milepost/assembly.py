@@ -1,70 +1,45 @@
 """Loading tensors that several ranks saved between them, into whatever layout the template has.
 
-`ShardedSource` is what `IndexedSource` is for one rank's file: it gives the whole state, or matches a template
-and fills it. What a target wants of a global tensor is intersected with what the ranks' files hold (`reshard`);
-only the chunks that hold some of that are read, each verified, in one go for each file.
+`ShardedSource` is what `IndexedSource` is for one rank's file: it gives the whole state, or matches a
+template and fills it. What a target wants of a global tensor is intersected with what the ranks' files hold
+(`reshard`); only the chunks that hold some of that are read, each verified, in one go for each file.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import msgspec
 import torch
 
 from milepost.errors import CorruptCheckpointError
-from milepost.manifest import CHUNK_BYTES, DTYPE_BYTES, Index, Tensors
+from milepost.gather import Gather, shifted
+from milepost.manifest import Index
 from milepost.names import Names
 from milepost.placements import narrowed
 from milepost.rebuild import dtype_of, finished
-from milepost.reshard import Box, Piece, is_run, span, split_for_reading, steps_of
-from milepost.shards import Key, ShardMap, Shards, decode_key
+from milepost.reshard import Box, Piece
+from milepost.shard_tree import with_global_columns, with_shards
+from milepost.shards import ShardMap, Shards, decode_key
 from milepost.sharing import sharing_misfits
 from milepost.sources import IndexedSource
 from milepost.storage import OpenFile
-from milepost.storage.reading import Part
-from milepost.template import Fill, Match, copy_into, match
-from milepost.tree import Node, path_text
+from milepost.template import Fill, Match, match
+from milepost.tree import path_text
 from milepost.types import STATE_DICT
 
-__all__ = ["ShardedSource", "with_shards"]
-
-_SMALL_BYTES = 2 * CHUNK_BYTES
-_LARGE_BYTES = 16 << 20
-_BATCH_BYTES = 64 << 20
-
-Copy = Callable[[int], None]
-"""Puts what was read in place; called with the address of the first byte that was asked for."""
-
-
-@dataclass(slots=True)
-class _Wanted:
-    """Bytes of a record that are read aside, and what is done with them then."""
-
-    record: int
-    start: int
-    end: int
-    copy: Copy
-
-
-@dataclass
-class _Reading:
-    """What is read from one rank's file."""
-
-    direct: list[Part] = field(default_factory=list)
-    aside: list[_Wanted] = field(default_factory=list)
+__all__ = ["ShardedSource"]
 
 
 @dataclass
 class _Rank:
-    """One rank's index and file."""
+    """One rank's index and file, what they hold of global tensors, and what is wanted of it."""
 
     index: Index
     source: IndexedSource
+    gather: Gather
     entries: dict[bytes, int]
     pieces: list[list[Piece]]
 
@@ -78,7 +53,7 @@ class ShardedSource:
         open_rank: Opens a rank's index and data file; it is called for those that are read from.
         map_location: Where new tensors go.
         verify: Whether chunks are compared with their checksums: True, False, or "first".
-        same_world: As many ranks load as saved, so that what other ranks alone hold is not expected here.
+        own_only: What other ranks alone hold need not be in the template.
         close: Called at the end.
     """
 
@@ -90,15 +65,14 @@ class ShardedSource:
         map_location: Any,
         verify: Any,
         *,
-        same_world: bool = False,
+        own_only: bool = False,
         close: Callable[[], None] = lambda: None,
     ) -> None:
-        self._same_world, self._close = same_world, close
+        self._close = close
         self._shards = shards
         self._open_rank = open_rank
         self._map_location, self._verify = map_location, verify
         self._ranks: dict[int, _Rank] = {}
-        self._readings: dict[int, _Reading] = {}
         self._plain: list[Fill] = []
         self._whole_ones: list[Fill] = []
         self._values: dict[int, Any] = {}
@@ -108,8 +82,9 @@ class ShardedSource:
         self._own = self._rank(rank)
         index = self._own.index
         self._first = len(index.tensors.record)
-        self._columns = _extended(index.tensors, shards)
-        self.tree, self._others = with_shards(index.tree, shards.key, self._first)
+        self._columns = with_global_columns(index.tensors, shards)
+        self.tree, others = with_shards(index.tree, shards.key, self._first)
+        self._foreign = frozenset(map(id, others)) if own_only else frozenset()
 
     def __enter__(self) -> Self:
         return self
@@ -128,16 +103,11 @@ class ShardedSource:
 
     def match(self, template: STATE_DICT, names: Names | None = None) -> Match:
         """Compare with the template, and open everything that is read from; nothing is changed."""
-        found = match(template, self.tree, self._columns, self._own.source.decode, names)
+        found = match(template, self.tree, self._columns, self._own.source.decode, names, self._foreign)
         found.misfits += sharing_misfits(found.fills, self._columns, self.tree, self._same_bytes)
         if not found.misfits:
             self._plan(found.fills)
         return found
-
-    @property
-    def of_others(self) -> set[str]:
-        """Paths of tensors that the rank whose values are loaded does not hold itself."""
-        return {path_text(decode_key(self._shards.key[number])) for number in self._others}
 
     def _same_bytes(self, first: int, second: int) -> bool:
         if first < self._first and second < self._first:
@@ -180,7 +150,7 @@ class ShardedSource:
             if isinstance(shards, Shards):
                 entries = {msgspec.json.encode(key): n for n, key in enumerate(shards.key)}
                 pieces = list(shards.pieces_of_each())
-            found = self._ranks[rank] = _Rank(index, source, entries, pieces)
+            found = self._ranks[rank] = _Rank(index, source, Gather(index, source), entries, pieces)
         return found
 
     def _shards_of(self, held: _Rank) -> Shards:
@@ -239,7 +209,7 @@ class ShardedSource:
             self._whole_ones.append(Fill(fill.target, fill.number, (piece,)))
             return
         target = narrowed(fill.target, Box(piece.local, piece.size))
-        self._request(self._own.index.rank, fill.number, piece.box, target)
+        self._own.gather.request(fill.number, piece.box, target)
 
     def _plan_piece(self, number: int, target: torch.Tensor, wanted: Piece) -> None:
         volume = 0
@@ -249,54 +219,18 @@ class ShardedSource:
             source = _containing(held.pieces[entry], common)
             if source is None:
                 raise self._contradiction(held, f"does not hold {common} of {self._key(number)}")
-            start = _shifted(common.start, source.start, source.local)
-            into = Box(_shifted(common.start, wanted.start, wanted.local), common.size)
+            start = shifted(common.start, source.start, source.local)
+            into = Box(shifted(common.start, wanted.start, wanted.local), common.size)
             stored = self._shards_of(held).tensor[entry]
             if held.index.tensors.dtype[stored] != self._shards.dtype[number]:
                 raise self._contradiction(held, f"holds {self._key(number)} as another dtype")
-            self._request(rank, stored, Box(start, common.size), narrowed(target, into))
+            held.gather.request(stored, Box(start, common.size), narrowed(target, into))
             volume += common.volume
         if volume != wanted.box.volume:
             raise CorruptCheckpointError(
-                f"the ranks' files hold {volume} of the {wanted.box.volume} elements that are wanted of this tensor",
+                f"the ranks' files hold {volume} of the {wanted.box.volume} elements that are wanted",
                 key=self._key(number),
             )
-
-    def _request(self, rank: int, stored: int, box: Box, target: torch.Tensor) -> None:
-        """Have a box of a tensor in a rank's file read into a target of that shape."""
-        if not box.volume:
-            return
-        held = self._rank(rank)
-        tensors = held.index.tensors
-        stride, size = tensors.stride[stored], DTYPE_BYTES[tensors.dtype[stored]]
-        record, base = tensors.record[stored], tensors.byte_offset[stored]
-        reading = self._readings.setdefault(rank, _Reading())
-        if target.is_cpu and is_run(box.size, stride, target.stride()):
-            start = base + span(box.start, box.size, stride)[0] * size
-            self._request_run(reading, held, record, start, start + box.volume * size, target.data_ptr())
-            return
-        dtype = dtype_of(tensors.dtype[stored])
-        for part in split_for_reading(box, stride, small=_SMALL_BYTES // size, large=_LARGE_BYTES // size):
-            first, end = span(part.start, part.size, stride)
-            into = narrowed(target, Box(_shifted(part.start, box.start, (0,) * len(box.start)), part.size))
-            copy = partial(_copy_box, into, dtype, part.size, tuple(stride))
-            reading.aside.append(_Wanted(record, base + first * size, base + end * size, copy))
-
-    def _request_run(
-        self, reading: _Reading, held: _Rank, record: int, start: int, end: int, address: int
-    ) -> None:
-        """A run of bytes: whole chunks go straight into place, what is left at the ends is read aside."""
-        length = held.index.records.length[record]
-        first = -(-start // CHUNK_BYTES) * CHUNK_BYTES
-        last = end if end == length else end // CHUNK_BYTES * CHUNK_BYTES
-        if first >= last:
-            reading.aside.append(_Wanted(record, start, end, partial(_copy_bytes, address, end - start)))
-            return
-        reading.direct.append(held.source.part(record, first, last, address + first - start))
-        for a, b in ((start, first), (last, end)):
-            if a < b:
-                copy = partial(_copy_bytes, address + a - start, b - a)
-                reading.aside.append(_Wanted(record, a, b, copy))
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -304,41 +238,16 @@ class ShardedSource:
         """Read what `match` has planned into the targets."""
         own = self._own.source
         if self._verify == "first":
-            for rank, reading in self._readings.items():
-                source = self._ranks[rank].source
-                spans = _spans(reading.aside, self._ranks[rank].index)
-                parts = [source.part(record, start, end, None) for record, start, end, _ in spans]
-                checks = [
-                    Part(part.offset, None, part.length, part.crcs, part.tag) for part in reading.direct
-                ]
-                source.read(sorted([*parts, *checks], key=lambda part: part.offset))
+            for held in self._ranks.values():
+                held.gather.check()
         if self._plain:
             own.fill(self._plain)
         self.filling = True
-        for rank, reading in sorted(self._readings.items()):
-            self._carry_out(self._ranks[rank], reading)
+        for held in self._ranks.values():
+            held.gather.carry_out()
         for fill in self._whole_ones:
             own.copy_pieces(fill)
-        self._readings, self._plain, self._whole_ones = {}, [], []
-
-    def _carry_out(self, held: _Rank, reading: _Reading) -> None:
-        direct = reading.direct
-        for batch in _batches(_spans(reading.aside, held.index)):
-            scratch = torch.empty(
-                sum(_aligned(end - start) for _, start, end, _ in batch), dtype=torch.uint8, device="cpu"
-            )
-            parts, copies, position = list(direct), [], 0
-            for record, start, end, wanted in batch:
-                address = scratch.data_ptr() + position
-                parts.append(held.source.part(record, start, end, address))
-                copies += [(want.copy, address + want.start - start) for want in wanted]
-                position += _aligned(end - start)
-            held.source.read(sorted(parts, key=lambda part: part.offset))
-            for copy, address in copies:
-                copy(address)
-            direct = []
-        if direct:
-            held.source.read(sorted(direct, key=lambda part: part.offset))
+        self._plain, self._whole_ones = [], []
 
     # -- new tensors -------------------------------------------------------------------------------
 
@@ -391,146 +300,3 @@ def _containing(pieces: Sequence[Piece], box: Box) -> Piece | None:
         ):
             return piece
     return None
-
-
-def _aligned(length: int) -> int:
-    return -(-length // 64) * 64
-
-
-def _shifted(position: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
-    return tuple(p - a + b for p, a, b in zip(position, before, after, strict=True))
-
-
-def _copy_bytes(target: int, size: int, address: int) -> None:
-    ctypes.memmove(target, address, size)
-
-
-def _copy_box(
-    target: torch.Tensor, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], address: int
-) -> None:
-    reach = span((0,) * len(size), size, stride)[1] * dtype.itemsize
-    memory = (ctypes.c_char * reach).from_address(address)
-    source = torch.frombuffer(memory, dtype=torch.uint8).view(dtype).as_strided(size, stride)
-    copy_into(target, source)
-
-
-def _spans(wanted: Sequence[_Wanted], index: Index) -> Iterator[tuple[int, int, int, list[_Wanted]]]:
-    """Whole chunks that hold what is wanted: (record, start, end, what is wanted of it), each chunk once."""
-    lengths = index.records.length
-    current: tuple[int, int, int, list[_Wanted]] | None = None
-    for want in sorted(wanted, key=lambda want: (index.records.offset[want.record], want.start)):
-        start = want.start // CHUNK_BYTES * CHUNK_BYTES
-        end = min(-(-want.end // CHUNK_BYTES) * CHUNK_BYTES, lengths[want.record])
-        if current is not None and current[0] == want.record and start <= current[2]:
-            reach = max(end, current[2])
-            if reach == current[2] or reach - current[1] <= _LARGE_BYTES:
-                current = (current[0], current[1], reach, current[3])
-                current[3].append(want)
-                continue
-        if current is not None:
-            yield current
-        current = (want.record, start, end, [want])
-    if current is not None:
-        yield current
-
-
-def _batches(
-    spans: Iterator[tuple[int, int, int, list[_Wanted]]],
-) -> Iterator[list[tuple[int, int, int, list[_Wanted]]]]:
-    batch: list[tuple[int, int, int, list[_Wanted]]] = []
-    size = 0
-    for item in spans:
-        if batch and size + item[2] - item[1] > _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(item)
-        size += item[2] - item[1]
-    if batch:
-        yield batch
-
-
-# -- the tree --------------------------------------------------------------------------------------
-
-
-def _extended(tensors: Tensors, shards: ShardMap) -> Tensors:
-    """The columns of an index, with the global tensors behind its own."""
-    return Tensors(
-        record=[*tensors.record, *(-1 - alias for alias in shards.alias)],
-        byte_offset=[*tensors.byte_offset, *[0] * len(shards.key)],
-        dtype=[*tensors.dtype, *shards.dtype],
-        shape=[*tensors.shape, *shards.shape],
-        stride=[*tensors.stride, *(list(steps_of(shape)) for shape in shards.shape)],
-        kind=[*tensors.kind, *shards.kind],
-        device=tensors.device,
-        requires_grad=tensors.requires_grad,
-        conj=tensors.conj,
-        neg=tensors.neg,
-    )
-
-
-_Trie = dict[bytes, Any]
-
-
-def with_shards(tree: Node, keys: Sequence[Key], first: int) -> tuple[Node, list[int]]:
-    """A tree that refers to global tensors, as numbers from `first` on, wherever a rank has a part of one.
-
-    Tensors that other ranks alone hold get a place in it as well.
-
-    Args:
-        tree: A rank's tree.
-        keys: The keys of all global tensors.
-        first: The number of the first of them.
-
-    Returns:
-        The tree, and which of the keys it did not have.
-    """
-    root: _Trie = {}
-    for number, key in enumerate(keys):
-        node = root
-        for part in key[:-1]:
-            node = node.setdefault(msgspec.json.encode(part), {})
-            if not isinstance(node, dict):
-                raise CorruptCheckpointError(f"the shard map has a tensor within a tensor: {key}")
-        if not key or isinstance(node.get(msgspec.json.encode(key[-1])), dict):
-            raise CorruptCheckpointError(f"the shard map has a tensor within a tensor: {key}")
-        node[msgspec.json.encode(key[-1])] = number
-    others: list[int] = []
-    return _merged(tree, root, first, others), others
-
-
-def _merged(node: Node, trie: _Trie | int, first: int, others: list[int]) -> Node:
-    if isinstance(trie, int):
-        return ["tensor", first + trie]
-    tag = node[0]
-    left = dict(trie)
-    if tag in ("dict", "ordered", "default"):
-        entries = []
-        for key, child in node[1]:
-            plain = key[0] == "str" and key[1] is not None
-            below = left.pop(msgspec.json.encode(key[1] if plain else key), None)
-            entries.append((key, child if below is None else _merged(child, below, first, others)))
-        for part, below in left.items():
-            name = msgspec.json.decode(part)
-            if isinstance(name, list) and name[0] == "item":
-                continue
-            entries.append((["str", name] if isinstance(name, str) else name, _made(below, first, others)))
-        return [tag, entries, *node[2:]]
-    if tag in ("list", "tuple"):
-        items = []
-        for position, child in enumerate(node[1]):
-            below = left.pop(msgspec.json.encode(["item", position]), None)
-            items.append(child if below is None else _merged(child, below, first, others))
-        while (below := left.pop(msgspec.json.encode(["item", len(items)]), None)) is not None:
-            items.append(_made(below, first, others))
-        return [tag, items]
-    return _made(trie, first, others)
-
-
-def _made(trie: _Trie | int, first: int, others: list[int]) -> Node:
-    """The node of what only other ranks hold."""
-    if isinstance(trie, int):
-        others.append(trie)
-        return ["tensor", first + trie]
-    if all(part == msgspec.json.encode(["item", n]) for n, part in enumerate(trie)):
-        return ["list", [_made(below, first, others) for below in trie.values()]]
-    return _merged(["dict", []], trie, first, others)

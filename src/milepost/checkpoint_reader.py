@@ -90,27 +90,27 @@ class CheckpointReader:
         damage and failures found while reading, whose error then has ``targets_modified`` True.
 
         A tensor that several ranks saved between them (a DTensor, or one that was declared replicated) is
-        loaded into whatever the template has: a DTensor of any placements gets this rank's part of it, a plain
-        tensor all of it. Every other value is what rank `r` of N saved, for rank `r` of this job;
+        loaded into whatever the template has: a DTensor of any placements gets this rank's part of it, a
+        plain tensor all of it. Every other value is what rank `r` of N saved, for rank `r` of this job;
         ranks beyond N take those of rank ``r % N``.
 
-        With several ranks, and a default process group or a store, all ranks must call this, with the same path:
-        they return the same missing keys, and if one of them cannot load, all raise and no rank has
+        With several ranks, and a default process group or a store, all ranks must call this, with the same
+        path: they return the same missing keys, and if one of them cannot load, all raise and no rank has
         changed anything (but for damage that is found while reading). With neither, each rank raises alone.
 
         Args:
             path: The checkpoint's folder, or one with a ``checkpoint_<rank>.pt`` of plain ``torch.save``.
             state_dict: A template to load into. Only its keys are loaded and none is added; its tensors
                 are filled in place, its other values replaced; None stands for all that was saved there.
-                Without a template the file is mapped privately: tensors are copies on write; those that several
-                ranks saved come whole, as plain contiguous tensors.
+                Without a template the file is mapped privately: tensors are copies on write; those that
+                several ranks saved come whole, as plain contiguous tensors.
             map_location: As for ``torch.load``, for tensors that are new.
             verify: True; False to skip the checksums; "first" to read twice, checking all before the
                 template is touched.
             strict: Refuse keys of the template that were not saved, before anything is changed. Otherwise
                 they, and saved keys that the template lacks, are one warning in the log.
-            allow_missing: Patterns (as in `fnmatch`) of paths that need not have been saved; what is let pass is
-                named in the log, and is not among the missing keys.
+            allow_missing: Patterns (as in `fnmatch`) of paths that need not have been saved; what is let
+                pass is named in the log, and is not among the missing keys.
             rename: From the path at which something was saved to the one that it has in the template, such
                 as ``{"model.old.*": "model.new.*"}``; what is renamed is named in the log.
             together: False to load on this rank alone although there is a process group.
@@ -170,7 +170,7 @@ class CheckpointReader:
         """Open what is to be read, and compare it with the template; a failure is told to the other ranks."""
         source: PlainSource | IndexedSource | ShardedSource | None = None
         try:
-            source = self._source(path, state_dict, map_location, verify)
+            source = self._source(path, state_dict, map_location, verify, alone=meeting is None)
             if state_dict is None:
                 return source, None
             with gc_paused():
@@ -214,13 +214,13 @@ class CheckpointReader:
         loaded.append(state_dict)
 
     def _source(
-        self, path: str, template: STATE_DICT | None, map_location: Any, verify: Verify
+        self, path: str, template: STATE_DICT | None, map_location: Any, verify: Verify, *, alone: bool
     ) -> PlainSource | IndexedSource | ShardedSource:
         """Open what is to be read. A save that replaces it may take a file away meanwhile: look again."""
         for final in (*[False] * _TRIES, True):
             located = locate(self._storage, path)
             try:
-                return self._opened(located, template, map_location, verify)
+                return self._opened(located, template, map_location, verify, alone=alone)
             except (EntryNotFoundError, CheckpointNotFoundError):
                 located.folder.close()
                 if final:
@@ -231,7 +231,7 @@ class CheckpointReader:
         raise AssertionError("unreachable")
 
     def _opened(
-        self, located: Located, template: STATE_DICT | None, map_location: Any, verify: Verify
+        self, located: Located, template: STATE_DICT | None, map_location: Any, verify: Verify, *, alone: bool
     ) -> PlainSource | IndexedSource | ShardedSource:
         """The source in a folder that was found. It takes over the folder, or that is closed."""
         manifest = located.manifest
@@ -258,7 +258,7 @@ class CheckpointReader:
                 partial(_open_rank, located),
                 map_location,
                 verify,
-                same_world=manifest.world_size == self._rank_info.global_world_size,
+                own_only=alone and manifest.world_size == self._rank_info.global_world_size,
                 close=located.folder.close,
             )
 
@@ -316,7 +316,7 @@ def _shard_map(located: Located) -> ShardMap:
 
 
 def _has_dtensor(value: Any) -> bool:
-    """Whether there is a DTensor in a template; where torch's module of it was never imported there is none."""
+    """Whether there is a DTensor in a template (not without torch's module of it, which is not imported)."""
     if "torch.distributed.tensor" not in sys.modules:
         return False
     if isinstance(value, dict):

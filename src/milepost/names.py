@@ -31,7 +31,7 @@ class Names:
             for old, new in rename.items()
         ):
             raise ConfigError(
-                f"rename must be a dict from saved to new paths, with one * in both or in none, not {rename!r}",
+                f"rename must be a dict from saved to new paths, one * in both or in none, not {rename!r}",
                 hint='rename={"old.*": "new.*"}',
             )
         if isinstance(allow_missing, str) or not all(isinstance(item, str) for item in allow_missing):

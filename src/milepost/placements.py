@@ -1,8 +1,8 @@
 """Which part of a global tensor each rank holds, and which part of that it saves.
 
 Placement and declaration decide, never the values: a DTensor says by its mesh and placements what its ranks
-hold; a plain tensor is this rank's own, unless it was declared to be a replica. What several ranks hold alike is
-divided between them, by a rule (`reshard.cut`) that each rank applies for itself, so that no save needs a
+hold; a plain tensor is this rank's own, unless it was declared to be a replica. What several ranks hold alike
+is divided between them, by a rule (`reshard.cut`) that each rank applies for itself, so that no save needs a
 collective.
 """
 
@@ -78,7 +78,7 @@ def placed(value: Any, *, everywhere: bool = False) -> Placed:
 
     Args:
         value: The DTensor.
-        everywhere: Its mesh is a slice of a larger one, and it was declared to be the same on the other slices.
+        everywhere: Its mesh is a slice of a larger one, and it was declared to be the same on all slices.
 
     Raises:
         StateError: It has Partial placements, or its local tensor is not what they say.
@@ -291,8 +291,10 @@ class Division:
             alias = first.setdefault(memory, entry)
             aliases.append(alias)
             structure.append(
-                (member.path, tuple(map(type, member.path)), member.number, member.placed)
-                + (member.requires_grad, alias, tensor.dtype, kinds[member.number])
+                (
+                    *(member.path, tuple(map(type, member.path)), member.number, member.placed),
+                    *(member.requires_grad, alias, tensor.dtype, kinds[member.number]),
+                )
             )
         if known is not None and known.structure == structure:
             return known
@@ -446,8 +448,10 @@ class _Divider:
     def _agreement(self, names: list[bytes], columns: Shards) -> str:
         """The hash of every tensor that all ranks have a part in; empty if there is none."""
         rows = sorted(
-            (names[entry], columns.dtype[entry], columns.shape[entry], columns.placement[entry])
-            + (names[self.aliases[entry]],)
+            (
+                *(names[entry], columns.dtype[entry], columns.shape[entry], columns.placement[entry]),
+                names[self.aliases[entry]],
+            )
             for entry, member in enumerate(self.members)
             if len(member.placed.ranks) == self.world_size
         )

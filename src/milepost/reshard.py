@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -69,8 +69,8 @@ class Split:
     Attributes:
         parts: The size of the mesh dimension.
         index: This rank's place in it.
-        factor: 1: into `parts` chunks, of which this rank has one. More: first into `factor` chunks, then each
-            of them into `parts`, of which this rank has the one of its index from each (a strided shard).
+        factor: 1: into `parts` chunks, of which this rank has one. More: first into `factor` chunks, then
+            each of them into `parts`, of which this rank has the one of its index from each (a strided shard).
     """
 
     parts: int
@@ -183,8 +183,8 @@ def cut(shapes: Sequence[Sequence[int]], itemsizes: Sequence[int], parts: int) -
     """Divide tensors that `parts` replicas hold whole, so that each writes about as many bytes.
 
     The tensors are thought of as one line of bytes, which is cut into equal lengths; a cut falls between two
-    rows of a tensor (its first dimension of more than one index), and only where both sides are worth a box of
-    their own. So at most ``parts - 1`` tensors are divided, and every rank derives the same division.
+    rows of a tensor (its first dimension of more than one index), and only where both sides are worth a box
+    of their own. So at most ``parts - 1`` tensors are divided, and every rank derives the same division.
 
     Args:
         shapes: The shape of each tensor, in an order that is the same for all replicas.
@@ -212,9 +212,7 @@ def cut(shapes: Sequence[Sequence[int]], itemsizes: Sequence[int], parts: int) -
             if (rows - at) * row_bytes < MIN_CUT_BYTES:
                 at = 0 if at == 0 and wanted < size / 2 else rows
             bounds[part] = max(at, bounds[part - 1])
-        boxes.append(
-            [_rows(shape, dim, first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True)]
-        )
+        boxes.append([_rows(shape, dim, first, end) for first, end in pairwise(bounds)])
         position += size
     return boxes
 

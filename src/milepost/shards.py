@@ -139,8 +139,8 @@ class Table(msgspec.Struct):
 class ShardMap(msgspec.Struct, kw_only=True):
     """``shards.json``: every global tensor of a checkpoint, in columns, and where its parts lie.
 
-    `tables` holds each distinct `Table` once, encoded; `table` tells which one is a tensor's. Other columns as
-    in `Shards`.
+    `tables` holds each distinct `Table` once, encoded; `table` tells which one is a tensor's. Other columns
+    as in `Shards`.
     """
 
     format: str = "milepost.shards"

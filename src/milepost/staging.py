@@ -87,7 +87,7 @@ class DefaultStager(CheckpointStager):
     Args:
         config: Options; the defaults are what this machine can do.
         available: Tells how many bytes of memory are left, None if unknown; for tests.
-        encoder: Takes the states apart; with several ranks it knows which one this is, and what is replicated.
+        encoder: Takes the states apart; it knows which of several ranks this is, and what is replicated.
     """
 
     def __init__(

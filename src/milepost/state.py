@@ -31,11 +31,12 @@ from milepost.placements import (
     placed,
 )
 from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
+from milepost.records import check_memory, partition, refuse_meta
 from milepost.snapshot import Shares, Snapshot
 from milepost.tree import Node, Path, TreeDecoder, TreeEncoder, UnencodableError, path_text
 from milepost.types import RankInfo
 
-__all__ = ["STAGED_SHARE", "Parts", "StateEncoder", "reach"]
+__all__ = ["STAGED_SHARE", "Parts", "StateEncoder"]
 
 STAGED_SHARE = "_milepost_share"
 """Attribute of a staged tensor that is a part of a global one: alone it would pass for a whole one."""
@@ -372,24 +373,24 @@ class StateEncoder:
         offsets: list[int] = list(map(torch.Tensor.storage_offset, tensors))  # type: ignore[arg-type]
         sizes = [t.untyped_storage().nbytes() for t in tensors]
         memory = [*pointers, *offsets, *sizes]
-        partition = None
+        parted = None
         for position, plan in enumerate(self._plans):
             if plan.structure != structure:
                 continue
             if plan.memory != memory:
-                if partition is None:
-                    _check_memory(walk, offsets, sizes)
-                    partition, firsts = _partition(tensors, pointers, offsets)
-                if partition != plan.partition:
+                if parted is None:
+                    check_memory(walk.tensors, walk.paths, offsets, sizes)
+                    parted, firsts = partition(tensors, pointers, offsets)
+                if parted != plan.partition:
                     continue
                 plan.memory, plan.firsts = memory, firsts
             self._plans.insert(0, self._plans.pop(position))
             return plan
-        if partition is None:
-            _refuse_meta(walk)
-            _check_memory(walk, offsets, sizes)
-            partition, firsts = _partition(tensors, pointers, offsets)
-        record_of, byte_offsets, lengths = partition
+        if parted is None:
+            refuse_meta(walk.tensors, walk.paths)
+            check_memory(walk.tensors, walk.paths, offsets, sizes)
+            parted, firsts = partition(tensors, pointers, offsets)
+        record_of, byte_offsets, lengths = parted
         columns = Tensors(
             record=record_of,
             byte_offset=byte_offsets,
@@ -405,7 +406,7 @@ class StateEncoder:
         plan = _Plan(
             structure,
             memory,
-            partition,
+            parted,
             firsts,
             columns,
             Layout(lengths),
@@ -423,75 +424,6 @@ def _resolved(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_conj() or tensor.is_neg():
         return tensor.detach().resolve_conj().resolve_neg()
     return tensor
-
-
-def _check_memory(walk: _Walk, offsets: list[int], sizes: list[int]) -> None:
-    """Refuse tensors that reach beyond their storage: its memory was released (``resize_(0)``)."""
-    for tensor, path, offset, size in zip(walk.tensors, walk.paths, offsets, sizes, strict=True):
-        end = (offset + reach(tensor)) * tensor.element_size()
-        if tensor.numel() and end > size:
-            raise StateError(
-                f"a tensor of shape {tuple(tensor.shape)} reaches {end} bytes into a storage of {size}",
-                key=path_text(path),
-                hint="its memory was released or resized: gather or restore it before saving",
-            )
-
-
-def reach(tensor: torch.Tensor) -> int:
-    """How many elements lie between the first and the end of the last, in memory."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _refuse_meta(walk: _Walk) -> None:
-    for tensor, path in zip(walk.tensors, walk.paths, strict=True):
-        if tensor.is_meta:
-            raise StateError(
-                "a meta tensor has no data to save",
-                key=path_text(path),
-                hint="materialise it first, for instance with module.to_empty()",
-            )
-
-
-def _partition(
-    tensors: list[torch.Tensor], pointers: list[int], offsets: list[int]
-) -> tuple[tuple[list[int], list[int], list[int]], list[tuple[int, int]]]:
-    """Which record each tensor lies in.
-
-    A record is a run of bytes that tensors reach in one storage; runs that overlap are one record.
-
-    Returns:
-        (record of each tensor, its byte offset in the record, length of each record), and for each
-        record a tensor in it and where the record starts, in bytes from that tensor's first element.
-    """
-    extents = []
-    for number, (tensor, pointer, offset) in enumerate(zip(tensors, pointers, offsets, strict=True)):
-        size = tensor.element_size()
-        if tensor.numel() == 0:
-            # One empty record for each empty tensor: the number makes the storage its own.
-            extents.append((str(tensor.device), -number - 1, 0, 0, size, number))
-            continue
-        base = pointer - offset * size
-        start = pointer - base
-        extents.append((str(tensor.device), base, start, start + reach(tensor) * size, size, number))
-    extents.sort()
-    runs: list[list[Any]] = []  # [device, base, start, end, largest element, tensors]
-    for device, base, start, end, size, number in extents:
-        if runs and runs[-1][0] == device and runs[-1][1] == base and start < runs[-1][3]:
-            run = runs[-1]
-            run[3], run[4] = max(run[3], end), max(run[4], size)
-            run[5].append((number, start))
-        else:
-            runs.append([device, base, start, end, size, [(number, start)]])
-    runs.sort(key=lambda run: min(run[5]))
-    record_of, byte_offsets = [0] * len(tensors), [0] * len(tensors)
-    lengths, firsts = [], []
-    for record, (_, _, first, end, largest, members) in enumerate(runs):
-        start = first - first % largest  # so that every member lies at a multiple of its element size
-        for number, position in members:
-            record_of[number], byte_offsets[number] = record, position - start
-        lengths.append(end - start)
-        firsts.append((members[0][0], start - members[0][1]))
-    return (record_of, byte_offsets, lengths), firsts
 
 
 def _copier(walk: _Walk, plan: _Plan) -> Callable[[int, int, int, int], None]:

@@ -7,7 +7,7 @@ written. What it returns is a list of tensors to fill, and one function that put
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ from milepost.manifest import Tensors
 from milepost.names import Names, nodes_by_path
 from milepost.placements import is_dtensor, local_of, placed
 from milepost.rebuild import dtype_of
+from milepost.records import reach
 from milepost.reshard import Piece, whole
-from milepost.state import reach
 from milepost.tree import Item, Node, Path, path_text
 
 __all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]
@@ -86,6 +86,7 @@ def match(
     tensors: Tensors,
     decode: Callable[[Node], Any],
     names: Names | None = None,
+    foreign: Container[int] = (),
 ) -> Match:
     """Compare a template with a saved tree; neither is changed.
 
@@ -96,12 +97,16 @@ def match(
         tensors: The tensors it refers to.
         decode: Builds the values that are new to the template, and objects.
         names: What was renamed since it was saved, and what need not have been saved.
+        foreign: Identities of nodes that the template need not have.
     """
-    return _Matcher(tensors, decode, names or Names()).run(template, node)
+    return _Matcher(tensors, decode, names or Names(), foreign).run(template, node)
 
 
 class _Matcher:
-    def __init__(self, tensors: Tensors, decode: Callable[[Node], Any], names: Names) -> None:
+    def __init__(
+        self, tensors: Tensors, decode: Callable[[Node], Any], names: Names, foreign: Container[int]
+    ) -> None:
+        self._foreign = foreign
         self._tensors = tensors
         self._decode = decode
         self._names = names
@@ -180,7 +185,11 @@ class _Matcher:
                 self._match.allowed.append(path_text(where))
             else:
                 self._match.missing.append(path_text(where))
-        self._unexpected += [((*path, key), value) for key, value in saved.items() if key not in target]
+        self._unexpected += [
+            ((*path, key), value)
+            for key, value in saved.items()
+            if key not in target and id(value) not in self._foreign
+        ]
 
         def put() -> dict[Any, Any]:
             for key, part in parts:

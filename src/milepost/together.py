@@ -1,7 +1,7 @@
 """Loading as one job: every rank learns what the others found, and all load or none does.
 
-The ranks meet at a store, never in a collective: rank 0 reads what each of them puts there, and puts one answer
-for all. A store is used from the thread that loads only.
+The ranks meet at a store, never in a collective: rank 0 reads what each of them puts there, and puts one
+answer for all. A store is used from the thread that loads only.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Meeting:
                 f"{who} did not come to load within {self._timeout.total_seconds():g} seconds",
                 rank=self._rank,
                 phase="load",
-                hint="with a process group all ranks load together; to load on some ranks only: together=False",
+                hint="with a process group all ranks load together; to load on some only: together=False",
             ) from error
 
     def agree(self, report: Report, work: Callable[[], None]) -> None:
@@ -189,4 +189,8 @@ def default_meeting(rank: int, world_size: int, store: Any, timeout_seconds: flo
         and dist.get_world_size() == world_size
     ):
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
-    return None if store is None else Meeting(store, rank, world_size, timeout_seconds)
+    if store is None:
+        return None
+    # A connection of its own: a barrier that waits at the same store in another thread would block this one.
+    clone = getattr(store, "clone", None)
+    return Meeting(store if clone is None else clone(), rank, world_size, timeout_seconds)

@@ -35,11 +35,7 @@ class _Columns(msgspec.Struct):
     size: list[int]
 
     def described(self) -> tuple[bytes, ...]:
-        return tuple(
-            bytes(raw)
-            for raw in (self.key, self.dtype, self.kind, self.shape)
-            + (self.placement, self.alias, self.requires_grad)
-        )
+        return tuple(bytes(getattr(self, name)) for name in _Described.__struct_fields__)
 
 
 class _Index(msgspec.Struct):
@@ -160,7 +156,8 @@ class Merger:
         known = (merged.dtype[row], merged.shape[row], merged.placement[row])
         if known != facts:
             self._conflicts.append(
-                f"{_text(described.key[entry])}: {_facts(known)} on an earlier rank, {_facts(facts)} on rank {rank}"
+                f"{_text(described.key[entry])}: {_facts(known)} on an earlier rank, "
+                f"{_facts(facts)} on rank {rank}"
             )
         return row
 
@@ -314,7 +311,7 @@ class Merger:
                     f"the ranks hold {volume} elements of {_text(merged.key[row])}, which has {prod(shape)}: "
                     f"{merged.placement[row]}",
                     phase="commit",
-                    hint="every rank of the tensor's mesh must save it, under the same key, each exactly once",
+                    hint="every rank of the tensor's mesh must save it, under the same key",
                 )
 
 
