@@ -6,8 +6,9 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from multiprocessing import spawn
@@ -22,11 +23,12 @@ from milepost.child import Child, Handle, Job, Orders
 from milepost.commit import attempt_id, check_target, environment_start_id, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import ClosedError, ConfigError, error_context
-from milepost.snapshot import Labels, Packed
+from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
 from milepost.staged import StagedImage, WriteAttempt, image_of
 from milepost.staging import DefaultStager
 from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
+from milepost.storage.writing import Ring
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import TrackedFuture, gc_paused
 
@@ -226,14 +228,17 @@ class CheckpointProcess:
 
     def _submit_later(self, done: Future[STATE_DICT], *rest: Any) -> None:
         future: TrackedFuture[None] = rest[1]
+        number, _, path, *_ = rest
         try:
-            self._submit(done.result(), *rest)
+            with self._giving_up(path):
+                staged = done.result()
+            self._submit(staged, *rest)
         except BaseException as error:  # noqa: BLE001 - the future carries it
             if not future.done():
                 future.set_exception(error)
         finally:
             with self._submitted:
-                self._awaited.discard(rest[0])
+                self._awaited.discard(number)
                 self._submitted.notify_all()
 
     def _submit(
@@ -246,7 +251,7 @@ class CheckpointProcess:
         kwargs: dict[str, Any],
     ) -> None:
         lean, rank, size = self._lean, self._rank_info.global_rank, self._rank_info.global_world_size
-        with error_context(path=path, rank=rank), gc_paused():
+        with self._giving_up(path), error_context(path=path, rank=rank), gc_paused():
             labels = Labels.of(kwargs) if lean else Labels()
             if lean:
                 check_target(lean.storage, target)
@@ -289,6 +294,31 @@ class CheckpointProcess:
                 self._child = Child(self._orders)
             with image.shared.opened() as attached:
                 self._child.send(job, request, packed, image.arena.descriptor, attached)
+
+    @contextmanager
+    def _giving_up(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.give_up(path, error)
+            raise
+
+    def give_up(self, path: str, error: BaseException) -> None:
+        """A save failed before it could be handed over: it counts as one, and the other ranks are told."""
+        size = self._rank_info.global_world_size
+        if size == 1 or not path:
+            return
+        target, rank = os.path.abspath(path), self._rank_info.global_rank
+        attempt = attempt_id(target, rank, size, start_id=self._start_id)
+        if self._lean is None:
+            return
+        options = SaveOptions(
+            *(self._lean.storage, rank, size, attempt, self._lean.config.write_barrier_timeout_secs, Ring()),
+            private=not (self._start_id or environment_start_id()),
+            target=target,
+        )
+        with suppress(type(error)), telling_others(path, options):
+            raise error
 
     def _stage(self, state_dict: STATE_DICT) -> tuple[STATE_DICT, StagedImage]:
         """Copy a state dict that no `DefaultStager` has staged."""

@@ -14,7 +14,7 @@ from milepost.commit import attempt_id, check_target, environment_start_id
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, error_context
 from milepost.manifest import data_name
-from milepost.snapshot import Labels, SaveOptions, partial_directory, save_snapshot
+from milepost.snapshot import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
@@ -107,9 +107,6 @@ class CheckpointWriter:
             if self._closed:
                 raise ClosedError("the writer is closed", hint="make a new one")
             target = check_target(self._storage, path)
-            labels = Labels.of(kwargs)
-            with gc_paused():
-                snapshot = self._encoder.encode(state_dict)
             size = self._rank_info.global_world_size
             if size > 1 and self._start_id is None and environment_start_id() is None:
                 self._start_id = common_start_id(self._barrier)
@@ -131,6 +128,11 @@ class CheckpointWriter:
                 hook=self._commit_hook,
                 writer={"torch": str(torch.__version__)},
             )
+            # From here on this save counts: if this rank fails, the others are told.
+            with telling_others(path, options):
+                labels = Labels.of(kwargs)
+                with gc_paused():
+                    snapshot = self._encoder.encode(state_dict)
             save_snapshot(path, snapshot, options, labels, kwargs)
         logger.debug("wrote %s of %s", data_name(self._rank_info.global_rank), path)
 

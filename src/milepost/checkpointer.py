@@ -227,6 +227,11 @@ class AsyncCheckpointer(Checkpointer):
             logger.warning("%s: it is saved without staging", error.message)
             self._save_without_staging(save, self._fallback, state_dict)
             return
+        except BaseException as error:
+            give_up = getattr(self._process, "give_up", None)
+            if give_up is not None:
+                give_up(save.write_future.path, error)
+            raise
         if isinstance(save.staged, Future):
             save.staged.add_done_callback(lambda done: self._staged(save, done))
         else:

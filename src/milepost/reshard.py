@@ -70,7 +70,7 @@ class Split:
         parts: The size of the mesh dimension.
         index: This rank's place in it.
         factor: 1: into `parts` chunks, of which this rank has one. More: first into `factor` chunks, then
-            each of them into `parts`, of which this rank has the one of its index from each (a strided shard).
+            each of them into `parts`, of which this rank has the one of its index (a strided shard).
     """
 
     parts: int

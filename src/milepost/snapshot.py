@@ -31,7 +31,16 @@ from milepost.storage import Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
 from milepost.tree import Node, TreeEncoder, UnencodableError, path_text
 
-__all__ = ["Labels", "Packed", "SaveOptions", "Shares", "Snapshot", "partial_directory", "save_snapshot"]
+__all__ = [
+    "Labels",
+    "Packed",
+    "SaveOptions",
+    "Shares",
+    "Snapshot",
+    "partial_directory",
+    "save_snapshot",
+    "telling_others",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +287,22 @@ def save_snapshot(
                 phase="post_commit",
                 hint="the checkpoint loads; do by hand what the hook was to do, do not save again for it",
             ) from error
+
+
+@contextmanager
+def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
+    """If something fails before this rank has begun its attempt, leave an abort mark for the other ranks."""
+    try:
+        yield
+    except BaseException as error:
+        if options.world_size > 1:
+            try:
+                with _attempt(path, options):
+                    raise error  # noqa: TRY201 - in the attempt, which is aborted by it
+            except BaseException as told:  # noqa: BLE001 - the first error is raised below
+                if told is not error:
+                    logger.warning("could not tell the other ranks of a failure: %s", told)
+        raise
 
 
 @contextmanager
