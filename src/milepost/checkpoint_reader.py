@@ -10,7 +10,7 @@ from typing import Any
 
 from milepost.assembly import ShardedSource
 from milepost.commit import Located, locate
-from milepost.commit.marks import read_shards
+from milepost.commit.marks import read_shard_map
 from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -21,7 +21,6 @@ from milepost.errors import (
     error_context,
 )
 from milepost.manifest import (
-    DTYPE_BYTES,
     MAX_INDEX_BYTES,
     Index,
     data_name,
@@ -30,7 +29,7 @@ from milepost.manifest import (
 )
 from milepost.names import Names
 from milepost.placements import is_dtensor
-from milepost.shards import ShardMap, decode_shard_map
+from milepost.shards import ShardMap
 from milepost.sources import IndexedSource, PlainSource, Verify
 from milepost.storage import OpenFile, Storage, default_storage
 from milepost.template import Match
@@ -251,7 +250,9 @@ class CheckpointReader:
             located.folder.close()
             return IndexedSource(index, file, map_location, verify)
         with gc_paused():
-            shards = _shard_map(located)
+            shards = read_shard_map(located.folder, manifest)
+            if shards is None:
+                shards = ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
             return ShardedSource(
                 rank,
                 shards,
@@ -299,20 +300,6 @@ def _open_rank(located: Located, rank: int) -> tuple[Index, OpenFile]:
             path=file.path,
         )
     return index, file
-
-
-def _shard_map(located: Located) -> ShardMap:
-    manifest = located.manifest
-    assert manifest is not None
-    if manifest.shards is None:
-        return ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
-    return decode_shard_map(
-        read_shards(located.folder, manifest),
-        f"{located.path}/{manifest.shards.name}",
-        attempt=manifest.attempt,
-        world_size=manifest.world_size,
-        dtypes=frozenset(DTYPE_BYTES),
-    )
 
 
 def _has_dtensor(value: Any) -> bool:

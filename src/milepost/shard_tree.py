@@ -25,7 +25,7 @@ def with_global_columns(tensors: Tensors, shards: ShardMap) -> Tensors:
         shape=[*tensors.shape, *shards.shape],
         stride=[*tensors.stride, *(list(steps_of(shape)) for shape in shards.shape)],
         kind=[*tensors.kind, *shards.kind],
-        device=tensors.device,
+        device=[*tensors.device, *[""] * len(shards.key)],
         requires_grad=tensors.requires_grad,
         conj=tensors.conj,
         neg=tensors.neg,

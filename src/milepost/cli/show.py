@@ -9,9 +9,12 @@ from typing import Any
 from milepost.cli.output import NOT_FOUND, OK, Session, moment, plain, size
 from milepost.commit import Located, locate
 from milepost.commit.hidden import data_rank
+from milepost.commit.marks import read_shard_map
 from milepost.errors import CorruptCheckpointError
 from milepost.manifest import Index, Manifest, decode_index, digest
 from milepost.outline import Line, outline, plain_value, text_of
+from milepost.shard_tree import with_global_columns, with_shards
+from milepost.shards import ShardMap
 from milepost.storage import default_storage
 
 _MOST_CHARACTERS = 100
@@ -34,7 +37,8 @@ def run(
             session.message("error: ", path, f" has ranks 0 to {manifest.world_size - 1}, and no rank {rank}")
             return NOT_FOUND
         index = _index(located, manifest, rank)
-    lines = outline(index)
+        shards = read_shard_map(located.folder, manifest)
+    lines = outline(index) if shards is None else _outline_with(shards, index)
     pattern = _pattern(only) if only is not None else None
     if as_json:
         chosen = [line for line in lines[1:] if _is_chosen(line, depth, pattern)]
@@ -46,6 +50,42 @@ def run(
         session.line()
         session.table(("key", "value", "size"), rows)
     return OK
+
+
+def _outline_with(shards: ShardMap, index: Index) -> list[Line]:
+    """A rank's values, with what the ranks hold between them as the whole tensors that they are."""
+    first = len(index.tensors.record)
+    index.tree, _ = with_shards(index.tree, shards.key, first)
+    index.tensors = with_global_columns(index.tensors, shards)
+    lines = outline(index)
+    for line in lines:
+        if line.kind in ("tensor", "parameter", "ndarray") and line.record < 0:
+            number = -1 - line.record  # see with_global_columns
+            table, dims = shards.where(number), len(shards.shape[number])
+            count = len(table.rank)
+            line.text += f", {shards.placement[number]}, {count} shard{'s' if count != 1 else ''}"
+            line.facts["placement"] = shards.placement[number]
+            line.facts["shards"] = [
+                {
+                    "rank": rank,
+                    "start": table.start[n * dims : (n + 1) * dims],
+                    "size": table.size[n * dims : (n + 1) * dims],
+                }
+                for n, rank in enumerate(table.rank)
+            ]
+    return lines
+
+
+def _by_rank(manifest: Manifest, *, exact: bool) -> str:
+    """The size of each rank's data file, or the range of them."""
+    sizes = [file.size for file in manifest.files]
+    if len(sizes) <= _MOST_ITEMS:
+        return ", ".join(f"rank {rank} {size(count, exact=exact)}" for rank, count in enumerate(sizes))
+    low, high = min(sizes), max(sizes)
+    return (
+        f"{size(low, exact=exact)} (rank {sizes.index(low)}) to {size(high, exact=exact)} "
+        f"(rank {sizes.index(high)}), {size(sum(sizes) // len(sizes), exact=exact)} on average"
+    )
 
 
 def _is_chosen(line: Line, depth: int | None, pattern: re.Pattern[str] | None) -> bool:
@@ -161,7 +201,9 @@ def _print_head(
     ranks = f"{manifest.world_size} rank{'s' if manifest.world_size > 1 else ''}"
     extra = f", {len(manifest.attachments)} attached" if manifest.attachments else ""
     session.line(f"files     {size(manifest.size_bytes, exact=exact)} by {ranks}{extra}")
-    of_rank = f" of rank {index.rank}" if manifest.world_size > 1 else ""
+    if manifest.world_size > 1:
+        session.line(f"by rank   {_by_rank(manifest, exact=exact)}")
+    of_rank = f" for rank {index.rank}" if manifest.world_size > 1 else ""
     tensors = len(index.tensors.record)
     session.line(
         f"content   {tensors:,} tensor{'s' if tensors != 1 else ''}{of_rank}, {size(content, exact=exact)}"

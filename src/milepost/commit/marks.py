@@ -24,6 +24,7 @@ from milepost.errors import (
     UnsupportedFormatError,
 )
 from milepost.manifest import (
+    DTYPE_BYTES,
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
     FileDigest,
@@ -33,10 +34,17 @@ from milepost.manifest import (
     digest,
     index_name,
 )
-from milepost.shards import MAX_SHARDS_BYTES, SHARDS_FEATURE, SHARDS_NAME, encode_shard_map
+from milepost.shards import (
+    MAX_SHARDS_BYTES,
+    SHARDS_FEATURE,
+    SHARDS_NAME,
+    ShardMap,
+    decode_shard_map,
+    encode_shard_map,
+)
 from milepost.storage import Folder
 
-__all__ = ["assemble", "checked_manifest", "missing_files", "read_shards"]
+__all__ = ["assemble", "checked_manifest", "missing_files", "read_shard_map", "read_shards"]
 
 
 def missing_files(folder: Folder, manifest: Manifest) -> list[str]:
@@ -146,6 +154,23 @@ def read_shards(folder: Folder, manifest: Manifest) -> bytes:
             f"the shard map does not have the SHA-256 of the manifest: {path}", path=path
         )
     return data
+
+
+def read_shard_map(folder: Folder, manifest: Manifest) -> ShardMap | None:
+    """The shard map that a manifest lists, checked; None if it lists none.
+
+    Raises:
+        CorruptCheckpointError: It is malformed, or not what the manifest says.
+    """
+    if manifest.shards is None:
+        return None
+    return decode_shard_map(
+        read_shards(folder, manifest),
+        os.path.join(folder.path, SHARDS_NAME),
+        attempt=manifest.attempt,
+        world_size=manifest.world_size,
+        dtypes=frozenset(DTYPE_BYTES),
+    )
 
 
 def _check_agreement(attempt: str, marks: list[Mark], merger: Merger) -> None:
