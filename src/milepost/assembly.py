@@ -32,6 +32,8 @@ from milepost.types import STATE_DICT
 
 __all__ = ["ShardedSource"]
 
+_KEPT_LOOKUPS = 256
+
 
 @dataclass
 class _Rank:
@@ -77,6 +79,7 @@ class ShardedSource:
         self._whole_ones: list[Fill] = []
         self._values: dict[int, Any] = {}
         self._made: dict[tuple[int, str, bool], Any] = {}
+        self._lookups: dict[tuple[int, int, Box], Sequence[tuple[int, Box]]] = {}
         self.filling = False
         self._names = [msgspec.json.encode(key) for key in shards.key]
         self._own = self._rank(rank)
@@ -211,9 +214,19 @@ class ShardedSource:
         target = narrowed(fill.target, Box(piece.local, piece.size))
         self._own.gather.request(fill.number, piece.box, target)
 
+    def _held_by(self, number: int, box: Box) -> Sequence[tuple[int, Box]]:
+        """Who holds which parts of a box. Tensors of one shape mostly lie alike: the last answers are kept."""
+        place = (self._shards.table[number], len(self._shards.shape[number]), box)
+        found = self._lookups.get(place)
+        if found is None:
+            if len(self._lookups) >= _KEPT_LOOKUPS:
+                self._lookups.clear()
+            found = self._lookups[place] = tuple(self._shards.where(number).within(box))
+        return found
+
     def _plan_piece(self, number: int, target: torch.Tensor, wanted: Piece) -> None:
         volume = 0
-        for rank, common in self._shards.where(number).within(wanted.box):
+        for rank, common in self._held_by(number, wanted.box):
             held = self._rank(rank)
             entry = self._entry(held, number)
             source = _containing(held.pieces[entry], common)

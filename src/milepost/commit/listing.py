@@ -35,6 +35,10 @@ from milepost.storage import Folder, Storage
 __all__ = ["Entry", "Explanation", "explain", "scan"]
 
 
+_MAX_RANKS = 1 << 20
+"""An attempt that claims to have more ranks does not say how many it has."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One checkpoint, or part of one, in a folder.
@@ -198,8 +202,9 @@ def explain_folder(folder: Folder) -> Explanation:
     """As `explain`, for an open folder."""
     names = list_names(folder)
     note = read_note(folder)
-    world_size = note.world_size if note is not None and note.world_size > 0 else None
-    arrived = sorted(ranks_in(names))
+    world_size = note.world_size if note is not None and 0 < note.world_size <= _MAX_RANKS else None
+    here = ranks_in(names)
+    arrived = sorted(here)
     aborted, beacons = read_abort_marks(folder, names), read_beacons(folder, names)
     parts = []
     if aborted:
@@ -208,7 +213,7 @@ def explain_folder(folder: Folder) -> Explanation:
         ]
     if world_size is not None:
         parts.append(f"{len(arrived)} of {world_size} ranks arrived")
-        missing = [rank for rank in range(world_size) if rank not in arrived]
+        missing = [rank for rank in range(world_size) if rank not in here]
         silent = [rank for rank in missing if rank not in beacons and rank not in aborted]
         parts += [f"rank {rank}: {beacons[rank].phase}" for rank in missing[:10] if rank in beacons]
         if silent:
