@@ -17,7 +17,7 @@ GAZETTEER := $(MAKE) -C gazetteer VENV=$(GAZETTEER_VENV) PYTHON=$(PYTHON)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow cov check lint types docs bench fmt fmt-check size \
+.PHONY: help setup demo demo-distributed test test-slow cov check lint types docs bench fmt fmt-check size \
 	gazetteer gazetteer-demo clean
 
 help: ## this list
@@ -31,6 +31,9 @@ $(STAMP): pyproject.toml constraints.txt tools/install.sh
 
 demo: $(STAMP) ## train, kill the trainer in the middle of a save, resume, compare bit for bit
 	$(BIN)/python examples/demo.py
+
+demo-distributed: $(STAMP) ## train on 4 ranks, kill them, go on on 2, kill them, go on on one
+	$(BIN)/python examples/demo_distributed.py
 
 test: $(STAMP) ## everything that proves a promise
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
