@@ -215,7 +215,7 @@ class ShardedSource:
         self._own.gather.request(fill.number, piece.box, target)
 
     def _held_by(self, number: int, box: Box) -> Sequence[tuple[int, Box]]:
-        """Who holds which parts of a box. Tensors of one shape mostly lie alike: the last answers are kept."""
+        """Who holds which parts of a box. Tensors of one shape mostly lie alike: answers are kept."""
         place = (self._shards.table[number], len(self._shards.shape[number]), box)
         found = self._lookups.get(place)
         if found is None:
