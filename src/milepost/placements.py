@@ -285,9 +285,11 @@ class Division:
         aliases = []
         for entry, member in enumerate(members):
             tensor = tensors[member.number]
-            memory = (
-                (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else entry
-            )
+            memory: Any = entry
+            if tensor.numel():
+                place = member.placed
+                memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                memory = (*memory, place.text, place.shape)
             alias = first.setdefault(memory, entry)
             aliases.append(alias)
             structure.append(
