@@ -1,0 +1,500 @@
+"""What thousands of ranks cost: reading their indexes, planning a load on half of them, and committing.
+
+python benchmarks/bench_scale.py [--ranks 64,256,1024,4096] [--marks 1000,3000,10000] [--folder DIR]
+
+One machine stands for all ranks. Torch's fake process group makes a process any rank of any world, so the
+first and the last rank save for real, and the last of them commits; the indexes in between are the first
+one's with what differs from rank to rank filled in, which is compared with what the last rank really wrote.
+Data files have the right size, but nothing is read from them here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import torch
+import torch.distributed as dist
+from harness import MIB, fresh, machine, peak_private_bytes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from milepost.checkpoint_reader import CheckpointReader
+from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
+from milepost.commit.attempt import Attempt
+from milepost.commit.hidden import join_hidden
+from milepost.commit.marks import assemble
+from milepost.manifest import Index, data_name, decode_index, encode_index, index_name
+from milepost.names import Names
+from milepost.reshard import cut
+from milepost.storage import default_storage
+from milepost.storage.memory import MemoryStorage
+from milepost.types import RankInfo
+
+TENSORS = 1024
+REAL_SHAPES = [(n,) for n in (1, 2, 3)] + [(a, b) for a in (1, 2, 3) for b in (2, 4, 8)]
+"""A dozen shapes, as the layers of a model have; the first number is that of the rows on each rank."""
+
+
+def local_shape(number: int, variant: str) -> tuple[int, ...]:
+    """The shape of each rank's part of a tensor: in the worst case no two tensors are alike."""
+    if variant == "worst":
+        return (1 + number % 32, 1 + number // 32)
+    return REAL_SHAPES[number % len(REAL_SHAPES)]
+
+
+@contextmanager
+def as_rank(rank: int, size: int) -> Iterator[None]:
+    """Be a rank of a world of this size."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def sharded_state(size: int, variant: str, factor: int = 1) -> dict[str, dict[str, DTensor]]:
+    """This rank's state: DTensors with `factor` times the rows of `local_shape` on each of `size` ranks."""
+    mesh = init_device_mesh("cpu", (size,))
+    made = {}
+    for number in range(TENSORS):
+        rows, *rest = local_shape(number, variant)
+        local = torch.randn(rows * factor, *rest)
+        shape = torch.Size((rows * factor * size, *rest))
+        made[f"layers.{number // 8}.block.{number % 8}.weight"] = DTensor.from_local(
+            local, mesh, [Shard(0)], run_check=False, shape=shape, stride=local.stride()
+        )
+    return {"model": made}
+
+
+# -- a checkpoint of many ranks ----------------------------------------------------------------------
+
+
+def writer(rank: int, size: int, storage: object = None, replicated: list[str] | None = None):
+    config = CheckpointWriterConfig(start_id="bench", replicated=replicated or [])
+    return CheckpointWriter(config, RankInfo(rank, size), storage=storage)
+
+
+def partial_of(path: str) -> str:
+    """The hidden folder of the only attempt at `path`."""
+    stem = f".{os.path.basename(path)}."
+    names = [name for name in os.listdir(os.path.dirname(path)) if name.startswith(stem)]
+    assert len(names) == 1, names
+    return os.path.join(os.path.dirname(path), names[0])
+
+
+def make(path: str, size: int, variant: str) -> dict[str, float]:
+    """A committed checkpoint of `size` ranks at `path`."""
+    with as_rank(0, size):
+        writer(0, size).write(path, sharded_state(size, variant))
+    folder = partial_of(path)
+    with open(os.path.join(folder, index_name(0)), "rb") as file:
+        first = decode_index(file.read(), file.name)
+    for rank in range(1, size - 1):
+        index = index_of(first, rank)
+        with open(os.path.join(folder, data_name(rank)), "wb") as file:
+            file.truncate(index.files[0].size)
+        with open(os.path.join(folder, index_name(rank)), "wb") as file:
+            file.write(encode_index(index))
+    with as_rank(size - 1, size):
+        state = sharded_state(size, variant)
+        start = time.perf_counter()
+        writer(size - 1, size).write(path, state)
+        seconds = time.perf_counter() - start
+    with open(os.path.join(path, index_name(size - 1)), "rb") as file:
+        last = decode_index(file.read(), file.name)
+    assert described(last) == described(index_of(first, size - 1)), (
+        "the indexes that were filled in are wrong"
+    )
+    return {"seconds": seconds}
+
+
+def index_of(first: Index, rank: int) -> Index:
+    """The index of another rank: the first one's, other places, files and checksums."""
+    index = copy.copy(first)
+    index.rank, index.process = rank, f"{rank:016x}"
+    size = first.files[0].size + len(str(rank)) - len(str(first.rank))  # the file says whose it is
+    index.files = [msgspec.structs.replace(first.files[0], name=data_name(rank), size=size, crc32=crc())]
+    index.records = msgspec.structs.replace(first.records, crcs=[crc() for _ in first.records.crcs])
+    shards = first.shards
+    start, position = list(shards.start), 0
+    for shape in shards.shape:
+        start[position] = rank * shards.size[position]
+        position += len(shape)
+    index.shards = msgspec.structs.replace(shards, start=start)
+    return index
+
+
+def crc() -> int:
+    return random.getrandbits(32)
+
+
+def described(index: Index) -> object:
+    """What an index says, but for checksums and the time."""
+    plain = json.loads(encode_index(index))
+    for name in ("time", "process", "writer"):
+        del plain[name]
+    del plain["records"]["crcs"], plain["files"][0]["crc32"]
+    return plain
+
+
+# -- what one rank does ------------------------------------------------------------------------------
+
+
+def needed(path: str, size: int, rank: int) -> list[str]:
+    """The JSON files that a rank of size / 2 ranks needs: its own index and those it reads from."""
+    ranks = sorted({rank, 2 * rank, 2 * rank + 1})
+    names = ["manifest.json", "shards.json", *map(index_name, ranks)]
+    return [os.path.join(path, name) for name in names]
+
+
+def planning(path: str, size: int, rank: int, template: dict) -> Callable[[], object]:
+    """All that a load does before it reads tensors: find, decode, check and hash, match and plan."""
+
+    def work() -> object:
+        reader = CheckpointReader(RankInfo(rank, size // 2))
+        source, found = reader._prepared(path, template, None, True, Names(), None)
+        assert not found.misfits
+        assert not found.missing
+        assert len(found.fills) == TENSORS
+        assert {*source._ranks} == {rank, 2 * rank, 2 * rank + 1}
+        return source, found
+
+    return work
+
+
+def plan(path: str, size: int, variant: str, rounds: int) -> dict[str, object]:
+    """In a process of its own: peak memory first, then rounds side by side with plain decoding."""
+    rank = size // 4 + 1
+    with as_rank(rank, size // 2):
+        template = sharded_state(size // 2, variant, factor=2)
+        work = planning(path, size, rank, template)
+        kept: list[object] = []
+        peak = peak_private_bytes(lambda: kept.append(work()))
+        files = []
+        for name in needed(path, size, rank):
+            with open(name, "rb") as file:
+                files.append(file.read())
+
+        def decode() -> object:
+            return [msgspec.json.decode(data) for data in files]
+
+        ours, plain = [], []
+        for turn in range(rounds):
+            for seconds, run in ((ours, work), (plain, decode))[:: 1 if turn % 2 else -1]:
+                _close(kept)
+                gc.collect()
+                gc.disable()  # for both: decoding without the collector is the harder baseline
+                start = time.perf_counter()
+                kept.append(run())
+                seconds.append(time.perf_counter() - start)
+                gc.enable()
+        _close(kept)
+    return {"peak": peak, "ours": ours, "plain": plain, "bytes": sum(map(len, files))}
+
+
+def _close(kept: list[object]) -> None:
+    for item in kept:
+        if isinstance(item, tuple):
+            item[0].__exit__(None, None, None)
+    kept.clear()
+
+
+def merge(path: str, size: int) -> dict[str, float]:
+    """In a process of its own: what the last rank does with all indexes."""
+    with open(os.path.join(path, "manifest.json"), "rb") as file:
+        attempt = json.load(file)["body"]["attempt"]
+    seconds = []
+
+    def work() -> None:
+        folder = default_storage().open_folder(path)
+        start = time.perf_counter()
+        assembled = assemble(folder, attempt, set(range(size)), live=True)
+        seconds.append(time.perf_counter() - start)
+        folder.close()
+        assert assembled is not None
+
+    peak = peak_private_bytes(work)
+    start = time.perf_counter()
+    for rank in range(size):
+        with open(os.path.join(path, index_name(rank)), "rb") as file:
+            msgspec.json.decode(file.read())
+    return {"peak": peak, "seconds": seconds[0], "plain": time.perf_counter() - start}
+
+
+def bench_ranks(folder: str, worlds: list[int], rounds: int) -> bool:
+    met = True
+    for variant, text in (("worst", "no two of one shape"), ("real", f"{len(REAL_SHAPES)} shapes")):
+        print(
+            f"\nPlanning a load of R ranks' {TENSORS:,} sharded tensors ({text}) on R/2 ranks, "
+            f"one rank's part (medians of {rounds})\n"
+            f"  {'R':>6} {'shards':>10} {'JSON':>9} {'decode':>9} {'milepost':>9} {'ratio':>6} {'memory':>9}"
+            f" | commit: {'merge':>8} {'ratio':>6} {'memory':>9}"
+        )
+        before: tuple[int, float] | None = None
+        for size in worlds:
+            path = os.path.join(folder, f"{variant}-{size}")
+            step("make", path, size, variant)
+            found = step("plan", path, size, variant, rounds)
+            merged = step("merge", path, size, variant)
+            fresh(path)()
+            ratio = statistics.median(a / b for a, b in zip(found["ours"], found["plain"], strict=True))
+            ours, plain = statistics.median(found["ours"]), statistics.median(found["plain"])
+            print(
+                f"  {size:6,} {size * TENSORS:10,} {found['bytes'] / MIB:5.1f} MiB {plain * 1e3:6.1f} ms "
+                f"{ours * 1e3:6.1f} ms {ratio:6.2f} {found['peak'] / MIB:5.0f} MiB |        "
+                f" {merged['seconds']:6.2f} s {merged['seconds'] / merged['plain']:6.2f} "
+                f"{merged['peak'] / MIB:5.0f} MiB",
+                flush=True,
+            )
+            if size == 1024:
+                met &= verdict("ratio at 1,024 ranks", ratio, 3)
+                met &= verdict("memory at 1,024 ranks, in MiB", found["peak"] / MIB, 1024)
+            if before is not None:
+                growth = (ours / before[1]) / (size / before[0])
+                met &= verdict(f"growth from {before[0]:,} to {size:,} ranks, to linear", growth, 1.15)
+            before = (size, ours)
+    return met
+
+
+def verdict(what: str, value: float, limit: float) -> bool:
+    print(f"  {'ok    ' if value <= limit else 'MISSED'} {what}: {value:.2f} (asked: <= {limit})", flush=True)
+    return value <= limit
+
+
+def step(name: str, path: str, size: int, variant: str, rounds: int = 1) -> dict:
+    """One of `STEPS` in a fresh process; its result."""
+    command = [sys.executable, __file__, "--step", name, "--folder", path, "--rounds", str(rounds)]
+    command += ["--ranks", str(size), "--variant", variant]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+STEPS = {
+    "make": lambda o: make(o.folder, int(o.ranks), o.variant),
+    "plan": lambda o: plan(o.folder, int(o.ranks), o.variant, o.rounds),
+    "merge": lambda o: merge(o.folder, int(o.ranks)),
+}
+
+
+# -- arrivals ----------------------------------------------------------------------------------------
+
+ARRIVALS = 20
+"""How many ranks arrive for real, and are measured; the others' files are put there."""
+
+
+def replicated_state() -> dict:
+    generator = torch.Generator().manual_seed(1)
+    return {"model": {f"layer.{n}": torch.randn(256, 256, generator=generator) for n in range(4)}, "step": 1}
+
+
+class Kind:
+    """A storage, and how files get into it without any of the library's code."""
+
+    def __init__(self, name: str, folder: str, size: int) -> None:
+        self.memory = name == "memory"
+        self.storage = MemoryStorage() if self.memory else default_storage()
+        name = f"checkpoint-{size}"  # a new name in each world: the process counts its saves to a path
+        self.path = f"/{name}" if self.memory else os.path.join(folder, name)
+
+    def put(self, path: str, data: bytes, size: int = 0) -> None:
+        if self.memory:
+            file = self.storage.create(path)
+            file.write(0, memoryview(data))
+            file.finish(max(size, len(data)))
+            return
+        with open(path, "wb") as file:
+            file.write(data)
+            file.truncate(max(size, len(data)))
+
+    def get(self, folder: str, name: str) -> bytes:
+        opened = self.storage.open_folder(folder)
+        try:
+            return opened.read(name, 1 << 30)
+        finally:
+            opened.close()
+
+    def listing(self, folder: str) -> float:
+        """Seconds for one plain listing."""
+        opened = self.storage.open_folder(folder)
+        start = time.perf_counter()
+        names = opened.names() if self.memory else os.listdir(folder)
+        seconds = time.perf_counter() - start
+        opened.close()
+        assert names
+        return seconds
+
+
+def real_indexes(kind: Kind, size: int) -> Callable[[int], Index]:
+    """Has those ranks save for real that write some of the replicas, and one that writes none."""
+    state = replicated_state()
+    tensors = list(state["model"].values())
+    boxes = cut([t.shape for t in tensors], [4] * len(tensors), size)
+    owners = [rank for rank in range(size) if any(box[rank].volume for box in boxes)]
+    idle = next(rank for rank in range(size - 2, 0, -1) if rank not in owners)
+    found = {}
+    for rank in {0, idle, *owners} - {size - 1}:
+        writer(rank, size, kind.storage, ["model.*"]).write(kind.path, state)
+        folder = hidden_folder(kind)
+        found[rank] = decode_index(kind.get(folder, index_name(rank)), "")
+    assert size - 1 not in owners or size - 1 == owners[-1]
+
+    def index(rank: int) -> Index:
+        if rank in found:
+            return found[rank]
+        made = copy.copy(found[idle])
+        made.rank, made.process = rank, f"{rank:016x}"
+        made.files = [msgspec.structs.replace(made.files[0], name=data_name(rank))]
+        return made
+
+    index.real = set(found)
+    return index
+
+
+def hidden_folder(kind: Kind) -> str:
+    attempt = next(
+        name
+        for name in kind.storage.open_folder(os.path.dirname(kind.path)).names()
+        if name.endswith("partial")
+    )
+    return os.path.join(os.path.dirname(kind.path), attempt)
+
+
+def arrive(kind: Kind, index: Index, size: int, folder: str) -> dict[str, float]:
+    """One rank's part in the commit, timed in parts; its data file is put there in between."""
+    times = {}
+    start = time.perf_counter()
+    attempt = Attempt.begin(
+        kind.storage,
+        kind.path,
+        attempt=index.attempt,
+        rank=index.rank,
+        world_size=size,
+        process=index.process,
+    )
+    times["begin"] = time.perf_counter() - start
+    assert attempt.folder == folder
+    kind.put(attempt.data_path, b"", index.files[0].size)
+    data = encode_index(index)
+    start = time.perf_counter()
+    attempt.mark(data)
+    times["mark"] = time.perf_counter() - start
+    start = time.perf_counter()
+    committed = attempt.complete()
+    times["complete"] = time.perf_counter() - start
+    assert committed == (index.rank == size - 1)
+    start = time.perf_counter()
+    attempt.close()
+    times["close"] = time.perf_counter() - start
+    return times
+
+
+def arrivals(kind: Kind, size: int) -> dict[str, float]:
+    """A world of this size: the last ranks' arrivals, and the very last one's."""
+    index = real_indexes(kind, size)
+    folder = hidden_folder(kind)
+    assert folder == join_hidden(kind.path, index(0).attempt)
+    late = [rank for rank in range(size - 1, 0, -1) if rank not in index.real][: ARRIVALS + 1]
+    beacon = kind.get(folder, "state_0.json")
+    for rank in set(range(size)) - set(late) - index.real:
+        made = index(rank)
+        kind.put(os.path.join(folder, index_name(rank)), encode_index(made))
+        kind.put(os.path.join(folder, data_name(rank)), b"", made.files[0].size)
+        kind.put(os.path.join(folder, f"state_{rank}.json"), beacon)
+    assert size - 1 in late, "the last rank writes some of the replicas"
+    found, plain = [], []
+    for rank in late[:0:-1]:
+        plain.append(kind.listing(folder))
+        found.append(arrive(kind, index(rank), size, folder))
+    opened = kind.storage.open_folder(folder)
+    start = time.perf_counter()
+    for rank in range(size - 1):
+        msgspec.json.decode(opened.read(index_name(rank), 1 << 30))
+    reading = time.perf_counter() - start
+    opened.close()
+    last = arrive(kind, index(size - 1), size, folder)
+    result = {name: statistics.median(times[name] for times in found) for name in found[0]}
+    result["all"] = statistics.median(sum(times.values()) for times in found)
+    result["listing"] = statistics.median(plain)
+    result["last"] = sum(last.values())
+    result["commit"] = last["complete"]
+    result["reading"] = reading
+    return result
+
+
+def bench_arrivals(folder: str, worlds: list[int]) -> bool:
+    met = True
+    for name in ("local", "memory"):
+        print(
+            f"\nRanks that arrive without a barrier, {name} storage (medians of {ARRIVALS} ranks; "
+            f"'listing' is one plain listing, 'reading' plain read and decode of all marks)\n"
+            f"  {'ranks':>6} | one arrival: {'listing':>8} {'begin':>8} {'mark':>8} {'complete':>8} "
+            f"{'close':>8} {'all':>8} | the last: {'reading':>8} {'all':>8} {'per mark':>9} {'ratio':>6}"
+        )
+        before: tuple[int, dict[str, float]] | None = None
+        for size in worlds:
+            with tempfile.TemporaryDirectory(dir=folder) as inner:
+                t = arrivals(Kind(name, inner, size), size)
+            columns = (t["listing"], t["begin"], t["mark"], t["complete"], t["close"], t["all"])
+            print(
+                f"  {size:6,} |              {' '.join(f'{x * 1e3:6.2f}ms' for x in columns)} |          "
+                f"{t['reading'] * 1e3:6.0f}ms {t['last'] * 1e3:6.0f}ms {t['last'] / size * 1e6:6.0f} us "
+                f"{t['commit'] / t['reading']:6.2f}",
+                flush=True,
+            )
+            if before is not None:
+                scale = size / before[0]
+                for key, what in (("all", "one arrival"), ("last", "the last one")):
+                    growth = t[key] / before[1][key] / scale
+                    met &= verdict(
+                        f"{what}: growth from {before[0]:,} to {size:,} ranks, to linear", growth, 1.25
+                    )
+            before = (size, t)
+    return met
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ranks", default="64,256,1024,4096")
+    parser.add_argument("--marks", default="1000,3000,10000")
+    parser.add_argument("--folder", default=None, help="where to write")
+    parser.add_argument("--only", default="", help="one of ranks, arrivals")
+    parser.add_argument("--step", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", default="worst", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        print(json.dumps(STEPS[options.step](options)))
+        return 0
+    print(f"{machine()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory(dir=options.folder or os.getcwd(), prefix="bench-") as folder:
+        parts = {
+            "ranks": lambda: bench_ranks(folder, list(map(int, options.ranks.split(","))), options.rounds),
+            "arrivals": lambda: bench_arrivals(folder, list(map(int, options.marks.split(",")))),
+        }
+        results = {name: run() for name, run in parts.items() if options.only in ("", name)}
+    missed = [name for name, met in results.items() if not met]
+    print(f"\n{'every bar met' if not missed else 'bars missed in: ' + ', '.join(missed)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
