@@ -1,0 +1,492 @@
+"""The merge of what all ranks hold: what it refuses, by name, and what malformed columns cannot do."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from forge import Forge, dump, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from states import raw_bytes
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from milepost import placements
+from milepost.checkpoint_reader import CheckpointReader
+from milepost.checkpoint_writer import CheckpointWriter
+from milepost.config import CheckpointWriterConfig
+from milepost.errors import CommitError, CorruptCheckpointError, MismatchError
+from milepost.manifest import DTYPE_BYTES
+from milepost.shards import decode_shard_map
+from milepost.storage.local import LocalStorage
+from milepost.storage.memory import MemoryStorage
+from milepost.types import RankInfo
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
+
+X = torch.arange(12.0).reshape(4, 3)
+BIG = torch.arange(60000.0).reshape(300, 200)
+
+_paths = itertools.count()
+
+
+def save(size, state_of, replicated=(), *, storage=None, path=None):
+    """Be each rank in turn and save what it has; returns how to load it."""
+    if storage is None:
+        storage = MemoryStorage()
+        storage.make_folder("/run")
+    path = path or f"/run/merge{next(_paths)}"
+    config = CheckpointWriterConfig(start_id="start", replicated=list(replicated))
+    for rank in range(size):
+        placements._known.clear()  # where a mesh lies is kept for this process's rank
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        writer = CheckpointWriter(config, RankInfo(rank, size), storage=storage)
+        try:
+            writer.write(path, state_of(rank))
+        finally:
+            writer.close()
+            dist.destroy_process_group()
+
+    def load(rank=0, size=1, template=None, **arguments):
+        return CheckpointReader(RankInfo(rank, size), storage=storage).read(path, template, **arguments)[0]
+
+    return load
+
+
+def mesh(*ranks):
+    return DeviceMesh("cpu", list(ranks))
+
+
+def part_of(full, held_by, *layout):
+    """A rank's DTensor of a whole tensor."""
+    local, coordinate = full, held_by.get_coordinate()
+    for dim, placement in enumerate(layout):
+        if not isinstance(placement, Replicate):
+            parts = placement._split_tensor(local, held_by.size(dim), with_padding=False)[0]
+            local = parts[coordinate[dim]]
+    return DTensor.from_local(
+        local.clone(), held_by, layout, run_check=False, shape=full.shape, stride=full.stride()
+    )
+
+
+def grid():
+    return DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("outer", "inner"))
+
+
+# -- replicas that differ --------------------------------------------------------------------------
+
+
+def test_declared_replicas_that_differ_are_named():
+    """A declared tensor that differs on one rank stops the commit, which names it and the ranks."""
+    with pytest.raises(CommitError, match=r"replicas differ") as caught:
+        save(4, lambda rank: {"m": {"same": X, "w": X + (rank == 2)}}, ["m.*"])
+    assert "m.w: ranks 0, 1, 3, others on ranks 2" in str(caught.value)
+    assert "m.same" not in str(caught.value)
+
+
+def test_one_bit_makes_replicas_differ():
+    """Negative zero on one rank is another value, though it compares equal."""
+    with pytest.raises(CommitError, match="replicas differ"):
+        save(2, lambda rank: {"m": torch.tensor([-0.0 if rank else 0.0])}, ["m"])
+
+
+def test_equal_nans_are_replicas():
+    """A NaN of the same bits on all ranks is one value."""
+    load = save(2, lambda _: {"m": torch.tensor([float("nan")])}, ["m"])
+    assert load()["m"].isnan().all()
+
+
+def test_a_difference_is_found_in_what_any_replica_saves():
+    """In a tensor that is divided between replicas a difference anywhere, on any rank, is found."""
+    for rank_of, row in ((0, 299), (1, 0), (0, 0), (1, 299)):
+        changed = BIG.clone()
+        changed[row, 7] += 1
+
+        def state(rank, changed=changed, rank_of=rank_of):
+            return {"m": changed if rank == rank_of else BIG}
+
+        with pytest.raises(CommitError, match="m: ranks 0, others on ranks 1"):
+            save(2, state, ["m"])
+
+
+def test_the_replicas_of_hybrid_shards_are_compared():
+    """Where two rows of a mesh hold the same shards, the ranks whose shard differs are named."""
+
+    def state(rank):
+        return {"w": part_of(X + (rank == 3), grid(), Replicate(), Shard(0))}
+
+    with pytest.raises(CommitError, match="w: ranks 1, others on ranks 3"):
+        save(4, state)
+
+
+def test_many_differences_are_counted():
+    """The first five tensors that differ are named, and how many more there are."""
+    with pytest.raises(CommitError, match=r"m\.4.* and 4 more"):
+        save(2, lambda rank: {"m": {str(n): X + rank for n in range(9)}}, ["m.*"])
+
+
+# -- ranks that disagree ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        ([{"w": X}, {"w": X, "b": X, "a": X}], "first: m.a, which rank 1 has and rank 0 has not"),
+        ([{"w": X, "b": X}, {"w": X}], "first: m.b, which rank 0 has and rank 1 has not"),
+        ([{"w": X}, {"w": X[:3]}], r"m.w, float32 \[4, 3\] replicated on rank 0, float32 \[3, 3\]"),
+        ([{"w": X}, {"w": X.double()}], r"m.w, float32 .* on rank 0, float64 .* on rank 1"),
+        ([{"w": X}, {}], "first: m.w, which rank 0 has and rank 1 has not"),
+        ([{"w": X, "v": X}, {"w": X, "v": X.clone()}], "the same, but not how they share memory"),
+    ],
+)
+def test_the_first_difference_in_structure_is_named(states, message):
+    """Ranks whose declared tensors differ in number, shape or dtype are told the first key that does."""
+    with pytest.raises(CommitError, match=message):
+        save(2, lambda rank: {"m": states[rank]}, ["m.*"])
+
+
+def test_a_declaration_on_one_rank_alone_is_a_disagreement():
+    """A tensor that is a DTensor on one rank and another's own plain one is named."""
+
+    def state(rank):
+        return {"w": part_of(X, mesh(0, 1), Shard(0)) if rank == 0 else X}
+
+    with pytest.raises(CommitError, match="w, which rank 0 has and rank 1 has not"):
+        save(2, state)
+
+
+def test_a_different_placement_is_a_disagreement():
+    """A key that is placed otherwise on another rank is named with both placements."""
+
+    def state(rank):
+        return {"w": part_of(X, mesh(0, 1), Shard(rank))}
+
+    with pytest.raises(CommitError, match=r"w, .*Shard\(0\).* on rank 0, .*Shard\(1\).* on rank 1"):
+        save(2, state)
+
+
+def test_a_part_that_no_rank_saved_is_missed():
+    """If a rank of a mesh does not save its part, the commit says how much of which key is missing."""
+
+    def state(rank):
+        return {"w": part_of(X, mesh(0, 1), Shard(0))} if rank == 0 else {"other": rank}
+
+    with pytest.raises(CommitError, match=r"hold 6 elements of w, which has 12: \[Shard\(0\)\]"):
+        save(3, state)
+
+
+def test_a_world_of_one_cannot_save_a_part():
+    """A writer that was told of one rank refuses a tensor of which it has a part only."""
+    placements._known.clear()
+    storage = MemoryStorage()
+    storage.make_folder("/run")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1), storage=storage)
+    try:
+        with pytest.raises(CommitError, match="hold 3 elements of w, which has 12"):
+            writer.write("/run/one", {"w": part_of(X, mesh(0, 1, 2, 3), Shard(0))})
+    finally:
+        writer.close()
+        dist.destroy_process_group()
+
+
+# -- several meshes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("declared", [(), ("w",)])
+def test_a_tensor_of_several_meshes_is_kept_once(declared):
+    """What each row of a mesh holds for itself comes back, whether it was declared to be the same or not."""
+    load = save(4, lambda _: {"w": part_of(X, grid()["inner"], Shard(0))}, declared)
+    assert torch.equal(load()["w"], X)
+    assert torch.equal(load(3, 4)["w"], X)
+
+
+@pytest.mark.parametrize("declared", [(), ("w",)])
+def test_several_meshes_that_differ_are_named(declared):
+    """If the rows of a mesh hold one key with other values, the ranks of both are named."""
+
+    def state(rank):
+        return {"w": part_of(X + (rank >= 2), grid()["inner"], Shard(0))}
+
+    with pytest.raises(
+        CommitError, match="w: ranks 0, others on ranks 2; one of w: ranks 1, others on ranks 3"
+    ):
+        save(4, state, declared)
+
+
+@pytest.mark.parametrize(
+    ("meshes", "layouts"),
+    [
+        ([(0, 1), (0, 1), (2, 3), (2, 3)], [0, 0, 1, 1]),
+        ([(0,), (1, 2, 3), (1, 2, 3), (1, 2, 3)], [0, 0, 0, 0]),
+    ],
+)
+def test_one_key_on_unlike_meshes_is_refused(meshes, layouts):
+    """Two meshes of other sizes, or with other placements, may not hold one key; both are described."""
+
+    def state(rank):
+        return {"w": part_of(X, mesh(*meshes[rank]), Shard(layouts[rank]))}
+
+    with pytest.raises(CommitError, match=r"one key that differ: w: .* on an earlier rank, .* on rank"):
+        save(4, state)
+
+
+def test_ranks_outside_of_a_mesh_hold_nothing():
+    """A rank that is not in a DTensor's mesh may have it in its state: it saves nothing of it."""
+
+    def state(rank):
+        if rank < 2:
+            return {"w": part_of(X, mesh(0, 1), Shard(0))}
+        empty = torch.empty(0, 3)
+        held_by = mesh(0, 1)
+        return {
+            "w": DTensor.from_local(
+                empty, held_by, [Shard(0)], run_check=False, shape=X.shape, stride=X.stride()
+            )
+        }
+
+    load = save(3, state)
+    for rank in range(3):
+        assert torch.equal(load(rank, 3)["w"], X)
+
+
+# -- tied tensors ----------------------------------------------------------------------------------
+
+
+def test_tied_tensors_are_written_once_and_come_back_tied():
+    """DTensors and declared tensors that are one object come back as one, and take their bytes once."""
+
+    def state(_):
+        shard = part_of(BIG, mesh(0, 1), Shard(0))
+        return {"a": shard, "b": shard, "m": {"x": BIG, "y": BIG}}
+
+    storage = MemoryStorage()
+    storage.make_folder("/run")
+    loaded = save(2, state, ["m.*"], storage=storage, path="/run/tied")()
+    assert loaded["a"] is loaded["b"]
+    assert loaded["m"]["x"] is loaded["m"]["y"]
+    assert torch.equal(loaded["a"], BIG)
+    assert torch.equal(loaded["m"]["x"], BIG)
+    folder = storage.open_folder("/run/tied")
+    try:
+        written = sum(folder.stat(f"checkpoint_{rank}.pt").size_bytes for rank in range(2))
+    finally:
+        folder.close()
+    assert written < 2.1 * BIG.nbytes
+
+
+def test_tied_parameters_come_back_with_their_kinds():
+    """Of tied entries those that are parameters come back as one parameter, all on the same memory."""
+
+    def state(_):
+        weight = torch.nn.Parameter(part_of(X, mesh(0, 1), Shard(0)))
+        return {"a": weight, "b": weight, "c": weight.detach()}
+
+    loaded = save(2, state)()
+    assert loaded["a"] is loaded["b"]
+    assert type(loaded["a"]) is torch.nn.Parameter
+    assert type(loaded["c"]) is torch.Tensor
+    assert not loaded["c"].requires_grad
+    assert loaded["a"].data_ptr() == loaded["c"].data_ptr()
+
+
+# -- malformed shards ------------------------------------------------------------------------------
+
+
+def saved_on_disk(folder):
+    def state(rank):
+        return {
+            "w": part_of(X, mesh(0, 1), Shard(0)),
+            "v": part_of(X.t().contiguous(), mesh(0, 1), Shard(1)),
+            "m": {"s": torch.tensor(7), 3: X + 1},
+            "own": torch.full((2,), float(rank)),
+        }
+
+    path = str(folder / "c")
+    save(2, state, ["m.*"], storage=LocalStorage(), path=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """A checkpoint of two ranks, with its shard map and the first rank's index as they were written."""
+    path = saved_on_disk(tmp_path_factory.mktemp("hostile"))
+    files = {name: Path(path, name).read_bytes() for name in ("shards.json", "index_0.json", "manifest.json")}
+    return path, files
+
+
+def load_or_refuse(path):
+    """Load with and without a template: what was loaded, where it was not refused."""
+    for template in (
+        None,
+        {
+            "w": torch.zeros(4, 3),
+            "v": torch.zeros(3, 4),
+            "m": {"s": torch.tensor(0), 3: torch.zeros(4, 3)},
+            "own": torch.zeros(2),
+        },
+    ):
+        try:
+            loaded = CheckpointReader(RankInfo(0, 1)).read(path, template)[0]
+        except (CorruptCheckpointError, MismatchError):
+            continue
+        yield loaded
+
+
+def mutations(value, path=()):
+    """Every way to spoil one thing in a JSON value: (where, what instead)."""
+    instead = [None, True, -1, 1 << 62, 1 << 70, 0.5, "x", [], {}, ["item", -1], [["str", 1]], [[]]]
+    for other in instead:
+        if other != value or type(other) is not type(value):
+            yield path, other
+    if isinstance(value, list):
+        yield path, value[:-1]
+        yield path, [*value, value[-1]] if value else [0]
+        for n, item in enumerate(value[:3]):
+            yield from mutations(item, (*path, n))
+    elif isinstance(value, int):
+        yield path, value + 1
+
+
+def spoiled(value, path, other):
+    value = copy.deepcopy(value)
+    if not path:
+        return other
+    inner = value
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = other
+    return value
+
+
+MAP_FIELDS = ["format", "version", "attempt", "world_size", "key", "dtype", "kind", "shape", "placement"]
+MAP_FIELDS += ["alias", "requires_grad", "table", "tables"]
+
+
+@pytest.mark.parametrize("name", MAP_FIELDS)
+def test_a_malformed_shard_map_is_refused_as_it_is_decoded(on_disk, name):
+    """Whatever stands in a field of shards.json, it is a CorruptCheckpointError or well-formed."""
+    data = on_disk[1]["shards.json"]
+    whole = json.loads(data)
+    facts = {"attempt": whole["attempt"], "world_size": 2, "dtypes": frozenset(DTYPE_BYTES)}
+    assert len(decode_shard_map(data, "p", **facts).key) == 4
+    passed = 0
+    for where, other in mutations(whole[name]):
+        try:
+            found = decode_shard_map(dump({**whole, name: spoiled(whole[name], where, other)}), "p", **facts)
+            for number in range(len(found.key)):
+                found.where(number)
+            passed += 1
+        except CorruptCheckpointError:
+            pass
+    without = {key: value for key, value in whole.items() if key != name}
+    if name in (
+        "attempt",
+        "world_size",
+        "key",
+        "dtype",
+        "kind",
+        "shape",
+        "placement",
+        "alias",
+        "table",
+        "tables",
+    ):
+        with pytest.raises(CorruptCheckpointError):
+            decode_shard_map(dump(without), "p", **facts)
+    if name in ("attempt", "world_size", "dtype", "kind"):
+        assert not passed
+
+
+@pytest.mark.parametrize("junk", [b"", b"{", b"[]", b"null", b'{"key": ' + b"[" * 5000, b"\xff\xfe", b"{}"])
+def test_a_shard_map_that_is_no_json_is_refused(junk):
+    """Bytes that are no shard map at all are a CorruptCheckpointError with the path."""
+    with pytest.raises(CorruptCheckpointError, match="where/it/is"):
+        decode_shard_map(junk, "where/it/is", attempt="a", world_size=1, dtypes=frozenset(DTYPE_BYTES))
+
+
+HARMLESS = {"version", "placement", "requires_grad", "kind", "alias"}
+"""What of the map may be changed so that it is well-formed, and then the tensors are described otherwise."""
+
+
+@pytest.mark.parametrize("name", MAP_FIELDS)
+def test_a_forged_shard_map_cannot_do_harm(on_disk, name):
+    """A shard map that was changed and signed is refused, or what is loaded are tensors that were saved."""
+    path, files = on_disk
+    whole = json.loads(files["shards.json"])
+    try:
+        for where, other in mutations(whole[name]):
+            data = dump({**whole, name: spoiled(whole[name], where, other)})
+            sign_map(path, data)
+            for loaded in load_or_refuse(path):
+                check_loaded(
+                    loaded, exact=name not in {*HARMLESS, "key", "shape", "dtype", "table", "tables"}
+                )
+    finally:
+        for file, data in files.items():
+            write(f"{path}/{file}", data)
+
+
+def sign_map(path, data):
+    write(f"{path}/shards.json", data)
+    forge = Forge(path)
+    forge.body["shards"].update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    forge.sign_manifest(dump(forge.body))
+
+
+def check_loaded(loaded, *, exact):
+    assert isinstance(loaded, dict)
+    if exact:
+        assert raw_bytes(loaded["w"]) == raw_bytes(X)
+        assert raw_bytes(loaded["v"]) == raw_bytes(X.t())
+
+
+INDEX_FIELDS = ["tensor", "key", "dtype", "kind", "shape", "placement", "alias", "copies", "crcs"]
+INDEX_FIELDS += ["requires_grad", "pieces", "start", "local", "size"]
+
+
+@pytest.mark.parametrize("name", INDEX_FIELDS)
+def test_forged_shards_of_an_index_cannot_do_harm(on_disk, name):
+    """Columns of an index that were changed and signed are refused, or what is loaded was saved."""
+    path, files = on_disk
+    whole = json.loads(files["index_0.json"])
+    column = whole["shards"].get(name, [])
+    try:
+        for where, other in mutations(column):
+            if name == "pieces" and type(other) is int and other > 1 << 60:
+                continue  # would be a number of pieces of a tensor without dimensions
+            forge = Forge(path)
+            forge.sign_index(
+                dump({**whole, "shards": {**whole["shards"], name: spoiled(column, where, other)}})
+            )
+            for loaded in load_or_refuse(path):
+                exact = name in ("kind", "placement", "alias", "copies", "crcs", "requires_grad")
+                check_loaded(loaded, exact=exact)
+    finally:
+        for file, data in files.items():
+            write(f"{path}/{file}", data)
+
+
+@settings(max_examples=100, suppress_health_check=[*HealthCheck])
+@given(data=st.data())
+def test_a_flipped_byte_in_the_map_is_found(on_disk, data):
+    """Any byte of shards.json that changes, without being signed, is made good or refused, never believed."""
+    path, files = on_disk
+    original = files["shards.json"]
+    place = data.draw(st.integers(0, len(original) - 1))
+    changed = bytearray(original)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    write(f"{path}/shards.json", bytes(changed))
+    try:
+        for loaded in load_or_refuse(path):
+            check_loaded(loaded, exact=True)
+    finally:
+        write(f"{path}/shards.json", original)
