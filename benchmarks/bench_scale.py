@@ -41,6 +41,7 @@ from milepost.commit.marks import assemble
 from milepost.manifest import Index, data_name, decode_index, encode_index, index_name
 from milepost.names import Names
 from milepost.reshard import cut
+from milepost.state import StateEncoder
 from milepost.storage import default_storage
 from milepost.storage.memory import MemoryStorage
 from milepost.types import RankInfo
@@ -292,7 +293,43 @@ STEPS = {
     "make": lambda o: make(o.folder, int(o.ranks), o.variant),
     "plan": lambda o: plan(o.folder, int(o.ranks), o.variant, o.rounds),
     "merge": lambda o: merge(o.folder, int(o.ranks)),
+    "divide": lambda o: divide(int(o.ranks)),
 }
+
+
+# -- dividing replicas -------------------------------------------------------------------------------
+
+
+def divide(size: int) -> dict[str, object]:
+    """In a process of its own: what one rank's first and second save do before any byte is written."""
+    state = {"model": {f"layers.{n}.weight": torch.zeros(64, 64) for n in range(TENSORS)}}
+    encoder = StateEncoder(RankInfo(size // 2, size), ["model.*"])
+    seconds = []
+
+    def work() -> None:
+        start = time.perf_counter()
+        encoder.encode(state)
+        seconds.append(time.perf_counter() - start)
+
+    return {"peak": peak_private_bytes(work), "first": seconds[0], "second": (work(), seconds[1])[1]}
+
+
+def bench_division(worlds: list[int]) -> bool:
+    print(
+        f"\nTaking {TENSORS:,} tensors apart that R ranks hold alike (declared replicated), one rank's part\n"
+        f"  {'R':>6} {'first save':>11} {'later':>10} {'memory':>9}"
+    )
+    met = True
+    before: tuple[int, float] | None = None
+    for size in worlds:
+        found = step("divide", "", size, "")
+        first = found["first"]
+        print(f"  {size:6,} {first:9.2f} s {found['second'] * 1e3:7.1f} ms {found['peak'] / MIB:5.0f} MiB")
+        if before is not None:
+            growth = (first / before[1]) / (size / before[0])
+            met &= verdict(f"growth from {before[0]:,} to {size:,} ranks, to linear", growth, 1.15)
+        before = (size, first)
+    return met
 
 
 # -- arrivals ----------------------------------------------------------------------------------------
@@ -303,7 +340,7 @@ ARRIVALS = 20
 
 def replicated_state() -> dict:
     generator = torch.Generator().manual_seed(1)
-    return {"model": {f"layer.{n}": torch.randn(256, 256, generator=generator) for n in range(4)}, "step": 1}
+    return {"model": {f"layer.{n}": torch.randn(128, 128, generator=generator) for n in range(4)}, "step": 1}
 
 
 class Kind:
@@ -477,7 +514,7 @@ def main() -> int:
     parser.add_argument("--ranks", default="64,256,1024,4096")
     parser.add_argument("--marks", default="1000,3000,10000")
     parser.add_argument("--folder", default=None, help="where to write")
-    parser.add_argument("--only", default="", help="one of ranks, arrivals")
+    parser.add_argument("--only", default="", help="one of ranks, division, arrivals")
     parser.add_argument("--step", default="", help=argparse.SUPPRESS)
     parser.add_argument("--variant", default="worst", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -486,8 +523,10 @@ def main() -> int:
         return 0
     print(f"{machine()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(dir=options.folder or os.getcwd(), prefix="bench-") as folder:
+        worlds = list(map(int, options.ranks.split(",")))
         parts = {
-            "ranks": lambda: bench_ranks(folder, list(map(int, options.ranks.split(","))), options.rounds),
+            "ranks": lambda: bench_ranks(folder, worlds, options.rounds),
+            "division": lambda: bench_division(worlds),
             "arrivals": lambda: bench_arrivals(folder, list(map(int, options.marks.split(",")))),
         }
         results = {name: run() for name, run in parts.items() if options.only in ("", name)}
