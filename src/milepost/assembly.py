@@ -20,7 +20,7 @@ from milepost.manifest import Index
 from milepost.names import Names
 from milepost.placements import narrowed
 from milepost.rebuild import dtype_of, finished
-from milepost.reshard import Box, Piece
+from milepost.reshard import Box, Piece, disjoint
 from milepost.shard_tree import with_global_columns, with_shards
 from milepost.shards import ShardMap, Shards, decode_key
 from milepost.sharing import sharing_misfits
@@ -86,7 +86,7 @@ class ShardedSource:
         index = self._own.index
         self._first = len(index.tensors.record)
         self._columns = with_global_columns(index.tensors, shards)
-        self.tree, others = with_shards(index.tree, shards.key, self._first)
+        self.tree, others = with_shards(index.tree, shards.key, self._first, self._own_numbers())
         self._foreign = frozenset(map(id, others)) if own_only else frozenset()
 
     def __enter__(self) -> Self:
@@ -168,6 +168,10 @@ class ShardedSource:
             raise self._contradiction(held, f"does not hold {self._key(number)}")
         return entry
 
+    def _own_numbers(self) -> set[int]:
+        shards = self._own.index.shards
+        return set(shards.tensor) if isinstance(shards, Shards) else set()
+
     def _contradiction(self, held: _Rank, what: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(
             f"the shard map and the index of rank {held.index.rank} contradict each other: it {what}",
@@ -226,7 +230,10 @@ class ShardedSource:
 
     def _plan_piece(self, number: int, target: torch.Tensor, wanted: Piece) -> None:
         volume = 0
-        for rank, common in self._held_by(number, wanted.box):
+        found = self._held_by(number, wanted.box)
+        if not disjoint([common for _, common in found]):
+            raise CorruptCheckpointError("the shard map has an element twice", key=self._key(number))
+        for rank, common in found:
             held = self._rank(rank)
             entry = self._entry(held, number)
             source = _containing(held.pieces[entry], common)

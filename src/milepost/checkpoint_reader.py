@@ -108,7 +108,7 @@ class CheckpointReader:
                 template is touched.
             strict: Refuse keys of the template that were not saved, before anything is changed. Otherwise
                 they, and saved keys that the template lacks, are one warning in the log.
-            allow_missing: Patterns (as in `fnmatch`) of paths that need not have been saved; what is let
+            allow_missing: Patterns (``*`` is any text) of paths that need not have been saved; what is let
                 pass is named in the log, and is not among the missing keys.
             rename: From the path at which something was saved to the one that it has in the template, such
                 as ``{"model.old.*": "model.new.*"}``; what is renamed is named in the log.

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from milepost.errors import ConfigError
 from milepost.tree import Item, Node, Path, TreeDecoder, path_text
 
-__all__ = ["Names", "nodes_by_path"]
+__all__ = ["Names", "matcher", "nodes_by_path"]
+
+
+def matcher(patterns: Iterable[str]) -> Callable[[str], object]:
+    """A function that tells whether a path fits one of some patterns.
+
+    In a pattern ``*`` stands for any text and ``?`` for one character; brackets stand for themselves, as
+    paths have them: ``layers[0].*``.
+    """
+    return re.compile(
+        "|".join(fnmatch.translate(item.replace("[", "[[]")) for item in patterns) or "(?!)"
+    ).match
 
 
 class Names:
@@ -18,7 +30,7 @@ class Names:
     Args:
         rename: From the path that a value had when it was saved to the one it has in the template, such as
             ``{"model.encoder.*": "model.backbone.*"}``. One ``*`` in each of both stands for the same text.
-        allow_missing: Patterns of paths that need not have been saved, as in `fnmatch`.
+        allow_missing: Patterns of paths that need not have been saved, as for `matcher`.
 
     Raises:
         ConfigError: A pattern is malformed.
@@ -43,6 +55,7 @@ class Names:
         if len(self.renames) != len(rename):
             raise ConfigError(f"rename gives two saved paths one new name: {rename!r}")
         self._allowed = list(allow_missing)
+        self._allows = matcher(self._allowed)
 
     def old_names(self, path: str) -> Iterator[str]:
         """The paths at which the value that the template has at `path` may have been saved."""
@@ -68,9 +81,6 @@ class Names:
             return True
         leaves = [path_text(inner) for inner in _inner_paths(value, path, leaves=True)]
         return bool(leaves) and all(map(self._allows, leaves))
-
-    def _allows(self, path: str) -> bool:
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._allowed)
 
     def left_over(
         self, candidates: Sequence[tuple[Path, Node]], renamed: Iterable[tuple[str, str]]

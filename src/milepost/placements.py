@@ -8,14 +8,12 @@ collective.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
@@ -24,6 +22,7 @@ from isal.isal_zlib import crc32
 
 from milepost import syscalls
 from milepost.errors import ConfigError, StateError
+from milepost.names import matcher
 from milepost.rebuild import DTYPE_NAMES
 from milepost.reshard import Box, Piece, Split, cut, pieces_of, whole
 from milepost.shards import ON_EACH_MESH, Shards, encode_key
@@ -36,9 +35,9 @@ logger = logging.getLogger(__name__)
 _CRC_BYTES = 8 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placed:
-    """How a tensor lies on the ranks.
+    """How a tensor lies on the ranks. Two that are equal are one object, as long as they are kept.
 
     Attributes:
         shape: The global shape.
@@ -85,7 +84,7 @@ def placed(value: Any, *, everywhere: bool = False) -> Placed:
     """
     mesh, shape = value.device_mesh, tuple(value.shape)
     # A mesh does not know its rank: a process that joins another group may have another one.
-    key = (mesh, tuple(mesh.get_coordinate() or ()), tuple(value.placements), shape, everywhere)
+    key = (mesh, mesh.get_rank(), tuple(value.placements), shape, everywhere)
     found = _known.get(key)
     if found is None:
         if len(_known) >= _MAX_KNOWN:
@@ -167,7 +166,7 @@ class Replicated:
     """Which plain tensors were declared to be the same on all ranks.
 
     Args:
-        declared: Patterns such as ``"model.*"`` (as in `fnmatch`: ``*`` stands for any text), or
+        declared: Patterns such as ``"model.*"`` (``*`` stands for any text, ``?`` for a character), or
             DistributedDataParallel modules, whose parameters and synchronised buffers are meant.
         world_size: How many ranks there are.
     """
@@ -186,7 +185,7 @@ class Replicated:
                 )
         self.ranks = tuple(range(world_size))
         self.active = world_size > 1 and bool(self._patterns or self._modules)
-        self._match = re.compile("|".join(map(fnmatch.translate, self._patterns)) or r"(?!)").match
+        self._match = matcher(self._patterns)
         self._unused = set(self._patterns) if self.active else set()
         self._memory: set[int] = set()
 
@@ -213,7 +212,7 @@ class Replicated:
             return
         texts = [path_text(path) for path in paths]
         for pattern in sorted(self._unused):
-            if not any(fnmatch.fnmatchcase(text, pattern) for text in texts):
+            if not any(map(matcher([pattern]), texts)):
                 logger.warning("replicated=[%r] fits no tensor of this state dict", pattern)
         self._unused = set()
 
@@ -237,8 +236,12 @@ class Member:
 
 def declared_whole(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Placed:
     """How a plain tensor lies that all ranks hold."""
-    shape = tuple(tensor.shape)
-    return Placed(shape, (whole(shape),) if tensor.numel() else (), shape, ranks, ranks, "replicated")
+    return _declared_whole(tuple(tensor.shape), ranks)
+
+
+@lru_cache(_MAX_KNOWN)
+def _declared_whole(shape: tuple[int, ...], ranks: tuple[int, ...]) -> Placed:
+    return Placed(shape, (whole(shape),) if 0 not in shape else (), shape, ranks, ranks, "replicated")
 
 
 @dataclass
@@ -285,11 +288,11 @@ class Division:
         aliases = []
         for entry, member in enumerate(members):
             tensor = tensors[member.number]
-            memory: Any = entry
-            if tensor.numel():
-                place = member.placed
-                memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-                memory = (*memory, place.text, place.shape)
+            # A part without elements has no address: what shares it elsewhere shares its storage here.
+            at: Any = tensor.data_ptr()
+            if not tensor.numel():
+                at = (tensor.untyped_storage()._cdata, tensor.storage_offset())  # noqa: SLF001
+            memory = (at, tensor.shape, tensor.stride(), tensor.dtype, member.placed)
             alias = first.setdefault(memory, entry)
             aliases.append(alias)
             structure.append(
@@ -427,12 +430,14 @@ class _Divider:
 
     def _shares(self, names: list[bytes]) -> dict[int, list[Box]]:
         """For each tensor that several ranks hold alike the box that each of them saves."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for entry, member in enumerate(self.members):
             if len(member.placed.copies) > 1 and self.aliases[entry] == entry:
-                groups.setdefault(member.placed.copies, []).append(entry)
+                # What other meshes may hold too must be divided alike on all of them: by itself.
+                alone = entry if self._is_of_part(member) else -1
+                groups.setdefault((member.placed.copies, alone), []).append(entry)
         shares: dict[int, list[Box]] = {}
-        for copies, entries in groups.items():
+        for (copies, _), entries in groups.items():
             if self.rank not in copies:
                 raise StateError(
                     f"a tensor is held by ranks {ranges(copies)}, but this is rank {self.rank}",

@@ -20,6 +20,7 @@ __all__ = [
     "Run",
     "Split",
     "cut",
+    "disjoint",
     "intersection",
     "pieces_of",
     "runs_of",
@@ -174,6 +175,24 @@ def intersection(first: Box, second: Box) -> Box | None:
         starts.append(start)
         sizes.append(size)
     return Box(tuple(starts), tuple(sizes))
+
+
+def disjoint(boxes: Sequence[Box]) -> bool:
+    """Whether no two of these boxes, which all have elements, have one in common."""
+    if len(boxes) < 2:
+        return True
+    dims = len(boxes[0].start)
+    if not dims:
+        return False
+    # Along the dimension with the most places to start from, few boxes are met at a time.
+    along = max(range(dims), key=lambda dim: len({box.start[dim] for box in boxes}))
+    met: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.start[along]):
+        met = [other for other in met if other.start[along] + other.size[along] > box.start[along]]
+        if any(intersection(box, other) is not None for other in met):
+            return False
+        met.append(box)
+    return True
 
 
 # -- who of several replicas writes what -------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -10,10 +11,10 @@ import msgspec
 from milepost.errors import CorruptCheckpointError
 from milepost.manifest import Tensors
 from milepost.reshard import steps_of
-from milepost.shards import Key, ShardMap
-from milepost.tree import Node
+from milepost.shards import Key, ShardMap, decode_key
+from milepost.tree import Node, path_text
 
-__all__ = ["with_global_columns", "with_shards"]
+__all__ = ["key_trie", "with_global_columns", "with_shards"]
 
 
 def with_global_columns(tensors: Tensors, shards: ShardMap) -> Tensors:
@@ -35,68 +36,111 @@ def with_global_columns(tensors: Tensors, shards: ShardMap) -> Tensors:
 _Trie = dict[bytes, Any]
 
 
-def with_shards(tree: Node, keys: Sequence[Key], first: int) -> tuple[Node, list[Node]]:
-    """A tree that refers to global tensors, as numbers from `first` on, wherever a rank has a part of one.
+def with_shards(
+    tree: Node, keys: Sequence[Key], first: int, own: Container[int] = ()
+) -> tuple[Node, list[Node]]:
+    """A tree that refers to global tensors, as numbers from `first` on, wherever the rank has a part of one.
 
-    Tensors that other ranks alone hold get a place in it as well.
+    Tensors that other ranks alone hold get a place in it as well, unless the rank has something else there.
 
     Args:
         tree: A rank's tree.
         keys: The keys of all global tensors.
         first: The number of the first of them.
+        own: Numbers of the rank's tensors that are parts of global ones.
 
     Returns:
         The tree, and the topmost nodes in it that the rank's own tree does not have.
     """
+    others: list[Node] = []
+    return _Merge(first, own, others).merged(tree, key_trie(keys)), others
+
+
+def key_trie(keys: Sequence[Key]) -> _Trie:
+    """The keys as a tree of their encoded steps, with the number of each key as its leaf.
+
+    Raises:
+        CorruptCheckpointError: Two keys cannot be in one tree: one leads through the other, or they are
+            equal as keys of a dict, as 1 and True are.
+    """
     root: _Trie = {}
+    paths: dict[Any, int] = {}
     for number, key in enumerate(keys):
-        node = root
+        node: Any = root
         for part in key[:-1]:
             node = node.setdefault(msgspec.json.encode(part), {})
             if not isinstance(node, dict):
-                raise CorruptCheckpointError(f"the shard map has a tensor within a tensor: {key}")
-        if not key or isinstance(node.get(msgspec.json.encode(key[-1])), dict):
-            raise CorruptCheckpointError(f"the shard map has a tensor within a tensor: {key}")
-        node[msgspec.json.encode(key[-1])] = number
-    others: list[Node] = []
-    return _merged(tree, root, first, others), others
+                raise _conflict(key, "has a tensor on its way")
+        last = msgspec.json.encode(key[-1]) if key else b""
+        if not key or last in node:
+            raise _conflict(key, "is on the way to another tensor")
+        node[last] = number
+        path = decode_key(key)
+        for depth in range(1, len(path) + 1):
+            # Steps that are equal, such as 1 and True, must be written alike.
+            known = paths.setdefault(path[:depth], number)
+            if known != number and keys[known][:depth] != key[:depth]:
+                raise _conflict(
+                    key, f"has a step that is equal to one of {path_text(decode_key(keys[known]))}"
+                )
+    return root
 
 
-def _merged(node: Node, trie: _Trie | int, first: int, others: list[Node]) -> Node:
-    if isinstance(trie, int):
-        return ["tensor", first + trie]
-    tag = node[0]
-    left = dict(trie)
-    if tag in ("dict", "ordered", "default"):
-        entries = []
-        for key, child in node[1]:
-            plain = key[0] == "str" and key[1] is not None
-            below = left.pop(msgspec.json.encode(key[1] if plain else key), None)
-            entries.append((key, child if below is None else _merged(child, below, first, others)))
-        for part, below in left.items():
-            name = msgspec.json.decode(part)
-            if isinstance(name, list) and name[0] == "item":
-                continue
-            others.append(_made(below, first))
-            entries.append((["str", name] if isinstance(name, str) else name, others[-1]))
-        return [tag, entries, *node[2:]]
-    if tag in ("list", "tuple"):
-        items = []
-        for position, child in enumerate(node[1]):
-            below = left.pop(msgspec.json.encode(["item", position]), None)
-            items.append(child if below is None else _merged(child, below, first, others))
-        while (below := left.pop(msgspec.json.encode(["item", len(items)]), None)) is not None:
-            others.append(_made(below, first))
-            items.append(others[-1])
-        return [tag, items]
-    others.append(_made(trie, first))
-    return others[-1]
+def _conflict(key: Key, what: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"the key {path_text(decode_key(key))} {what}")
 
 
-def _made(trie: _Trie | int, first: int) -> Node:
-    """The node of what only other ranks hold."""
-    if isinstance(trie, int):
-        return ["tensor", first + trie]
-    if all(part == msgspec.json.encode(["item", n]) for n, part in enumerate(trie)):
-        return ["list", [_made(below, first) for below in trie.values()]]
-    return _merged(["dict", []], trie, first, [])
+@dataclass
+class _Merge:
+    first: int
+    own: Container[int]
+    others: list[Node]
+
+    def merged(self, node: Node, trie: _Trie | int) -> Node:
+        tag = node[0]
+        if isinstance(trie, int):
+            # What the rank has there instead is its own.
+            return ["tensor", self.first + trie] if tag == "tensor" and node[1] in self.own else node
+        left = dict(trie)
+        if tag in ("dict", "ordered", "default"):
+            entries = []
+            for key, child in node[1]:
+                plain = key[0] == "str" and key[1] is not None
+                below = left.pop(msgspec.json.encode(key[1] if plain else key), None)
+                entries.append((key, child if below is None else self.merged(child, below)))
+            for part, below in left.items():
+                step = msgspec.json.decode(part)
+                if isinstance(step, str) or step[0] != "item":
+                    self.others.append(self._made(below))
+                    entries.append((["str", step] if isinstance(step, str) else step, self.others[-1]))
+            return [tag, entries, *node[2:]]
+        if tag in ("list", "tuple"):
+            # Its length is the rank's own: what others have behind its end has no place in it.
+            items = []
+            for position, child in enumerate(node[1]):
+                below = left.get(msgspec.json.encode(["item", position]))
+                items.append(child if below is None else self.merged(child, below))
+            return [tag, items]
+        return node
+
+    def _made(self, trie: _Trie | int) -> Node:
+        """The node of what only other ranks hold. Of a list they may hold more than tensors: that is None."""
+        if isinstance(trie, int):
+            return ["tensor", self.first + trie]
+        steps = {part: msgspec.json.decode(part) for part in trie}
+        if all(isinstance(step, list) and step[0] == "item" for step in steps.values()):
+            places = {step[1]: trie[part] for part, step in steps.items()}
+            if max(places) < _MAX_LIST:
+                return [
+                    "list",
+                    [self._made(places[n]) if n in places else ["none"] for n in range(max(places) + 1)],
+                ]
+        entries = [
+            (["str", step] if isinstance(step, str) else step, self._made(trie[part]))
+            for part, step in steps.items()
+            if isinstance(step, str) or step[0] != "item"
+        ]
+        return ["dict", entries]
+
+
+_MAX_LIST = 1 << 20

@@ -110,6 +110,14 @@ class Table(msgspec.Struct):
     start: list[int]
     size: list[int]
 
+    def boxes(self, dims: int) -> list[Box]:
+        """All boxes, of this many dimensions."""
+        if not dims:
+            return [Box((), ())] * len(self.rank)
+        starts = zip(*[iter(self.start)] * dims, strict=True)
+        sizes = zip(*[iter(self.size)] * dims, strict=True)
+        return [Box(start, size) for start, size in zip(starts, sizes, strict=True)]
+
     def within(self, wanted: Box) -> Iterator[tuple[int, Box]]:
         """The (rank, box) of every part of a box that some file holds."""
         dims = len(wanted.start)
@@ -233,6 +241,8 @@ def check_shards(shards: Shards, tensors: list[tuple[str, list[int]]], dtypes: f
         return "a shard names a tensor that is not there"
     if any(n < 0 for n in shards.pieces):
         return "a shard has a negative number of pieces"
+    if any(n > 1 and not shape for n, shape in zip(shards.pieces, shards.shape, strict=True)):
+        return "a number has several pieces"
     flat = sum(n * len(shape) for n, shape in zip(shards.pieces, shards.shape, strict=True))
     if not len(shards.start) == len(shards.local) == len(shards.size) == flat:
         return "the columns of the pieces differ in length"

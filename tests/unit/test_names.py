@@ -14,7 +14,7 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ConfigError, MismatchError
-from milepost.names import Names
+from milepost.names import Names, matcher
 from milepost.storage.memory import MemoryStorage
 from milepost.types import RankInfo
 
@@ -213,3 +213,12 @@ def test_patterns_tell_capital_letters_apart(saved):
     load = saved({"a": ones()})
     assert load({"a": zeros(), "Head": zeros()}, allow_missing=["head"])[1] == ["Head"]
     assert load({"a": zeros(), "Head": zeros()}, allow_missing=["Head"])[1] == []
+
+
+def test_brackets_in_patterns_stand_for_themselves():
+    """A pattern is written as paths are: ``layers[0].*`` is the first layer, not a class of characters."""
+    fits = matcher(["layers[0].*"])
+    assert fits("layers[0].weight")
+    assert not fits("layers0.weight")
+    assert not fits("layers[1].weight")
+    assert not matcher([])("anything")

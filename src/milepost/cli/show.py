@@ -14,7 +14,7 @@ from milepost.errors import CorruptCheckpointError
 from milepost.manifest import Index, Manifest, decode_index, digest
 from milepost.outline import Line, outline, plain_value, text_of
 from milepost.shard_tree import with_global_columns, with_shards
-from milepost.shards import ShardMap
+from milepost.shards import ShardMap, Shards
 from milepost.storage import default_storage
 
 _MOST_CHARACTERS = 100
@@ -55,7 +55,8 @@ def run(
 def _outline_with(shards: ShardMap, index: Index) -> list[Line]:
     """A rank's values, with what the ranks hold between them as the whole tensors that they are."""
     first = len(index.tensors.record)
-    index.tree, _ = with_shards(index.tree, shards.key, first)
+    own = set(index.shards.tensor) if isinstance(index.shards, Shards) else set()
+    index.tree, _ = with_shards(index.tree, shards.key, first, own)
     index.tensors = with_global_columns(index.tensors, shards)
     lines = outline(index)
     for line in lines:

@@ -10,6 +10,8 @@ import msgspec
 from milepost.commit.hidden import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
 from milepost.manifest import DTYPE_BYTES
+from milepost.reshard import disjoint
+from milepost.shard_tree import key_trie
 from milepost.shards import ON_EACH_MESH, Key, ShardMap, Table, check_described, decode_key
 from milepost.tree import path_text
 
@@ -269,11 +271,19 @@ class Merger:
                 hint="a key must mean the same tensor, placed in the same way, on all ranks that have it",
             )
         self._check_replicas()
-        self._check_coverage()
         merged = self._merged
+        try:
+            key_trie(merged.key)
+        except CorruptCheckpointError as error:
+            raise CommitError(
+                f"the ranks' states do not go together: {error.message}",
+                phase="commit",
+                hint="a key must mean the same thing on all ranks",
+            ) from None
         encoded: dict[bytes, int] = {}
         for table in self._tables:
             merged.table.append(encoded.setdefault(msgspec.json.encode(table), len(encoded)))
+        self._check_coverage()
         merged.tables = [msgspec.Raw(data) for data in encoded]
         return merged
 
@@ -296,22 +306,21 @@ class Merger:
             )
 
     def _check_coverage(self) -> None:
+        """Every element of every global tensor must be held once."""
         merged = self._merged
-        for row, (shape, table) in enumerate(zip(merged.shape, self._tables, strict=True)):
-            dims, volume = len(shape), 0
-            if dims == 1:
-                volume = sum(table.size)
-            elif dims == 0:
-                volume = len(table.rank)
-            else:
-                for n in range(0, len(table.size), dims):
-                    volume += prod(table.size[n : n + dims])
-            if volume != prod(shape):
+        first_of: dict[tuple[int, tuple[int, ...]], int] = {}
+        for row, (shape, number) in enumerate(zip(merged.shape, merged.table, strict=True)):
+            first_of.setdefault((number, tuple(shape)), row)
+        for row in first_of.values():
+            shape, boxes = merged.shape[row], self._tables[row].boxes(len(merged.shape[row]))
+            volume = sum(box.volume for box in boxes)
+            if volume != prod(shape) or not disjoint(boxes):
+                twice = "" if volume != prod(shape) else ", some of them twice,"
                 raise CommitError(
-                    f"the ranks hold {volume} elements of {_text(merged.key[row])}, which has {prod(shape)}: "
-                    f"{merged.placement[row]}",
+                    f"the ranks hold {volume} elements{twice} "
+                    f"of {_text(merged.key[row])}, which has {prod(shape)}: {merged.placement[row]}",
                     phase="commit",
-                    hint="every rank of the tensor's mesh must save it, under the same key",
+                    hint="every rank of the tensor's mesh must save it, with one key and one mesh",
                 )
 
 
