@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,3 +68,82 @@ def test_the_demo_fails_when_nothing_is_proven(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "FAILED: the trainer ended with exit code 3" in result.stderr
+
+
+def fsdp2(folder, steps, ranks=1):
+    """Train the transformer, resumed where it can be, saving every other step; return its losses."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [
+        *(sys.executable, *(launcher if ranks > 1 else ()), str(ROOT / "examples" / "train_fsdp2.py")),
+        *(f"--checkpoints={folder}", f"--loss-log={folder}.jsonl", f"--steps={steps}"),
+        *("--every=2", "--resume", "--async"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return [json.loads(line)["loss"] for line in Path(f"{folder}.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_go_on_as_one_process_and_one_as_two(tmp_path):
+    """A sharded training run goes on without torchrun, and the other way, with the losses of one process."""
+    whole = fsdp2(tmp_path / "whole", 6)
+    fsdp2(tmp_path / "fewer", 2, ranks=2)
+    shutil.copytree(tmp_path / "whole" / "step-000004", tmp_path / "more" / "step-000004")
+    assert len(whole) == 6
+    assert fsdp2(tmp_path / "fewer", 6) == pytest.approx(whole, abs=1e-5)
+    assert fsdp2(tmp_path / "more", 6, ranks=2) == pytest.approx(whole[4:], abs=1e-5)
+
+
+def still_running(folder):
+    """The processes whose command line names a folder."""
+    lines = [path for path in Path("/proc").glob("[0-9]*/cmdline") if int(path.parent.name) != os.getpid()]
+    found = []
+    for path in lines:
+        with suppress(OSError):
+            found += [path] if str(folder).encode() in path.read_bytes() else []
+    return found
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the demo needs /proc")
+
+
+@needs_proc
+@pytest.mark.slow
+def test_the_distributed_demo_in_a_small_form(tmp_path):
+    """Killed on 4 ranks and on 2, the run ends in one process with the losses of one left alone."""
+    script = str(ROOT / "examples" / "demo_distributed.py")
+    command = [sys.executable, script, "--folder", str(tmp_path), "--steps", "12", "--every", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "tensors are the same bit for bit" in result.stdout
+    assert "1 rank: resumed from step-" in result.stdout
+    assert "largest difference" in result.stdout
+    assert not still_running(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_proc
+def test_an_interrupted_distributed_demo_leaves_nothing(tmp_path):
+    """After Ctrl-C neither processes nor files are left."""
+    script = str(ROOT / "examples" / "demo_distributed.py")
+    command = [sys.executable, script, "--folder", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
+        assert any("starting from the beginning" in line for line in demo.stdout)
+        assert still_running(tmp_path)
+        demo.send_signal(signal.SIGINT)
+        demo.stdout.read()
+    assert demo.returncode == 130
+    assert not still_running(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_proc
+def test_the_distributed_demo_fails_when_nothing_is_proven(tmp_path):
+    """Without a trainer that works, the demo ends with exit code 1 and says why."""
+    (tmp_path / "examples").mkdir()
+    for name in ("demo.py", "demo_distributed.py"):
+        shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
+    (tmp_path / "examples" / "train_fsdp2.py").write_text("raise SystemExit(3)")
+    command = [sys.executable, str(tmp_path / "examples" / "demo_distributed.py")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "FAILED: the trainer ended with exit code 1" in result.stderr
