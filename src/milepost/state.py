@@ -16,20 +16,13 @@ import numpy as np
 import torch
 
 from milepost.accelerator import copy_bytes
+from milepost.division import Division, Member
 from milepost.errors import StateError, UnsupportedTypeError
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.objects import pickle_object, storage_from, unpickle_object
 from milepost.pickle_view import tensor_fragments
-from milepost.placements import (
-    Division,
-    Member,
-    Replicated,
-    declared_whole,
-    is_dtensor,
-    local_of,
-    placed,
-)
+from milepost.placements import Replicated, declared_whole, is_dtensor, local_of, placed
 from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
 from milepost.records import check_memory, partition, refuse_meta
 from milepost.snapshot import Shares, Snapshot

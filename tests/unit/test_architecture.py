@@ -31,6 +31,7 @@ TORCH_MODULES = {
     "checkpointer",
     "child",
     "custom_writer",
+    "division",
     "gather",
     "integrations",
     "manager",

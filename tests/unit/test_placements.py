@@ -157,7 +157,7 @@ def test_ranks_are_written_as_ranges(ranks, text):
 
 def test_a_pattern_that_fits_nothing_warns_once(storage, caplog):
     """A pattern that fits no tensor is named in the log at the first save, and not again."""
-    config = CheckpointWriterConfig(start_id="start", replicated=["model.*", "modle.*", "o?tim"])
+    config = CheckpointWriterConfig(start_id="start", replicated=["model.*", "modal.*", "o?tim"])
     writer = CheckpointWriter(config, RankInfo(0, 2), storage=storage)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -165,7 +165,7 @@ def test_a_pattern_that_fits_nothing_warns_once(storage, caplog):
     writer.close()
     warned = [record.getMessage() for record in caplog.records if "fits no tensor" in record.getMessage()]
     assert len(warned) == 2
-    assert "'modle.*'" in warned[0]
+    assert "'modal.*'" in warned[0]
     assert "'o?tim'" in warned[1]
 
 

@@ -1,0 +1,276 @@
+"""Who saves what of the tensors that several ranks hold between them.
+
+What several ranks hold alike is divided between them by a rule (`reshard.cut`) that each rank applies for
+itself, so that no save needs a collective. A division depends on structure alone and is kept; checksums are
+made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from isal.isal_zlib import crc32
+
+from milepost import syscalls
+from milepost.errors import StateError
+from milepost.placements import Placed, narrowed, ranges
+from milepost.rebuild import DTYPE_NAMES
+from milepost.reshard import Box, Piece, cut, whole
+from milepost.shards import ON_EACH_MESH, Shards, encode_key
+from milepost.tree import Node, Path, path_text
+
+__all__ = ["Division", "Member"]
+
+_CRC_BYTES = 8 << 20
+
+
+@dataclass
+class Member:
+    """A tensor of a state dict that is part of a global one.
+
+    Attributes:
+        path: Where it is.
+        number: Its number among the tensors.
+        placed: How it lies on the ranks.
+        requires_grad: Whether the global one requires a gradient.
+    """
+
+    path: Path
+    number: int
+    placed: Placed
+    requires_grad: bool
+
+
+@dataclass
+class Division:
+    """Who saves what of the tensors that are parts of global ones; depends on structure alone.
+
+    Attributes:
+        columns: The columns for the index, without CRCs.
+        encoded: The same as msgpack.
+        agreement: Hash of what all ranks must agree on.
+    """
+
+    structure: list[Any]
+    columns: Shards
+    encoded: bytes
+    agreement: str
+    owned: list[tuple[int, Box | None]] = field(default_factory=list)
+    checks: list[tuple[int, list[Box]]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        members: Sequence[Member],
+        tensors: Sequence[torch.Tensor],
+        kinds: Sequence[str],
+        rank: int,
+        world_size: int,
+        known: Division | None,
+        node_of: Callable[[Any], Node],
+    ) -> Division:
+        """The division for these tensors: the known one if the structure is the same.
+
+        Args:
+            members: What is part of a global tensor.
+            tensors: The local tensors, by number.
+            kinds: Their kinds.
+            rank: This rank.
+            world_size: How many ranks there are.
+            known: That of an earlier save.
+            node_of: Encodes a key that is no text.
+        """
+        first: dict[Any, int] = {}
+        structure: list[Any] = []
+        aliases = []
+        for entry, member in enumerate(members):
+            tensor = tensors[member.number]
+            # A part without elements has no address: what shares it elsewhere shares its storage here.
+            at: Any = tensor.data_ptr()
+            if not tensor.numel():
+                at = (tensor.untyped_storage()._cdata, tensor.storage_offset())  # noqa: SLF001
+            memory = (at, tensor.shape, tensor.stride(), tensor.dtype, member.placed)
+            alias = first.setdefault(memory, entry)
+            aliases.append(alias)
+            structure.append(
+                (
+                    *(member.path, tuple(map(type, member.path)), member.number, member.placed),
+                    *(member.requires_grad, alias, tensor.dtype, kinds[member.number]),
+                )
+            )
+        if known is not None and known.structure == structure:
+            return known
+        return _Divider(members, tensors, kinds, aliases, rank, world_size, node_of).divide(structure)
+
+    def take(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Put what this rank saves in the place of each whole local tensor; returns those, as they were."""
+        whole_ones = list(tensors)
+        for number, box in self.owned:
+            tensor = tensors[number]
+            if box is None:
+                tensors[number] = _nothing(tensor)
+            else:
+                tensors[number] = narrowed(tensor, box)
+        return whole_ones
+
+    def crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+        """For each entry the CRC-32 of every replica's share of it, from this rank's memory."""
+        found: list[list[int]] = [[] for _ in self.columns.key]
+        jobs = [(entry, box) for entry, boxes in self.checks for box in boxes]
+
+        def work(job: tuple[int, Box]) -> int:
+            entry, box = job
+            return box_crc(tensors[self._numbers[entry]], box)
+
+        large = sum(tensors[self._numbers[entry]].nbytes for entry, _ in self.checks) > _CRC_BYTES
+        if large:
+            with ThreadPoolExecutor(2, "milepost-replicas") as pool:
+                results = list(pool.map(work, jobs))
+        else:
+            results = [work(job) for job in jobs]
+        for (entry, _), crc in zip(jobs, results, strict=True):
+            found[entry].append(crc)
+        return found
+
+    @property
+    def _numbers(self) -> list[int]:
+        return self.columns.tensor
+
+
+def _nothing(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=tensor.dtype, device="cpu")
+
+
+def box_crc(tensor: torch.Tensor, box: Box) -> int:
+    """The CRC-32 of a box's bytes, row by row, whatever the strides."""
+    view = narrowed(tensor, box).cpu().contiguous()
+    size = view.nbytes
+    return int(crc32(syscalls.memory_at(view.data_ptr(), size))) if size else 0
+
+
+@dataclass
+class _Divider:
+    members: Sequence[Member]
+    tensors: Sequence[torch.Tensor]
+    kinds: Sequence[str]
+    aliases: list[int]
+    rank: int
+    world_size: int
+    node_of: Callable[[Any], Node]
+
+    def divide(self, structure: list[Any]) -> Division:
+        keys = [encode_key(member.path, self.node_of) for member in self.members]
+        names = [msgspec.json.encode(key) for key in keys]
+        shares = self._shares(names)
+        columns = Shards(key=keys)
+        owned: dict[int, Box | None] = {}
+        checks = []
+        for entry, member in enumerate(self.members):
+            place, tensor = member.placed, self.tensors[member.number]
+            boxes = shares.get(self.aliases[entry])
+            mine = None
+            shares_of = [box for box in boxes or () if box.volume]
+            if boxes is not None:
+                mine = boxes[place.copies.index(self.rank)]
+            if self._is_of_part(member) and place.pieces:
+                shares_of += [box for box in (mine or whole(tensor.shape).box,) if box.volume]
+            if shares_of and self.aliases[entry] == entry:
+                checks.append((entry, shares_of))
+            pieces = list(place.pieces) if mine is None else _held(place.pieces, mine)
+            if mine is not None and mine != whole(tensor.shape).box:
+                owned[member.number] = mine if mine.volume and pieces else None
+            columns.tensor.append(member.number)
+            columns.dtype.append(DTYPE_NAMES[tensor.dtype])
+            columns.kind.append(self.kinds[member.number])
+            columns.shape.append(list(place.shape))
+            columns.placement.append(self._text(member))
+            columns.alias.append(self.aliases[entry])
+            columns.copies.append(ranges(place.copies) if boxes is not None else "")
+            columns.pieces.append(len(pieces))
+            for piece in pieces:
+                columns.start += piece.start
+                columns.local += piece.local
+                columns.size += piece.size
+            if member.requires_grad:
+                columns.requires_grad.append(entry)
+        columns.crcs = [[] for _ in keys]
+        return Division(
+            structure,
+            columns,
+            msgspec.msgpack.encode(columns),
+            self._agreement(names, columns),
+            list(owned.items()),
+            checks,
+        )
+
+    def _is_of_part(self, member: Member) -> bool:
+        """Whether a tensor's mesh is a part of the job: other meshes may hold it too, and nobody knows which.
+
+        Then each mesh saves it, with a checksum of what this rank saves behind those of the shares. Where
+        several did, they are compared at the commit, and the first is kept.
+        """
+        return len(member.placed.ranks) < self.world_size
+
+    def _text(self, member: Member) -> str:
+        if self._is_of_part(member):
+            return f"{member.placed.text.partition(' ranks ')[0]} ranks{ON_EACH_MESH}"
+        return member.placed.text
+
+    def _shares(self, names: list[bytes]) -> dict[int, list[Box]]:
+        """For each tensor that several ranks hold alike the box that each of them saves."""
+        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for entry, member in enumerate(self.members):
+            if len(member.placed.copies) > 1 and self.aliases[entry] == entry:
+                # What other meshes may hold too must be divided alike on all of them: by itself.
+                alone = entry if self._is_of_part(member) else -1
+                groups.setdefault((member.placed.copies, alone), []).append(entry)
+        shares: dict[int, list[Box]] = {}
+        for (copies, _), entries in groups.items():
+            if self.rank not in copies:
+                raise StateError(
+                    f"a tensor is held by ranks {ranges(copies)}, but this is rank {self.rank}",
+                    key=path_text(self.members[entries[0]].path),
+                    hint="rank_info must give this process's rank in the default process group",
+                )
+            entries.sort(key=names.__getitem__)
+            tensors = [self.tensors[self.members[entry].number] for entry in entries]
+            boxes = cut(
+                [tensor.shape for tensor in tensors], [t.element_size() for t in tensors], len(copies)
+            )
+            shares.update(zip(entries, boxes, strict=True))
+        return shares
+
+    def _agreement(self, names: list[bytes], columns: Shards) -> str:
+        """The hash of every tensor that all ranks have a part in; empty if there is none."""
+        rows = sorted(
+            (
+                *(names[entry], columns.dtype[entry], columns.shape[entry], columns.placement[entry]),
+                names[self.aliases[entry]],
+            )
+            for entry, member in enumerate(self.members)
+            if len(member.placed.ranks) == self.world_size
+        )
+        return hashlib.sha256(msgspec.json.encode(rows)).hexdigest() if rows and self.world_size > 1 else ""
+
+
+def _held(pieces: Sequence[Piece], box: Box) -> list[Piece]:
+    """What is left of the pieces of a local tensor when only a box of that is kept."""
+    held = []
+    for piece in pieces if box.volume else ():
+        local, start, size = [], [], []
+        for at, first, n, begin, count in zip(
+            piece.local, piece.start, piece.size, box.start, box.size, strict=True
+        ):
+            lower, upper = max(at, begin), min(at + n, begin + count)
+            local.append(lower - begin)
+            start.append(first + lower - at)
+            size.append(upper - lower)
+        if all(n > 0 for n in size):
+            held.append(Piece(tuple(start), tuple(local), tuple(size)))
+    return held
