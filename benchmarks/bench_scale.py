@@ -244,7 +244,8 @@ def bench_ranks(folder: str, worlds: list[int], rounds: int) -> bool:
     for variant, text in (("worst", "no two of one shape"), ("real", f"{len(REAL_SHAPES)} shapes")):
         print(
             f"\nPlanning a load of R ranks' {TENSORS:,} sharded tensors ({text}) on R/2 ranks, "
-            f"one rank's part (medians of {rounds})\n"
+            f"one rank's part (medians of {rounds}; ratio to decoding the same JSON)\n"
+            f"and what the last rank's commit reads and merges (ratio to reading and decoding all indexes)\n"
             f"  {'R':>6} {'shards':>10} {'JSON':>9} {'decode':>9} {'milepost':>9} {'ratio':>6} {'memory':>9}"
             f" | commit: {'merge':>8} {'ratio':>6} {'memory':>9}"
         )
