@@ -13,11 +13,14 @@ import ctypes
 import itertools
 import os
 import pickle
+import random
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -31,9 +34,11 @@ from milepost.commit import scan
 from milepost.errors import (
     AbortedError,
     CheckpointNotFoundError,
+    CommitError,
     CommitTimeoutError,
     MilepostError,
     RemoteError,
+    StateError,
 )
 from milepost.storage import default_storage
 from milepost.testing import FaultyStorage
@@ -235,6 +240,11 @@ class Gate:
             with open(path, f"{mode}b", buffering=0) as fifo:
                 _ = fifo.write(b"x") if mode == "w" else fifo.read(1)
 
+    def leave(self):
+        """Called by the process instead, where it does not stop."""
+        with open(self.paths[0], "wb", buffering=0) as fifo:
+            fifo.write(b"x")
+
     def wait(self, count=1):
         """Called by the test: returns when so many processes have come."""
         for _ in range(count):
@@ -274,11 +284,15 @@ def full_state(step, rank=0, world=WORLD):
     }
 
 
-def state_of(step):
-    """What this rank holds of it: shards and replicas as DTensors, a declared replica, values of its own."""
+def state_of(step, odd=""):
+    """What this rank holds of it: shards and replicas as DTensors, a declared replica, values of its own.
+
+    With `odd`, something is wrong on this rank alone.
+    """
+    import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     rank, world = dist.get_rank(), dist.get_world_size()
     state = full_state(step, rank, world)
@@ -289,6 +303,22 @@ def state_of(step):
         state["model"][key] = DTensor.from_local(
             local, mesh, [placement], run_check=False, shape=full.shape, stride=full.stride()
         )
+    model = state["model"]
+    if odd == "bit":
+        model["plain"].view(torch.int32)[2] ^= 1
+    elif odd == "bit of a DTensor":
+        model["same"]._local_tensor.view(torch.int32)[2, 3] ^= 1
+    elif odd == "more":
+        model["extra"] = model["same"]
+        model["later"] = model["plain"].clone()
+    elif odd == "shape":
+        model["plain"] = model["plain"][:4].clone()
+    elif odd == "dtype":
+        model["plain"] = model["plain"].double()
+    elif odd == "partial":
+        model["same"] = DTensor.from_local(model["plain"], mesh, [Partial()], run_check=False)
+    elif odd == "type":
+        state["facts"]["lock"] = threading.Lock()
     return state
 
 
@@ -351,8 +381,32 @@ class Die:
 
 
 @dataclass
+class Stop:
+    """Stops at a gate before an operation on the storage, once."""
+
+    operation: str
+    name: str
+    gate: Gate | None
+
+    def __call__(self, operation, path):
+        if self.gate is not None and operation == self.operation and os.path.basename(path) == self.name:
+            gate, self.gate = self.gate, None
+            gate.stop()
+
+
+@dataclass
+class Slow:
+    """Takes its time for each operation on the storage."""
+
+    seconds: float
+
+    def __call__(self, operation, path):
+        time.sleep(random.random() * 2 * self.seconds)
+
+
+@dataclass
 class Hook:
-    """A commit hook that dies or stops at a gate in pre_commit."""
+    """A commit hook that dies, or stops at a gate, in pre_commit."""
 
     die: Die | None = None
     gate: Gate | None = None
@@ -402,19 +456,23 @@ class DyingBarrier:
 
 @dataclass
 class Fault:
-    """What happens to one rank in a save.
+    """What happens to one process in a save.
 
     Attributes:
         phase: In which phase it is killed: one of PHASES; none if empty.
-        stop: In which phase it stops at the gate: "pre_commit" or "barrier".
-        gate: The gate.
+        stop: In which phase it stops at the gate: "write", "pre_commit" or "barrier".
+        gate: The gate; a process that has not come there passes it at its end.
+        after: A gate where it stops before its save.
         last: It begins to save when all others have returned.
+        odd: What is wrong with its state; or "step", or "own", see `save`.
     """
 
     phase: str = ""
     stop: str = ""
     gate: Gate | None = None
+    after: Gate | None = None
     last: bool = False
+    odd: str = ""
 
 
 PHASES = {
@@ -439,9 +497,12 @@ class Save:
         port: That of the TCP store's barrier; 0 for one at the agent's store, None for no barrier.
         background: With a writer process.
         timeout: For the others.
-        faults: By rank.
+        faults: By the number of the process, which is its rank.
         stall: After how many seconds rank 0 is taken to stand still.
         dies: The trainer dies when it has staged.
+        done: Where a process tells that it has returned.
+        slow: Seconds that each operation on the storage takes longer.
+        group: With a process group, and DTensors.
     """
 
     path: str
@@ -452,20 +513,39 @@ class Save:
     faults: dict[int, Fault] = field(default_factory=dict)
     stall: float | None = None
     dies: bool = False
+    done: Gate | None = None
+    slow: float = 0
+    group: bool = True
 
 
 def save(how):
     """One rank's save; what it raised, if it did."""
     import torch.distributed as dist
 
-    rank, world = join()
-    fault = how.faults.get(rank, Fault())
-    state, storage, hook, barrier = state_of(how.step), *parts_of(how, rank, world, fault)
-    store = dist.distributed_c10d._get_default_store()
+    number = int(os.environ["PROCESS"])
+    fault = how.faults.get(number, Fault())
+    if how.group:
+        rank, world = join()
+        state = state_of(how.step, fault.odd)
+        store = dist.distributed_c10d._get_default_store()
+    else:
+        rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        state = full_state(how.step, rank, world)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if fault.odd == "own":
+        state["own"] += 0.5
+    if fault.odd == "step":
+        how.step += 1
+    parts = parts_of(how, rank, world, fault)
     if fault.last:
         store.wait([f"done/{other}" for other in range(world) if other != rank])
-    error = (in_background if how.background else at_once)(how, rank, world, state, storage, hook, barrier)
+    if fault.after is not None:
+        fault.after.stop()
+    error = (in_background if how.background else at_once)(how, rank, world, state, *parts)
     store.set(f"done/{rank}", b"")
+    for gate in (fault.gate, how.done):
+        if gate is not None:
+            gate.leave()
     return error
 
 
@@ -487,6 +567,10 @@ def parts_of(how, rank, world, fault):
     storage = default_storage()
     if fault.phase in PHASES:
         storage = FaultyStorage(storage, before=die)
+    elif fault.stop == "write":
+        storage = FaultyStorage(storage, before=Stop("finish", f"checkpoint_{rank}.pt", fault.gate))
+    elif how.slow:
+        storage = FaultyStorage(storage, before=Slow(how.slow))
     hook = Hook(
         die=die if fault.phase == "pre_commit" else None,
         gate=fault.gate if fault.stop == "pre_commit" else None,
@@ -504,7 +588,11 @@ def parts_of(how, rank, world, fault):
 def writer_config(how):
     from milepost.config import CheckpointWriterConfig
 
-    return CheckpointWriterConfig(write_barrier_timeout_secs=how.timeout, replicated=["model.plain"])
+    return CheckpointWriterConfig(write_barrier_timeout_secs=how.timeout, replicated=replicated(how))
+
+
+def replicated(how):
+    return ["model.plain" if how.group else "model.*"]
 
 
 def at_once(how, rank, world, state, storage, hook, barrier):
@@ -533,7 +621,7 @@ def in_background(how, rank, world, state, storage, hook, barrier):
     info = RankInfo(rank, world)
 
     def encoder():
-        return StateEncoder(info, ["model.plain"])
+        return StateEncoder(info, replicated(how))
 
     lean = LeanWriter(writer_config(how), barrier, hook, storage)
     process = CheckpointProcess(info, CheckpointProcessConfig(), lean=lean, encoder=encoder)
@@ -631,11 +719,20 @@ def path(quick_path):
     return f"{quick_path}/run/c"
 
 
+@pytest.fixture(scope="module")
+def first(launcher, tmp_path_factory):
+    """A checkpoint of step 1."""
+    folder = str(tmp_path_factory.mktemp("first"))
+    os.mkdir(f"{folder}/run")
+    assert launcher.run(folder, save, Save(f"{folder}/run/c", 1)) == [None] * WORLD
+    assert listed(f"{folder}/run/c", {1}) == 1
+    return f"{folder}/run/c"
+
+
 @pytest.fixture
-def before(launcher, quick_path, path):
+def before(first, path):
     """There is a checkpoint of step 1 already."""
-    assert launcher.run(quick_path, save, Save(path, 1)) == [None] * WORLD
-    assert listed(path, {1}) == 1
+    shutil.copytree(first, path)
 
 
 RANKS = [0, 1, 2]
@@ -802,3 +899,157 @@ def test_writers_finish_without_trainers(launcher, quick_path, path, before, bar
     assert listed(path, {1, 2}) == 2
     check_recovery(launcher, quick_path, path, 2, 3)
     assert seconds < 10, "a writer has waited for what had happened already"
+
+
+# -- ranks that disagree ---------------------------------------------------------------------------------
+
+
+def check_refused(launcher, folder, path, how, told):
+    """The save fails on every rank that waits, with an error that tells all this; the next one works."""
+    outcomes = launcher.run(folder, save, how)
+    waited = [outcome for outcome in outcomes if outcome is not None]
+    assert len(waited) == (WORLD if how.port is not None else 1), outcomes
+    for outcome in waited:
+        assert isinstance(outcome, CommitError), outcome
+        for text in told:
+            assert text in str(outcome)
+    assert sum(not isinstance(outcome, AbortedError) for outcome in waited) == 1
+    assert listed(path, {1}) == 1
+    check_recovery(launcher, folder, path, 1, 3)
+
+
+ODD = {
+    "step": ["step", "rank 1 has 3", "expected 2"],
+    "more": ["model.extra", "rank 1 has", "rank 0 has not"],
+    "shape": ["model.plain", "[5]", "[4]", "rank 0", "rank 1"],
+    "dtype": ["model.plain", "float32", "float64", "rank 0", "rank 1"],
+    "bit": ["replicas differ", "model.plain", "ranks 0, 2", "ranks 1"],
+    "bit of a DTensor": ["replicas differ", "model.same", "ranks 0, 2", "ranks 1"],
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("port", [None, 0], ids=["marks", "barrier"])
+def test_ranks_that_disagree_do_not_commit(launcher, quick_path, path, before, odd, port):
+    """Ranks that differ in step, structure or one bit of a replica are told so, with key and ranks."""
+    faults = {1: Fault(odd=odd), 2: Fault(last=port is None)}
+    check_refused(launcher, quick_path, path, Save(path, 2, port, faults=faults), ODD[odd])
+
+
+@pytest.mark.parametrize("odd", ["more", "bit"])
+def test_ranks_that_disagree_in_the_background_do_not_commit(launcher, quick_path, path, before, odd):
+    """Background saves with a barrier tell ranks that disagree on every rank's future."""
+    how = Save(path, 2, free_port(), background=True, faults={1: Fault(odd=odd)})
+    check_refused(launcher, quick_path, path, how, ODD[odd])
+
+
+@pytest.mark.parametrize("odd", ["partial", "type"])
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+def test_a_state_that_cannot_be_saved_stops_all_ranks_at_once(
+    launcher, quick_path, path, before, odd, background
+):
+    """With a barrier, a rank whose state cannot be saved tells the others, who do not wait for it."""
+    how = Save(path, 2, free_port(), background=background, timeout=60, faults={1: Fault(odd=odd)})
+    key = {"partial": "model.same", "type": "facts.lock"}[odd]
+    started = time.monotonic()
+    outcomes = launcher.run(quick_path, save, how)
+    assert time.monotonic() - started < 40
+    assert isinstance(outcomes[1], StateError)
+    assert outcomes[1].key == key
+    for rank in (0, 2):
+        assert isinstance(outcomes[rank], AbortedError), outcomes[rank]
+        assert "rank 1 failed" in str(outcomes[rank])
+        assert type(outcomes[1]).__name__ in str(outcomes[rank])
+    assert listed(path, {1}) == 1
+    check_recovery(launcher, quick_path, path, 1, 3)
+
+
+def test_a_state_that_cannot_be_saved_is_never_committed(launcher, quick_path, path, before):
+    """Without a barrier, ranks that are through before one fails return, and nothing is committed."""
+    how = Save(path, 2, faults={1: Fault(odd="partial", last=True)})
+    outcomes = launcher.run(quick_path, save, how)
+    assert [type(outcome) for outcome in outcomes] == [type(None), StateError, type(None)]
+    assert listed(path, {1}) == 1
+    check_recovery(launcher, quick_path, path, 1, 3)
+
+
+# -- attempts that meet ------------------------------------------------------------------------------------
+
+
+def test_marks_of_former_starts_are_never_mixed_in(launcher, quick_path, path, before):
+    """Marks of two starts that would make a full set together never commit; the next start's do."""
+    for victim, step in ((2, 2), (0, 3)):
+        how = Save(path, step, faults={victim: Fault("begin")})
+        outcomes = launcher.run(quick_path, save, how)
+        assert outcomes == [KILLED if rank == victim else None for rank in RANKS]
+        assert listed(path, {1}) == 1
+    check_recovery(launcher, quick_path, path, 1, 4)
+
+
+def test_a_start_id_that_is_not_new_is_refused(launcher, quick_path, path, before):
+    """Ranks that find their marks of a former start under the same id say so, and nothing is committed."""
+    same = {"TORCHELASTIC_RESTART_COUNT": "same"}
+    killed = launcher.run(quick_path, save, Save(path, 2, faults={2: Fault("begin")}), **same)
+    assert killed == [None, None, KILLED]
+    again = launcher.run(quick_path, save, Save(path, 2, faults={2: Fault(last=True)}), **same)
+    for rank in (0, 1):
+        assert isinstance(again[rank], CommitError)
+    assert "start id of this job is not new" in f"{again[0]} {again[1]}"
+    assert isinstance(again[2], AbortedError)
+    assert listed(path, {1}) == 1
+    check_recovery(launcher, quick_path, path, 1, 3)
+
+
+@pytest.mark.xfail(reason="the second process removes the first one's data, whose index is committed with it")
+def test_a_rank_that_is_started_twice_never_makes_a_mixed_checkpoint(launcher, quick_path, path, before):
+    """Two processes of one rank: one is refused, and what is committed is whole, of one of them."""
+    with Gate(quick_path, "a") as first, Gate(quick_path, "b") as start, Gate(quick_path, "c") as second:
+        faults = {
+            1: Fault(stop="pre_commit", gate=first),
+            3: Fault(stop="pre_commit", gate=second, after=start, odd="own"),
+        }
+        how = Save(path, 2, faults=faults, group=False)
+        job = launcher.start(quick_path, save, how, ranks=[0, 1, 2, 1])
+        first.wait()  # it has written its data
+        start.wait()
+        start.open()
+        second.wait()  # the other one has written its own as well, or was refused
+        first.open()
+        second.open()
+        outcomes = job.wait()
+    assert any(isinstance(outcome, CommitError) for outcome in (outcomes[1], outcomes[3])), outcomes
+    assert listed(path, {1, 2}) in {1, 2}
+    check_recovery(launcher, quick_path, path, listed(path, {1, 2}), 3)
+
+
+# -- ranks that are slow -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", RANKS)
+@pytest.mark.parametrize("phase", ["write", "pre_commit"])
+def test_a_rank_that_stalls_is_named(launcher, quick_path, path, before, victim, phase):
+    """The others do not hang: their CommitTimeoutError names the rank that stalls and its last phase."""
+    with Gate(quick_path) as gate, Gate(quick_path, "done") as done:
+        faults = {victim: Fault(stop=phase, gate=gate)}
+        how = Save(path, 2, 0, timeout=1.5, faults=faults, stall=0.3, done=done)
+        job = launcher.start(quick_path, save, how)
+        gate.wait()
+        done.wait(WORLD - 1)
+        gate.open()
+        outcomes = job.wait()
+    for rank in RANKS:
+        if rank == victim:
+            assert isinstance(outcomes[rank], AbortedError), outcomes[rank]
+        else:
+            assert isinstance(outcomes[rank], CommitTimeoutError | AbortedError), outcomes[rank]
+            assert f"ranks {victim} did not arrive" in str(outcomes[rank])
+            assert f"rank {victim}: {phase}" in str(outcomes[rank])
+    assert listed(path, {1}) == 1
+    check_recovery(launcher, quick_path, path, 1, 3)
+
+
+@pytest.mark.parametrize("port", [None, 0], ids=["marks", "barrier"])
+def test_a_slow_shared_folder_only_takes_longer(launcher, quick_path, path, before, port):
+    """Where every operation on the storage takes its time, a save commits all the same."""
+    assert launcher.run(quick_path, save, Save(path, 2, port, slow=0.01)) == [None] * WORLD
+    check_recovery(launcher, quick_path, path, 2, 3)
