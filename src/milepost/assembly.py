@@ -72,6 +72,7 @@ class ShardedSource:
     ) -> None:
         self._close = close
         self._shards = shards
+        self.attempt = shards.attempt
         self._open_rank = open_rank
         self._map_location, self._verify = map_location, verify
         self._ranks: dict[int, _Rank] = {}
@@ -80,7 +81,7 @@ class ShardedSource:
         self._values: dict[int, Any] = {}
         self._made: dict[tuple[int, str, bool], Any] = {}
         self._lookups: dict[tuple[int, int, Box], Sequence[tuple[int, Box]]] = {}
-        self.filling = False
+        self._filling = False
         self._names = [msgspec.json.encode(key) for key in shards.key]
         self._own = self._rank(rank)
         index = self._own.index
@@ -96,6 +97,11 @@ class ShardedSource:
         for rank in self._ranks.values():
             rank.source.file.close()
         self._close()
+
+    @property
+    def filling(self) -> bool:
+        """Whether targets have been written to."""
+        return self._filling or self._own.source.filling
 
     # -- what there is -----------------------------------------------------------------------------
 
@@ -262,7 +268,7 @@ class ShardedSource:
                 held.gather.check()
         if self._plain:
             own.fill(self._plain)
-        self.filling = True
+        self._filling = True
         for held in self._ranks.values():
             held.gather.carry_out()
         for fill in self._whole_ones:
@@ -284,7 +290,6 @@ class ShardedSource:
                 fills.append(Fill(tensors[root], self._first + root))
         self._plan(fills)
         self.fill(fills)
-        self.filling = False
         gradients = set(shards.requires_grad)
         moved = {
             root: self._own.source.relocated(tensor, self._location(root)) for root, tensor in tensors.items()
@@ -306,9 +311,9 @@ class ShardedSource:
     def _value_of(self, number: int) -> Any:
         number -= self._first
         if number not in self._values:
-            filling = self.filling
+            filling = self._filling
             self._make([number])
-            self.filling = filling
+            self._filling = filling
         return self._values[number]
 
 

@@ -142,7 +142,7 @@ class CheckpointReader:
         with error_context(path=path, rank=rank, phase="load"):
             source, found = self._prepared(path, state_dict, map_location, verify, names, meeting)
             with source:
-                self._judge(path, found or Match(), meeting, strict=strict)
+                self._judge(path, found or Match(), source.attempt, meeting, strict=strict)
                 loaded: list[STATE_DICT] = []
                 work = partial(self._load, source, state_dict, found, loaded)
                 if meeting is None:
@@ -181,11 +181,11 @@ class CheckpointReader:
                 meeting.tell(Report(str(path), error=describe(error)))
             raise
 
-    def _judge(self, path: str, found: Match, meeting: Meeting | None, *, strict: bool) -> None:
+    def _judge(self, path: str, found: Match, attempt: str, meeting: Meeting | None, *, strict: bool) -> None:
         """Refuse what does not fit, on all ranks alike; afterwards `found` is what all ranks found."""
         if meeting is not None:
-            verdict = meeting.hold(Report(str(path), found.missing, found.unexpected, found.misfits))
-            refuse(verdict, self._rank_info.global_rank, modified=False)
+            verdict = meeting.hold(Report(str(path), attempt, found.missing, found.unexpected, found.misfits))
+            refuse(verdict, modified=False)
             found.missing, found.unexpected, found.misfits = (
                 verdict.missing,
                 verdict.unexpected,

@@ -27,7 +27,8 @@ class Report(msgspec.Struct):
     """What one rank found.
 
     Attributes:
-        path: What it loads.
+        path: Where it loads from.
+        attempt: The attempt that made the checkpoint there; "" if that is not known.
         missing: See `Match`.
         unexpected: See `Match`.
         misfits: See `Match`.
@@ -35,6 +36,7 @@ class Report(msgspec.Struct):
     """
 
     path: str
+    attempt: str = ""
     missing: list[str] = []
     unexpected: list[str] = []
     misfits: list[str] = []
@@ -69,8 +71,10 @@ class Verdict(msgspec.Struct):
                 by_misfit.setdefault(misfit, []).append(rank)
             if report.error is not None:
                 verdict.failed.append((rank, report.error))
-            elif report.path != reports[0].path:
-                verdict.failed.append((rank, f"it loads {report.path}, while rank 0 loads {reports[0].path}"))
+            elif report.attempt != reports[0].attempt and reports[0].error is None:
+                verdict.failed.append(
+                    (rank, f"it loads another checkpoint ({report.path}) than rank 0 ({reports[0].path})")
+                )
         verdict.misfits = [
             misfit
             if len(ranks) == len(reports)
@@ -142,7 +146,7 @@ class Meeting:
             report.error = describe(error)
             self.tell(report)
             raise
-        refuse(self.hold(report), self._rank, modified=True)
+        refuse(self.hold(report), modified=True)
 
     def tell(self, report: Report) -> None:
         """Tell the others why this rank cannot load, which they hear at this meeting."""
@@ -152,9 +156,9 @@ class Meeting:
             logger.warning("could not tell the other ranks: %s", error)
 
 
-def refuse(verdict: Verdict, rank: int, *, modified: bool) -> None:
-    """Raise if another rank has failed."""
-    others = [(other, error) for other, error in verdict.failed if other != rank]
+def refuse(verdict: Verdict, *, modified: bool) -> None:
+    """Raise if a rank cannot load; one that failed by itself has raised that already."""
+    others = verdict.failed
     if not others:
         return
     more = f" (so did ranks {_some([other for other, _ in others[1:]])})" if others[1:] else ""
