@@ -384,7 +384,7 @@ def real_indexes(kind: Kind, size: int) -> Callable[[int], Index]:
     state = replicated_state()
     tensors = list(state["model"].values())
     boxes = cut([t.shape for t in tensors], [4] * len(tensors), size)
-    owners = [rank for rank in range(size) if any(box[rank].volume for box in boxes)]
+    owners = sorted({rank for shares in boxes for rank in shares})
     idle = next(rank for rank in range(size - 2, 0, -1) if rank not in owners)
     found = {}
     for rank in {0, idle, *owners}:

@@ -163,6 +163,7 @@ class _Divider:
     rank: int
     world_size: int
     node_of: Callable[[Any], Node]
+    places: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def divide(self, structure: list[Any]) -> Division:
         keys = [encode_key(member.path, self.node_of) for member in self.members]
@@ -174,17 +175,16 @@ class _Divider:
         for entry, member in enumerate(self.members):
             place, tensor = member.placed, self.tensors[member.number]
             boxes = shares.get(self.aliases[entry])
-            mine = None
-            shares_of = [box for box in boxes or () if box.volume]
-            if boxes is not None:
-                mine = boxes[place.copies.index(self.rank)]
-            if self._is_of_part(member) and place.pieces:
-                shares_of += [box for box in (mine or whole(tensor.shape).box,) if box.volume]
+            everything = whole(tensor.shape).box
+            mine = everything if boxes is None else boxes.get(self._place_in(place.copies))
+            shares_of = list((boxes or {}).values())
+            if self._is_of_part(member) and place.pieces and mine is not None:
+                shares_of.append(mine)
             if shares_of and self.aliases[entry] == entry:
                 checks.append((entry, shares_of))
-            pieces = list(place.pieces) if mine is None else _held(place.pieces, mine)
-            if mine is not None and mine != whole(tensor.shape).box:
-                owned[member.number] = mine if mine.volume and pieces else None
+            pieces = _held(place.pieces, mine) if mine is not None else []
+            if mine != everything:
+                owned[member.number] = mine
             columns.tensor.append(member.number)
             columns.dtype.append(DTYPE_NAMES[tensor.dtype])
             columns.kind.append(self.kinds[member.number])
@@ -209,6 +209,12 @@ class _Divider:
             checks,
         )
 
+    def _place_in(self, copies: tuple[int, ...]) -> int:
+        found = self.places.get(copies)
+        if found is None:
+            found = self.places[copies] = copies.index(self.rank)
+        return found
+
     def _is_of_part(self, member: Member) -> bool:
         """Whether a tensor's mesh is a part of the job: other meshes may hold it too, and nobody knows which.
 
@@ -222,15 +228,15 @@ class _Divider:
             return f"{member.placed.text.partition(' ranks ')[0]} ranks{ON_EACH_MESH}"
         return member.placed.text
 
-    def _shares(self, names: list[bytes]) -> dict[int, list[Box]]:
-        """For each tensor that several ranks hold alike the box that each of them saves."""
+    def _shares(self, names: list[bytes]) -> dict[int, dict[int, Box]]:
+        """For each tensor that several ranks hold alike the box that each saves, by its place among them."""
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for entry, member in enumerate(self.members):
             if len(member.placed.copies) > 1 and self.aliases[entry] == entry:
                 # What other meshes may hold too must be divided alike on all of them: by itself.
                 alone = entry if self._is_of_part(member) else -1
                 groups.setdefault((member.placed.copies, alone), []).append(entry)
-        shares: dict[int, list[Box]] = {}
+        shares: dict[int, dict[int, Box]] = {}
         for (copies, _), entries in groups.items():
             if self.rank not in copies:
                 raise StateError(

@@ -142,7 +142,8 @@ def _place(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> Plac
     return Placed(shape, tuple(pieces), local, copies, ranks, text)
 
 
-def ranges(ranks: Sequence[int]) -> str:
+@lru_cache(256)
+def ranges(ranks: tuple[int, ...]) -> str:
     """Ascending ranks as text: ``0-3, 8``."""
     parts: list[list[int]] = []
     for rank in ranks:

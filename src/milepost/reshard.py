@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -198,7 +198,7 @@ def disjoint(boxes: Sequence[Box]) -> bool:
 # -- who of several replicas writes what -------------------------------------------------------------
 
 
-def cut(shapes: Sequence[Sequence[int]], itemsizes: Sequence[int], parts: int) -> list[list[Box]]:
+def cut(shapes: Sequence[Sequence[int]], itemsizes: Sequence[int], parts: int) -> list[dict[int, Box]]:
     """Divide tensors that `parts` replicas hold whole, so that each writes about as many bytes.
 
     The tensors are thought of as one line of bytes, which is cut into equal lengths; a cut falls between two
@@ -211,29 +211,33 @@ def cut(shapes: Sequence[Sequence[int]], itemsizes: Sequence[int], parts: int) -
         parts: How many replicas there are.
 
     Returns:
-        For each tensor one box for each replica; one without elements where that replica writes none of it.
+        For each tensor the box that a replica writes, by the replica's place, ascending; none is empty.
     """
     sizes = [prod(shape) * itemsize for shape, itemsize in zip(shapes, itemsizes, strict=True)]
     total = sum(sizes)
-    boxes: list[list[Box]] = []
-    position = 0
+    divided: list[dict[int, Box]] = []
+    position = part = 0
     for shape, size in zip(shapes, sizes, strict=True):
         dim = next((d for d, n in enumerate(shape) if n > 1), 0)
         rows = shape[dim] if shape else 1
         row_bytes = size // rows if rows else 0
-        bounds = [0] * (parts + 1)
-        bounds[parts] = rows
-        for part in range(1, parts):
-            wanted = total * part // parts - position
-            at = min(max(round(wanted / row_bytes), 0), rows) if row_bytes else (0 if wanted <= 0 else rows)
-            if at * row_bytes < MIN_CUT_BYTES:
-                at = 0
-            if (rows - at) * row_bytes < MIN_CUT_BYTES:
-                at = 0 if at == 0 and wanted < size / 2 else rows
-            bounds[part] = max(at, bounds[part - 1])
-        boxes.append([_rows(shape, dim, first, end) for first, end in pairwise(bounds)])
+        boxes: dict[int, Box] = {}
+        first = 0
+        while part + 1 < parts and (wanted := total * (part + 1) // parts - position) < size:
+            end = max(min(round(wanted / row_bytes), rows), first)
+            if (end - first) * row_bytes < MIN_CUT_BYTES:
+                end = first
+            if (rows - end) * row_bytes < MIN_CUT_BYTES:
+                end = 0 if end == 0 and wanted < size / 2 else rows
+            if end > first:
+                boxes[part] = _rows(shape, dim, first, end)
+            first = end
+            part += 1
+        if first < rows and size:
+            boxes[part] = _rows(shape, dim, first, rows)
+        divided.append(boxes)
         position += size
-    return boxes
+    return divided
 
 
 MIN_CUT_BYTES = 64 << 10
@@ -242,10 +246,8 @@ MIN_CUT_BYTES = 64 << 10
 
 def _rows(shape: Sequence[int], dim: int, first: int, end: int) -> Box:
     start, size = [0] * len(shape), list(shape)
-    if not shape:
-        # A number has no rows to choose from: an empty box of it is written with one dimension.
-        return Box((), ()) if end > first else Box((0,), (0,))
-    start[dim], size[dim] = first, end - first
+    if shape:
+        start[dim], size[dim] = first, end - first
     return Box(tuple(start), tuple(size))
 
 

@@ -149,7 +149,7 @@ def test_placements_say_who_holds_what(be):
 )
 def test_ranks_are_written_as_ranges(ranks, text):
     """Consecutive ranks are written as their first and last."""
-    assert ranges(ranks) == text
+    assert ranges(tuple(ranks)) == text
 
 
 # -- declarations ----------------------------------------------------------------------------------
