@@ -145,6 +145,8 @@ class ShardedSource:
     def _rank(self, rank: int) -> _Rank:
         found = self._ranks.get(rank)
         if found is None:
+            if not 0 <= rank < self._shards.world_size:
+                raise CorruptCheckpointError(f"the shard map names rank {rank} of {self._shards.world_size}")
             index, file = self._open_rank(rank)
             source = IndexedSource(
                 index,

@@ -8,6 +8,7 @@ the ranks that it reads from.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from math import prod
 from typing import Any, Protocol
@@ -104,7 +105,10 @@ class Shards(msgspec.Struct):
 
 
 class Table(msgspec.Struct):
-    """Which rank's file holds which box of a global tensor; `start` and `size` are flat."""
+    """Which rank's file holds which box of a global tensor; `start` and `size` are flat.
+
+    The boxes come in the order of their starts in the first dimension.
+    """
 
     rank: list[int]
     start: list[int]
@@ -118,25 +122,29 @@ class Table(msgspec.Struct):
         sizes = zip(*[iter(self.size)] * dims, strict=True)
         return [Box(start, size) for start, size in zip(starts, sizes, strict=True)]
 
+    def sort(self, dims: int) -> None:
+        """Bring the boxes into the order of their starts in the first dimension."""
+        starts = self.start[::dims] if dims else []
+        if starts == sorted(starts):
+            return
+        order = sorted(range(len(starts)), key=starts.__getitem__)
+        boxes = self.boxes(dims)
+        self.rank = [self.rank[number] for number in order]
+        self.start = [place for number in order for place in boxes[number].start]
+        self.size = [length for number in order for length in boxes[number].size]
+
     def within(self, wanted: Box) -> Iterator[tuple[int, Box]]:
-        """The (rank, box) of every part of a box that some file holds."""
+        """The (rank, box) of every part of a box that some file holds.
+
+        Boxes that are out of order may not be found: whoever needs all of a box must count its elements.
+        """
         dims = len(wanted.start)
         if not dims:
             yield from ((rank, wanted) for rank in self.rank[:1])
             return
-        numbers: list[int] | range = range(len(self.rank))
-        for dim in range(dims):
-            first, end = wanted.start[dim], wanted.start[dim] + wanted.size[dim]
-            starts, sizes = self.start[dim::dims], self.size[dim::dims]
-            if dim == 0:
-                numbers = [
-                    n
-                    for n, (start, size) in enumerate(zip(starts, sizes, strict=True))
-                    if start < end and start + size > first
-                ]
-            else:
-                numbers = [n for n in numbers if starts[n] < end and starts[n] + sizes[n] > first]
-        for n in numbers:
+        starts, first = self.start[::dims], wanted.start[0]
+        lowest = bisect_right(starts, first - max(self.size[::dims], default=0))
+        for n in range(lowest, bisect_left(starts, first + wanted.size[0])):
             at = n * dims
             held = Box(tuple(self.start[at : at + dims]), tuple(self.size[at : at + dims]))
             common = intersection(wanted, held)
@@ -166,7 +174,7 @@ class ShardMap(msgspec.Struct, kw_only=True):
     tables: list[msgspec.Raw] = []
 
     def where(self, number: int) -> Table:
-        """The table of a tensor.
+        """The table of a tensor. Its columns have the right lengths; whether they are true is not known.
 
         Raises:
             CorruptCheckpointError: It is malformed.
@@ -179,11 +187,6 @@ class ShardMap(msgspec.Struct, kw_only=True):
         count = len(table.rank)
         if not len(table.start) == len(table.size) == count * dims:
             raise CorruptCheckpointError(f"{SHARDS_NAME}: the columns of a table differ in length")
-        if count and not (
-            0 <= min(table.rank) <= max(table.rank) < self.world_size
-            and (not dims or (min(table.start) >= 0 and min(table.size) >= 0))
-        ):
-            raise CorruptCheckpointError(f"{SHARDS_NAME}: a table names a rank or box that cannot be")
         return table
 
 

@@ -359,6 +359,8 @@ def test_a_table_finds_what_lies_within_a_box(case):
         [n for _, box in rows for n in box.start],
         [n for _, box in rows for n in box.size],
     )
+    table.sort(len(wanted.start))
+    rows.sort(key=lambda row: row[1].start[0])
     expected = [(rank, intersection(wanted, box)) for rank, box in rows]
     assert list(table.within(wanted)) == [(rank, box) for rank, box in expected if box is not None]
 

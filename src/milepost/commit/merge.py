@@ -281,7 +281,8 @@ class Merger:
                 hint="a key must mean the same thing on all ranks",
             ) from None
         encoded: dict[bytes, int] = {}
-        for table in self._tables:
+        for shape, table in zip(merged.shape, self._tables, strict=True):
+            table.sort(len(shape))
             merged.table.append(encoded.setdefault(msgspec.json.encode(table), len(encoded)))
         self._check_coverage()
         merged.tables = [msgspec.Raw(data) for data in encoded]
