@@ -171,12 +171,12 @@ class Attempt:
         )
         self._lock = claim(storage, self.folder, note, self._clock)
         self._root = storage.open_folder(self.folder)
-        names = list_names(self._root)
-        if index_name(self.rank) in names:
-            self._recognise_mark(self._root, names)
-        self.committed = MANIFEST_NAME in names
-        raise_if_aborted(self._root, names)
-        if data_name(self.rank) in names and not self.marked:
+        # No listing here: it would take each rank as long as there are ranks.
+        if self._has(index_name(self.rank)):
+            self._recognise_mark(self._root, list_names(self._root))
+        self.committed = self._has(MANIFEST_NAME)
+        self._stop_if_aborted()
+        if self._has(data_name(self.rank)) and not self.marked:
             storage.remove(self.data_path)  # of a writer that was lost
         self.progress("begin")
 
@@ -273,7 +273,7 @@ class Attempt:
             CommitError: There is a mark of this rank by another process.
         """
         with error_context(path=self.path, rank=self.rank, phase="mark"):
-            raise_if_aborted(self._folder(), self._names())
+            self._stop_if_aborted()
             try:
                 path = os.path.join(self.folder, index_name(self.rank))
                 publish_bytes(self._storage, path, index_bytes, "create")
@@ -472,6 +472,10 @@ class Attempt:
 
     def _names(self) -> list[str]:
         return list_names(self._folder())
+
+    def _stop_if_aborted(self) -> None:
+        if self._has(ABORTED_NAME):
+            raise_if_aborted(self._folder(), self._names())
 
     def _has(self, name: str) -> bool:
         with suppress(EntryNotFoundError):

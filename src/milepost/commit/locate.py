@@ -38,6 +38,8 @@ __all__ = ["Located", "has_identity", "locate"]
 
 _TRIES = 20
 _TAIL_BYTES = 1 << 16
+_MANY_RANKS = 64
+"""With more ranks than these nobody looks at every file's size: each checks those that it reads."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
     """Open what `load` of this path reads: the newest complete checkpoint there.
 
     That is the folder itself, or a complete attempt beside it that was left unpublished. All files that
-    the manifest lists are there with their sizes; their content is not read. When a later save replaces
+    the manifest lists are there (with their sizes, unless very many ranks saved it). When a later save replaces
     the folder while its files are being opened, they may be gone: then call this again.
 
     Raises:
@@ -184,7 +186,7 @@ def _published(storage: Storage, path: str, state: list[object]) -> Located:
             _check_plain(storage, folder, path, names)
         else:
             state.append((manifest.attempt, manifest.time))
-            problems = missing_files(folder, manifest)
+            problems = missing_files(folder, manifest, sizes=manifest.world_size <= _MANY_RANKS)
             if problems:
                 more = f" and {len(problems) - 5} more problems" if len(problems) > 5 else ""
                 raise CorruptCheckpointError(

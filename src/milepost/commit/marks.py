@@ -47,13 +47,18 @@ from milepost.storage import Folder
 __all__ = ["assemble", "checked_manifest", "missing_files", "read_shard_map", "read_shards"]
 
 
-def missing_files(folder: Folder, manifest: Manifest) -> list[str]:
-    """What does not fit the manifest: files that are absent, no files, or of another size."""
-    listed: list[tuple[str, int]] = [(file.name, file.size) for file in manifest.indexes]
-    listed += [(file.name, file.size) for file in manifest.files]
-    listed += [(file.name, file.size) for file in manifest.attachments]
-    if manifest.shards:
-        listed.append((manifest.shards.name, manifest.shards.size))
+def missing_files(folder: Folder, manifest: Manifest, *, sizes: bool = True) -> list[str]:
+    """What does not fit the manifest: files that are absent, no files, or of another size.
+
+    Args:
+        folder: The checkpoint's folder.
+        manifest: Its manifest.
+        sizes: Look at each file; otherwise, in one listing, only whether files of these names are there.
+    """
+    listed = [(file.name, file.size) for file in manifest.entries()]
+    if not sizes:
+        names = set(folder.names())
+        listed = [(name, size) for name, size in listed if name not in names]
     problems = []
     for name, size in listed:
         try:
