@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import logging
 import secrets
+import threading
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.elastic.utils.store as store_util
 
 from milepost.config import BarrierConfig
-from milepost.errors import CommitTimeoutError
+from milepost.errors import CommitError, CommitTimeoutError
 
 __all__ = [
     "BARRIER_REGISTRY",
@@ -156,13 +157,47 @@ class TCPStoreBarrier(Barrier):
 
         Raises:
             CommitTimeoutError: After ``timeout_secs``; names the ranks that did not arrive.
+            CommitError: The store is gone: rank 0, which serves it, has ended.
         """
         sequence = self._sequence
         self._sequence += 1
-        self.store.set(f"rank{self._rank}", str(sequence))
         key_prefix = f"{self._prefix}{sequence}"
-        self._await_all(key_prefix)
-        store_util.barrier(store=self.store, world_size=self._world_size, key_prefix=key_prefix)
+        try:
+            self.store.set(f"rank{self._rank}", str(sequence))
+            self._await_all(key_prefix)
+            self._meet(key_prefix)
+        except CommitTimeoutError:
+            raise
+        except (dist.DistError, RuntimeError) as error:
+            raise CommitError(
+                f"the barrier's store on rank 0 is gone: {str(error).splitlines()[0]}",
+                rank=self._rank,
+                phase="barrier",
+                hint="look at the log of rank 0, which serves the store",
+            ) from error
+
+    def _meet(self, key_prefix: str) -> None:
+        """The store's own barrier, within our time: its own is 300 seconds, if a rank dies in it."""
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                store_util.barrier(store=self.store, world_size=self._world_size, key_prefix=key_prefix)
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="milepost-barrier", daemon=True)
+        thread.start()
+        thread.join(self._timeout_secs)
+        if thread.is_alive():
+            raise CommitTimeoutError(
+                f"all ranks reached the barrier, but one has not left it within {self._timeout_secs} seconds",
+                rank=self._rank,
+                phase="barrier",
+                hint="a rank has ended in the barrier: look at the ranks' logs",
+            )
+        if errors:
+            raise errors[0]
 
     def _await_all(self, key_prefix: str) -> None:
         """Wait with our own timeout: the store's barrier knows only the store's, and names nobody."""

@@ -267,7 +267,12 @@ def save_snapshot(
             with _phase(attempt, "barrier", options):
                 if not attempt.committed:  # as a writer that was lost, or the next one's tidying, may have
                     attempt.wait_for_marks(options.timeout_seconds)
-                options.barrier()
+                try:
+                    options.barrier()
+                except Exception as error:
+                    if not attempt.sees_commit():
+                        raise
+                    logger.warning("the barrier failed (%s), but %s is committed", error, path)
         with _phase(attempt, "commit", options):
             # With a barrier rank 0 reads all the marks; the others step in only if it stands still.
             committer = (options.barrier is None or options.rank == 0) and attempt.complete()

@@ -814,7 +814,6 @@ def test_when_rank_0_dies_as_it_commits_the_others_commit(launcher, quick_path, 
     check_recovery(launcher, quick_path, path, 2, 3)
 
 
-@pytest.mark.xfail(run=False, reason="torch's barrier has a timeout of its own, of 300 seconds")
 @pytest.mark.parametrize("victim", RANKS)
 def test_a_rank_killed_while_it_waits_in_the_barrier(launcher, quick_path, path, before, victim):
     """A rank that is killed in the barrier, where it waits for another, has arrived: one of both loads."""
@@ -879,9 +878,7 @@ def test_the_last_trainer_killed_with_its_writer_after_its_mark(launcher, quick_
     "barrier",
     [
         False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(strict=False, reason="arrived.json may be cleared too soon")
-        ),
+        True,
     ],
     ids=["marks", "barrier"],
 )
@@ -1001,7 +998,6 @@ def test_a_start_id_that_is_not_new_is_refused(launcher, quick_path, path, befor
     check_recovery(launcher, quick_path, path, 1, 3)
 
 
-@pytest.mark.xfail(reason="the second process removes the first one's data, whose index is committed with it")
 def test_a_rank_that_is_started_twice_never_makes_a_mixed_checkpoint(launcher, quick_path, path, before):
     """Two processes of one rank: one is refused, and what is committed is whole, of one of them."""
     with Gate(quick_path, "a") as first, Gate(quick_path, "b") as start, Gate(quick_path, "c") as second:

@@ -260,7 +260,7 @@ def test_a_mark_of_another_process_is_an_abort(storage):
     """A start id that was used before is found out by its marks: all ranks stop, and nothing commits."""
     rank_of(storage, 1, process="before").close()
     with pytest.raises(
-        CommitError, match="in another process: the start id of this job is not new"
+        CommitError, match="in another process: it was started twice, or the start id of this job is not new"
     ) as caught:
         rank_of(storage, 1)
     assert "MILEPOST_START_ID" in caught.value.hint

@@ -11,7 +11,14 @@ from typing import Self
 import msgspec
 
 from milepost.commit.attachments import collect
-from milepost.commit.claim import Clock, claim, encode_note, is_abandoned, make_parents
+from milepost.commit.claim import (
+    Clock,
+    claim,
+    encode_note,
+    make_parents,
+    refuse_other_starts,
+    same_rank_error,
+)
 from milepost.commit.hidden import (
     ABORTED_NAME,
     ARRIVED_NAME,
@@ -23,14 +30,13 @@ from milepost.commit.hidden import (
     list_names,
     opened,
     ranks_in,
-    read_note,
+    read_beacons,
     shown,
-    siblings,
 )
 from milepost.commit.ids import process_id
 from milepost.commit.marks import assemble
 from milepost.commit.publish import publish, published_manifest, remove_tree
-from milepost.commit.recover import clean_up, commit_manifest, roll_forward
+from milepost.commit.recover import commit_manifest, roll_forward, tidy
 from milepost.commit.waiting import Wait, raise_if_aborted, timeout_error
 from milepost.errors import (
     CommitError,
@@ -160,9 +166,9 @@ class Attempt:
         storage = self._storage
         make_parents(storage, self.path)
         if self.rank == 0:
-            self._tidy()
+            tidy(storage, self.path, keep=self.id)
         if private and self.world_size > 1:
-            self._refuse_other_starts()
+            refuse_other_starts(storage, self.path, world_size=self.world_size, process=self.process)
         if self._is_published():
             self.marked = self.committed = True
             return
@@ -176,17 +182,10 @@ class Attempt:
             self._recognise_mark(self._root, list_names(self._root))
         self.committed = self._has(MANIFEST_NAME)
         self._stop_if_aborted()
+        self._claim_rank()
         if self._has(data_name(self.rank)) and not self.marked:
             storage.remove(self.data_path)  # of a writer that was lost
         self.progress("begin")
-
-    def _tidy(self) -> None:
-        """Finish or remove what earlier attempts left; a failure of that does not stop this save."""
-        try:
-            roll_forward(self._storage, self.path)
-            clean_up(self._storage, self.path, keep=self.id)
-        except MilepostError as error:
-            _logger.warning("could not finish or clear what an earlier save left: %s", error)
 
     def _is_published(self) -> bool:
         """Whether this very attempt is published already: its writer was lost after the commit."""
@@ -205,30 +204,27 @@ class Attempt:
         self.marked = mark.process == self.process
         if self.marked:
             return
-        error = CommitError(
-            f"rank {self.rank} has already saved to this path with the attempt id {self.id}, in another "
-            f"process: the start id of this job is not new: {self.path}",
-            hint="MILEPOST_START_ID or CheckpointWriterConfig.start_id must be new at every start of the job",
-        )
+        error = same_rank_error(self.path, self.id, self.rank)
         if MANIFEST_NAME not in names and not ranks_in(names) >= set(range(self.world_size)):
             self.abort(error)
         raise error
 
-    def _refuse_other_starts(self) -> None:
-        """With several ranks and no common start id, the ranks of other processes never come together."""
-        for hidden in siblings(self._storage, self.path):
-            with opened(self._storage, hidden.path) as folder:
-                note = None if folder is None else read_note(folder)
-            if note is None or not note.private or note.process == self.process:
-                continue
-            if note.world_size != self.world_size or is_abandoned(self._storage, hidden):
-                continue
-            raise CommitError(
-                f"another process (pid {note.pid} on {note.host}) saves to this path as one of "
-                f"{self.world_size} ranks too, but has no start id in common with this one: {self.path}",
-                hint="give MILEPOST_START_ID or CheckpointWriterConfig.start_id a value that all ranks share "
-                "and that is new at every start; or use a barrier, or the default process group",
-            )
+    def _claim_rank(self) -> None:
+        """Leave this rank's first beacon: of two processes that are the same rank one is refused."""
+        try:
+            self._put(beacon_name(self.rank), self._beacon("begin"))
+        except EntryExistsError:
+            known = read_beacons(self._folder(), [beacon_name(self.rank)]).get(self.rank)
+            if known is None or known.process == self.process or self.marked:
+                return
+            error = same_rank_error(self.path, self.id, self.rank)
+            self.abort(error)
+            raise error from None
+
+    def _beacon(self, phase: str, bytes_done: int = 0) -> bytes:
+        beacon = Beacon(rank=self.rank, attempt=self.id, phase=phase, process=self.process)
+        beacon.bytes_done, beacon.time = bytes_done, self._clock.time()
+        return msgspec.json.encode(beacon)
 
     # ------------------------------------------------------------------ this rank
 
@@ -238,16 +234,8 @@ class Attempt:
         if self._root is None or (phase == self._phase and now - self._last_beacon < _BEACON_SECONDS):
             return
         self._phase, self._last_beacon = phase, now
-        beacon = Beacon(
-            rank=self.rank,
-            attempt=self.id,
-            phase=phase,
-            bytes_done=bytes_done,
-            time=self._clock.time(),
-            process=self.process,
-        )
         with suppress(StorageError):
-            self._put(beacon_name(self.rank), msgspec.json.encode(beacon), replace=True)
+            self._put(beacon_name(self.rank), self._beacon(phase, bytes_done), replace=True)
 
     def _put(self, name: str, data: bytes, *, replace: bool = False) -> None:
         """A small file that may be lost. EntryExistsError if it is there, unless `replace`."""
@@ -340,6 +328,10 @@ class Attempt:
         self.committed = True
         return True
 
+    def sees_commit(self) -> bool:
+        """Whether the checkpoint is committed, by whichever rank; if so that is durable on return."""
+        return self.committed or self._sees_commit(self._names())
+
     def wait_for_marks(self, timeout_seconds: float, poll_seconds: float = 0.5) -> None:
         """Returns when every rank has arrived.
 
@@ -356,8 +348,9 @@ class Attempt:
         """
         with error_context(path=self.path, rank=self.rank, phase="wait_for_marks"):
             wait = self._wait(timeout_seconds, poll_seconds, "wait_for_marks")
-            while not self._has(ARRIVED_NAME):
-                if wait.leads() or self._has(ABORTED_NAME):
+            while not (self._has(ARRIVED_NAME) or self._has(MANIFEST_NAME)):
+                # Without its own mark the checkpoint was committed, replaced and cleared meanwhile.
+                if wait.leads() or self._has(ABORTED_NAME) or not self._has(index_name(self.rank)):
                     names = self._names()
                     if MANIFEST_NAME in names or not names:
                         return

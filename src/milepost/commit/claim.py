@@ -23,7 +23,9 @@ from milepost.commit.hidden import (
     Note,
     list_names,
     opened,
+    read_note,
     shown,
+    siblings,
     stem_of,
 )
 from milepost.errors import (
@@ -36,7 +38,15 @@ from milepost.errors import (
 from milepost.storage import Lock, Storage
 from milepost.storage.writing import publish_bytes, write_bytes
 
-__all__ = ["Clock", "claim", "encode_note", "is_abandoned", "make_parents", "take_over"]
+__all__ = [
+    "Clock",
+    "claim",
+    "encode_note",
+    "is_abandoned",
+    "make_parents",
+    "refuse_other_starts",
+    "take_over",
+]
 
 NETWORK_PATIENCE_SECONDS = 24 * 3600.0
 """On network file systems, where locks may lie, an attempt is taken for dead when unchanged for so long."""
@@ -187,3 +197,34 @@ def _is_old(storage: Storage, path: str) -> bool:
         stats = [storage.stat(path), *(folder.stat(name) for name in list_names(folder))]
     newest = max((found.modified_seconds for found in stats if found is not None), default=0.0)
     return _time.time() - newest > NETWORK_PATIENCE_SECONDS
+
+
+def refuse_other_starts(storage: Storage, path: str, *, world_size: int, process: str) -> None:
+    """With several ranks and no common start id, the ranks of other processes never come together.
+
+    Raises:
+        CommitError: Another process saves to this path as one of several ranks, under an id of its own.
+    """
+    for hidden in siblings(storage, path):
+        with opened(storage, hidden.path) as folder:
+            note = None if folder is None else read_note(folder)
+        if note is None or not note.private or note.process == process:
+            continue
+        if note.world_size != world_size or is_abandoned(storage, hidden):
+            continue
+        raise CommitError(
+            f"another process (pid {note.pid} on {note.host}) saves to this path as one of "
+            f"{world_size} ranks too, but has no start id in common with this one: {path}",
+            hint="give MILEPOST_START_ID or CheckpointWriterConfig.start_id a value that all ranks share "
+            "and that is new at every start; or use a barrier, or the default process group",
+        )
+
+
+def same_rank_error(path: str, attempt: str, rank: int) -> CommitError:
+    """The error for two processes that are the same rank of one attempt."""
+    return CommitError(
+        f"rank {rank} has already saved, or begun to save, to this path with the attempt id {attempt}, in "
+        f"another process: it was started twice, or the start id of this job is not new: {path}",
+        hint="start each rank once; MILEPOST_START_ID or CheckpointWriterConfig.start_id must be new at "
+        "every start of the job",
+    )

@@ -64,8 +64,8 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
     """Open what `load` of this path reads: the newest complete checkpoint there.
 
     That is the folder itself, or a complete attempt beside it that was left unpublished. All files that
-    the manifest lists are there (with their sizes, unless very many ranks saved it). When a later save replaces
-    the folder while its files are being opened, they may be gone: then call this again.
+    the manifest lists are there (with their sizes, unless very many ranks saved it). When a later save
+    replaces the folder while its files are being opened, they may be gone: then call this again.
 
     Raises:
         CheckpointNotFoundError: There is none; names the nearest ones.

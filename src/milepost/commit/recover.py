@@ -49,7 +49,7 @@ from milepost.shards import SHARDS_NAME
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
 
-__all__ = ["clean_up", "commit_manifest", "roll_forward"]
+__all__ = ["clean_up", "commit_manifest", "roll_forward", "tidy"]
 
 _logger = logging.getLogger(__name__)
 
@@ -141,6 +141,15 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest, shards: b
         return False
     storage.sync_folder(folder)
     return True
+
+
+def tidy(storage: Storage, path: str, *, keep: str) -> None:
+    """Finish or remove what earlier attempts left; a failure of that does not stop a new save."""
+    try:
+        roll_forward(storage, path)
+        clean_up(storage, path, keep=keep)
+    except MilepostError as error:
+        _logger.warning("could not finish or clear what an earlier save left: %s", error)
 
 
 def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[str]:
