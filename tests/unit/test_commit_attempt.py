@@ -272,8 +272,9 @@ def test_a_mark_of_another_process_is_an_abort(storage):
 
 
 def test_a_mark_that_another_process_puts_meanwhile_is_an_abort(storage):
-    """Also a mark that appears between begin and mark is found out."""
+    """Also a mark that appears between begin and mark is found out (if the beacon was lost)."""
     ours = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
+    storage.remove(f"{ours.folder}/state_1.json")
     theirs = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2, process="other")
     put(storage, theirs.data_path, content(2, 1))
     theirs.mark(encode_index(index_of(theirs, 2)))
@@ -283,6 +284,18 @@ def test_a_mark_that_another_process_puts_meanwhile_is_an_abort(storage):
         theirs.complete()
     ours.close()
     theirs.close()
+
+
+def test_a_second_process_of_one_rank_is_refused_before_it_touches_anything(storage):
+    """Of two processes that are the same rank the second stops the attempt; the first one's data stay."""
+    ours = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
+    put(storage, ours.data_path, content(2, 1))
+    with pytest.raises(CommitError, match="in another process"):
+        Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2, process="other")
+    assert storage.stat(ours.data_path) is not None
+    with pytest.raises(AbortedError, match="rank 1 failed in begin"):
+        ours.mark(encode_index(index_of(ours, 2)))
+    ours.close()
 
 
 def test_a_complete_attempt_is_not_aborted_by_a_reused_start_id(storage):
