@@ -21,9 +21,10 @@ from milepost import syscalls
 from milepost.errors import StateError
 from milepost.placements import Placed, narrowed, ranges
 from milepost.rebuild import DTYPE_NAMES
-from milepost.reshard import Box, Piece, cut, whole
+from milepost.reshard import Box, Piece, cut, is_run, span, whole
 from milepost.shards import ON_EACH_MESH, Shards, encode_key
 from milepost.tree import Node, Path, path_text
+from milepost.utils import gc_paused
 
 __all__ = ["Division", "Member"]
 
@@ -121,26 +122,31 @@ class Division:
 
     def crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
         """For each entry the CRC-32 of every replica's share of it, from this rank's memory."""
-        found: list[list[int]] = [[] for _ in self.columns.key]
-        jobs = [(entry, box) for entry, boxes in self.checks for box in boxes]
+        with gc_paused():
+            return self._crcs(tensors)
 
-        def work(job: tuple[int, Box]) -> int:
-            entry, box = job
-            return box_crc(tensors[self._numbers[entry]], box)
-
-        large = sum(tensors[self._numbers[entry]].nbytes for entry, _ in self.checks) > _CRC_BYTES
-        if large:
+    def _crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+        numbers = self.columns.tensor
+        jobs = [(tensors[numbers[entry]], box) for entry, boxes in self.checks for box in boxes]
+        if sum(tensor.nbytes for tensor, _ in jobs) > _CRC_BYTES:
+            # Two threads, each with a part of its own: a task for each tensor would cost more than its bytes.
             with ThreadPoolExecutor(2, "milepost-replicas") as pool:
-                results = list(pool.map(work, jobs))
+                later = pool.submit(_crcs_of, jobs[1::2])
+                results = [0] * len(jobs)
+                results[::2] = _crcs_of(jobs[::2])
+                results[1::2] = later.result()
         else:
-            results = [work(job) for job in jobs]
-        for (entry, _), crc in zip(jobs, results, strict=True):
-            found[entry].append(crc)
+            results = _crcs_of(jobs)
+        found: list[list[int]] = [[] for _ in numbers]
+        position = 0
+        for entry, boxes in self.checks:
+            found[entry] = results[position : position + len(boxes)]
+            position += len(boxes)
         return found
 
-    @property
-    def _numbers(self) -> list[int]:
-        return self.columns.tensor
+
+def _crcs_of(jobs: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
+    return [box_crc(tensor, box) for tensor, box in jobs]
 
 
 def _nothing(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,9 +155,16 @@ def _nothing(tensor: torch.Tensor) -> torch.Tensor:
 
 def box_crc(tensor: torch.Tensor, box: Box) -> int:
     """The CRC-32 of a box's bytes, row by row, whatever the strides."""
-    view = narrowed(tensor, box).cpu().contiguous()
-    size = view.nbytes
-    return int(crc32(syscalls.memory_at(view.data_ptr(), size))) if size else 0
+    if tensor.is_cpu and tensor.is_contiguous() and box.volume == tensor.numel():
+        memory = syscalls.memory_at(tensor.data_ptr(), tensor.nbytes)
+    elif tensor.is_cpu and is_run(box.size, tensor.stride()):
+        size = tensor.element_size()
+        start = span(box.start, box.size, tensor.stride())[0] * size
+        memory = syscalls.memory_at(tensor.data_ptr() + start, box.volume * size)
+    else:
+        tensor = narrowed(tensor, box).cpu().contiguous()
+        memory = syscalls.memory_at(tensor.data_ptr(), tensor.nbytes)
+    return int(crc32(memory))
 
 
 @dataclass

@@ -22,6 +22,7 @@ __all__ = [
     "cut",
     "disjoint",
     "intersection",
+    "is_run",
     "pieces_of",
     "runs_of",
     "span",
