@@ -20,6 +20,7 @@ from milepost.manifest import Index
 from milepost.names import Names
 from milepost.placements import narrowed
 from milepost.rebuild import dtype_of, finished
+from milepost.records import reach
 from milepost.reshard import Box, Piece, disjoint
 from milepost.shard_tree import with_global_columns, with_shards
 from milepost.shards import ShardMap, Shards, decode_key
@@ -113,10 +114,41 @@ class ShardedSource:
     def match(self, template: STATE_DICT, names: Names | None = None) -> Match:
         """Compare with the template, and open everything that is read from; nothing is changed."""
         found = match(template, self.tree, self._columns, self._own.source.decode, names, self._foreign)
-        found.misfits += sharing_misfits(found.fills, self._columns, self.tree, self._same_bytes)
+        found.misfits += sharing_misfits(
+            found.fills, self._columns, self.tree, self._same_bytes, self._fit_together
+        )
         if not found.misfits:
             self._plan(found.fills)
         return found
+
+    def _fit_together(self, *fills: Fill) -> bool:
+        """Whether targets that share memory can hold what was saved for each of them: tried in other memory.
+
+        How global tensors shared memory in part, as a view does, is not written down.
+        """
+        targets = [fill.target for fill in fills]
+        if not all(target.is_cpu and not target.is_conj() and not target.is_neg() for target in targets):
+            return False
+        start = min(target.data_ptr() for target in targets)
+        end = max(target.data_ptr() + reach(target) * target.element_size() for target in targets)
+        memory = torch.zeros(end - start, dtype=torch.uint8, device="cpu").untyped_storage()
+        values, views = [], []
+        for fill, target in zip(fills, targets, strict=True):
+            offset, rest = divmod(target.data_ptr() - start, target.element_size())
+            if rest:
+                return False
+            values.append(torch.empty(target.shape, dtype=target.dtype, device="cpu"))
+            views.append(torch.empty(0, dtype=target.dtype, device="cpu"))
+            views[-1].set_(memory, offset, target.shape, target.stride())
+            self._plan([Fill(values[-1], fill.number, fill.parts())])
+        self.fill(())
+        self._filling = False
+        for view, value in zip(views, values, strict=True):
+            view.copy_(value)
+        return all(
+            torch.equal(*(item.contiguous().view(-1).view(torch.uint8) for item in pair))
+            for pair in zip(views, values, strict=True)
+        )
 
     def _same_bytes(self, first: int, second: int) -> bool:
         if first < self._first and second < self._first:

@@ -73,7 +73,8 @@ class Gather:
         tensors = self._index.tensors
         stride, size = tensors.stride[stored], DTYPE_BYTES[tensors.dtype[stored]]
         record, base = tensors.record[stored], tensors.byte_offset[stored]
-        if target.is_cpu and is_run(box.size, stride, target.stride()):
+        as_it_is = target.is_cpu and not target.is_conj() and not target.is_neg()
+        if as_it_is and is_run(box.size, stride, target.stride()):
             start = base + span(box.start, box.size, stride)[0] * size
             self._request_run(record, start, start + box.volume * size, target.data_ptr())
             return

@@ -16,7 +16,11 @@ __all__ = ["sharing_misfits"]
 
 
 def sharing_misfits(
-    fills: Sequence[Fill], tensors: Tensors, tree: Node, same_bytes: Callable[[int, int], bool]
+    fills: Sequence[Fill],
+    tensors: Tensors,
+    tree: Node,
+    same_bytes: Callable[[int, int], bool],
+    fit_together: Callable[[Fill, Fill], bool] = lambda *_: False,
 ) -> list[str]:
     """A sentence for each tensor that would overwrite what another one is filled with.
 
@@ -28,6 +32,7 @@ def sharing_misfits(
         tensors: The saved tensors.
         tree: The tree that refers to them.
         same_bytes: Whether two saved tensors of one shape and stride have the same bytes.
+        fit_together: Whether two targets can hold what was saved for them, where descriptions cannot tell.
     """
     targets = [fill.target for fill in fills]
     starts = map(torch.Tensor.data_ptr, targets)
@@ -45,7 +50,7 @@ def sharing_misfits(
             continue
         if last is not None and start < last[0] and target.device == targets[last[1]].device:
             pair = fills[last[1]], fills[number]
-            if not _agree(*pair, tensors, same_bytes):
+            if not _agree(*pair, tensors, same_bytes) and not fit_together(*pair):
                 conflicts.append(pair)
         if last is None or end > last[0]:
             last = end, number

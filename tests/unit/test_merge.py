@@ -305,6 +305,37 @@ def test_tied_parameters_come_back_with_their_kinds():
     assert loaded["a"].data_ptr() == loaded["c"].data_ptr()
 
 
+def test_replicas_that_share_memory_in_part_come_back_into_such_a_template():
+    """A view, a transposed and a reinterpreted tensor fill a template that ties them likewise."""
+
+    def state(values):
+        return {"w": values, "view": values[10:20], "t": values.t(), "bits": values.view(torch.int32)}
+
+    load = save(2, lambda _: state(BIG.clone()), ["*"])
+    template = state(torch.zeros_like(BIG))
+    load(1, 2, template)
+    for key, value in state(BIG).items():
+        assert torch.equal(template[key], value)
+    other = save(2, lambda _: state(BIG.clone()) | {"t": BIG.t() + 1}, ["*"])
+    template = state(torch.zeros_like(BIG))
+    with pytest.raises(MismatchError, match=r"t: expected the values of w, with which it shares memory"):
+        other(1, 2, template)
+    assert not template["w"].any()
+
+
+def test_a_template_with_a_conjugate_or_negative_bit_gets_the_values():
+    """Whatever bits source and target have, the values are those that were saved."""
+    numbers = torch.tensor([[1 + 2j, 3 - 4j], [5j, 6]])
+    for saved in (numbers, numbers.conj()):
+        load = save(2, lambda _, saved=saved: {"c": saved}, ["c"])
+        for empty in (torch.zeros(2, 2, dtype=numbers.dtype), torch.zeros(2, 2, dtype=numbers.dtype).conj()):
+            assert torch.equal(load(1, 2, {"c": empty})["c"].resolve_conj(), saved.resolve_conj())
+        negative = torch.zeros(2, 2, dtype=numbers.dtype).conj().imag
+        assert negative.is_neg()
+        load = save(2, lambda _: {"n": numbers.imag.contiguous()}, ["n"])
+        assert torch.equal(load(1, 2, {"n": negative})["n"].resolve_neg(), numbers.imag)
+
+
 # -- states that do not go together ----------------------------------------------------------------
 
 
