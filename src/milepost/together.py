@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import timedelta
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import msgspec
@@ -19,6 +21,9 @@ from milepost.errors import MilepostError, PeerLoadError
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
 
 logger = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 5
+"""How much longer than rank 0 the others wait, to hear from it who did not come."""
 
 _meetings = 0
 
@@ -63,8 +68,7 @@ class Verdict(msgspec.Struct):
         """The verdict on the reports of all ranks, in the order of ranks."""
         verdict = cls()
         verdict.missing = list(dict.fromkeys(key for report in reports for key in report.missing))
-        common = set(reports[0].unexpected).intersection(*(report.unexpected for report in reports))
-        verdict.unexpected = [key for key in reports[0].unexpected if key in common]
+        verdict.unexpected = _common([report.unexpected for report in reports])
         by_misfit: dict[str, list[int]] = {}
         for rank, report in enumerate(reports):
             for misfit in report.misfits:
@@ -96,42 +100,62 @@ class Meeting:
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout_seconds: float) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
-        self._timeout = timedelta(seconds=timeout_seconds)
+        self._seconds = timeout_seconds
 
     def hold(self, report: Report) -> Verdict:
-        """Returns the verdict on all ranks' reports, the same on each.
+        """Returns the verdict on all ranks' reports, the same on each that comes in time.
+
+        Ranks that do not come within the timeout have failed, says the verdict.
 
         Raises:
-            PeerLoadError: A rank did not come in time.
+            PeerLoadError: The store cannot be reached.
         """
         global _meetings  # noqa: PLW0603 - the ranks count the meetings of their process
         _meetings += 1
         prefix = f"milepost/load/{_meetings}"
-        self._store.set(f"{prefix}/{self._rank}", msgspec.json.encode(report))
-        if self._rank == 0:
-            keys = [f"{prefix}/{rank}" for rank in range(self._world_size)]
-            self._await(keys)
-            reports = [msgspec.json.decode(self._store.get(key), type=Report) for key in keys]
-            verdict = Verdict.of(reports)
-            self._store.set(f"{prefix}/verdict", msgspec.json.encode(verdict))
-            return verdict
-        self._await([f"{prefix}/verdict"])
-        return msgspec.json.decode(self._store.get(f"{prefix}/verdict"), type=Verdict)
-
-    def _await(self, keys: list[str]) -> None:
         try:
-            self._store.wait(keys, self._timeout)
-        except (dist.DistStoreError, RuntimeError) as error:
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            if not missing:
-                return
-            who = f"ranks {_some(missing)}" if self._rank == 0 else "rank 0"
+            self._store.set(f"{prefix}/{self._rank}", msgspec.json.encode(report))
+            return self._judge(prefix) if self._rank == 0 else self._hear(prefix)
+        except RuntimeError as error:
             raise PeerLoadError(
-                f"{who} did not come to load within {self._timeout.total_seconds():g} seconds",
+                f"the store at which the ranks agree on a load failed: {str(error).splitlines()[0]}",
                 rank=self._rank,
                 phase="load",
-                hint="with a process group all ranks load together; to load on some only: together=False",
+                hint="the process that hosts it may have died; to load without the others: together=False",
             ) from error
+
+    def _judge(self, prefix: str) -> Verdict:
+        """As rank 0: put the verdict where all ranks find it."""
+        keys = [f"{prefix}/{rank}" for rank in range(self._world_size)]
+        if self._await(keys, self._seconds):
+            verdict = Verdict.of([msgspec.json.decode(self._store.get(key), type=Report) for key in keys])
+        else:
+            verdict = self._without(self._absent(prefix))
+        self._store.set(f"{prefix}/verdict", msgspec.json.encode(verdict))
+        return verdict
+
+    def _hear(self, prefix: str) -> Verdict:
+        """As another rank: the verdict of rank 0, which says at its own deadline who did not come."""
+        key = f"{prefix}/verdict"
+        if self._await([key], self._seconds + _GRACE_SECONDS):
+            return msgspec.json.decode(self._store.get(key), type=Verdict)
+        return self._without(self._absent(prefix) or [0])
+
+    def _await(self, keys: list[str], seconds: float) -> bool:
+        try:
+            self._store.wait(keys, timedelta(seconds=seconds))
+        except RuntimeError:  # a timeout, or the store is gone: the check tells
+            return bool(self._store.check(keys))
+        return True
+
+    def _absent(self, prefix: str) -> list[int]:
+        return [rank for rank in range(self._world_size) if not self._store.check([f"{prefix}/{rank}"])]
+
+    def _without(self, ranks: list[int]) -> Verdict:
+        reason = (
+            f"it did not come to load within {self._seconds:g} seconds (to load on some only: together=False)"
+        )
+        return Verdict(failed=[(rank, reason) for rank in ranks])
 
     def agree(self, report: Report, work: Callable[[], None]) -> None:
         """Do something that may fail, and fail on all ranks if it does on one.
@@ -161,15 +185,32 @@ def refuse(verdict: Verdict, *, modified: bool) -> None:
     others = verdict.failed
     if not others:
         return
-    more = f" (so did ranks {_some([other for other, _ in others[1:]])})" if others[1:] else ""
+    rank, reason = others[0]
+    more = f" (nor could ranks {_some([other for other, _ in others[1:]])})" if others[1:] else ""
     error = PeerLoadError(
-        f"rank {others[0][0]} could not load: {others[0][1]}{more}",
-        rank=others[0][0],
+        f"rank {rank} could not load: {reason}{more}",
+        rank=rank,
         phase="load",
         hint="all ranks load, or none does: see to that rank, or load another checkpoint",
     )
     error.targets_modified = modified
     raise error
+
+
+def _common(lists: list[list[str]]) -> list[str]:
+    """The topmost paths that every list has, by themselves or with all that is above them."""
+    who: dict[str, int] = {}  # a bit for each list
+    for number, keys in enumerate(lists):
+        for key in keys:
+            who[key] = who.get(key, 0) | 1 << number
+    everyone = (1 << len(lists)) - 1
+
+    def known(key: str) -> int:
+        return who[key] | reduce(
+            or_, (who.get(key[:end], 0) for end, sign in enumerate(key) if sign in ".["), 0
+        )
+
+    return [key for key in who if known(key) == everyone]
 
 
 def describe(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from milepost.errors import (
     MismatchError,
     PeerLoadError,
 )
+from milepost.together import Report, Verdict
 
 WORLD = 3
 WAYS = ["group", "store"]
@@ -240,6 +241,13 @@ def test_reports_are_the_same_on_every_rank(start, path, way):
         assert "unexpected keys in the checkpoint (1): b" in result.text
 
 
+def test_a_key_is_unexpected_below_what_others_lack():
+    """A key that no template has is unexpected whether ranks lack just it or also what is above it."""
+    lists = [["a", "b.c", "d"], ["a.x", "b", "e[0]"], ["a.x", "a.y[3]", "b.c", "a.z"], ["a", "b"]]
+    verdict = Verdict.of([Report("", unexpected=keys) for keys in lists])
+    assert verdict.unexpected == ["b.c", "a.x"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_misfits_are_told_on_every_rank(start, path, way):
     """A tensor that does not fit one rank's template is refused on all ranks, with that rank, untouched."""
@@ -319,16 +327,17 @@ def damage(path, rank):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("absent", [0, 2])
 def test_a_rank_that_never_comes_is_named(start, path, way, absent):
-    """Ranks wait for another no longer than their timeout; the error names it where it is known."""
-    call = (path, ALL, {"timeout_seconds": 5})
+    """Ranks wait for another no longer than their timeout, and each names the one that did not come."""
+    call = (path, ALL, {"timeout_seconds": 10})
     results = start(way, *(None if rank == absent else call for rank in range(WORLD)))
     assert results[absent].error is None
     for rank in range(WORLD):
         if rank != absent:
             assert isinstance(results[rank].error, PeerLoadError), results[rank].error
-            assert "did not come to load within 5 seconds" in str(results[rank].error)
-    named = "rank 0" if absent == 0 else "ranks 2"
-    assert any(result.error is not None and named in str(result.error) for result in results)
+            assert f"rank {absent} could not load: it did not come to load within 10" in str(
+                results[rank].error
+            )
+            assert results[rank].error.rank == absent
     assert untouched(results)
 
 
