@@ -7,6 +7,7 @@ template and fills it. What a target wants of a global tensor is intersected wit
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -35,16 +36,23 @@ __all__ = ["ShardedSource"]
 
 _KEPT_LOOKUPS = 256
 
+_OPEN_SHARE = 8
+"""One in so many of the files that a process may have open are kept open here; each may take two."""
+
 
 @dataclass
 class _Rank:
-    """One rank's index and file, what they hold of global tensors, and what is wanted of it."""
+    """One rank's index and file, what they hold of global tensors, and what is wanted of it.
+
+    `parked` says that the file is closed but for the time of reading.
+    """
 
     index: Index
     source: IndexedSource
     gather: Gather
     entries: dict[bytes, int]
     pieces: list[list[Piece]]
+    parked: bool
 
 
 class ShardedSource:
@@ -54,6 +62,7 @@ class ShardedSource:
         rank: The rank whose own values are loaded.
         shards: Where the parts of global tensors lie.
         open_rank: Opens a rank's index and data file; it is called for those that are read from.
+        open_again: Opens a data file once more: a process cannot have those of thousands of ranks open.
         map_location: Where new tensors go.
         verify: Whether chunks are compared with their checksums: True, False, or "first".
         own_only: What other ranks alone hold need not be in the template.
@@ -65,6 +74,7 @@ class ShardedSource:
         rank: int,
         shards: ShardMap,
         open_rank: Callable[[int], tuple[Index, OpenFile]],
+        open_again: Callable[[Index], OpenFile],
         map_location: Any,
         verify: Any,
         *,
@@ -74,7 +84,9 @@ class ShardedSource:
         self._close = close
         self._shards = shards
         self.attempt = shards.attempt
-        self._open_rank = open_rank
+        self._open_rank, self._open_again = open_rank, open_again
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_open = limit // _OPEN_SHARE if limit != resource.RLIM_INFINITY else shards.world_size
         self._map_location, self._verify = map_location, verify
         self._ranks: dict[int, _Rank] = {}
         self._plain: list[Fill] = []
@@ -193,7 +205,11 @@ class ShardedSource:
             if isinstance(shards, Shards):
                 entries = {msgspec.json.encode(key): n for n, key in enumerate(shards.key)}
                 pieces = list(shards.pieces_of_each())
-            found = self._ranks[rank] = _Rank(index, source, Gather(index, source), entries, pieces)
+            parked = len(self._ranks) >= max(self._most_open, 1)  # never this rank's own
+            if parked:
+                file.close()
+            found = _Rank(index, source, Gather(index, source), entries, pieces, parked)
+            self._ranks[rank] = found
         return found
 
     def _shards_of(self, held: _Rank) -> Shards:
@@ -298,16 +314,22 @@ class ShardedSource:
         """Read what `match` has planned into the targets."""
         own = self._own.source
         if self._verify == "first":
-            for held in self._ranks.values():
-                held.gather.check()
+            self._with_files(Gather.check)
         if self._plain:
             own.fill(self._plain)
         self._filling = True
-        for held in self._ranks.values():
-            held.gather.carry_out()
+        self._with_files(Gather.carry_out)
         for fill in self._whole_ones:
             own.copy_pieces(fill)
         self._plain, self._whole_ones = [], []
+
+    def _with_files(self, read: Callable[[Gather], None]) -> None:
+        for held in self._ranks.values():
+            if held.parked and held.gather.wants:
+                held.source.file = self._open_again(held.index)
+            read(held.gather)
+            if held.parked:
+                held.source.file.close()
 
     # -- new tensors -------------------------------------------------------------------------------
 

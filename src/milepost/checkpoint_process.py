@@ -19,16 +19,18 @@ import torch
 
 from milepost.barriers import common_start_id
 from milepost.channel import Channel, Init, Write, encode_path
-from milepost.child import Child, Handle, Job, Orders
+from milepost.child import Child, Handle, Job, Orders, WriteFuture
 from milepost.commit import attempt_id, check_target, environment_start_id, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
-from milepost.errors import ClosedError, ConfigError, error_context
+from milepost.errors import ClosedError, ConfigError, StateError, error_context
+from milepost.shards import decode_key
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
 from milepost.staged import StagedImage, WriteAttempt, image_of
 from milepost.staging import DefaultStager
 from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
+from milepost.tree import path_text
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import TrackedFuture, gc_paused
 
@@ -39,6 +41,7 @@ __all__ = [
     "RequestType",
     "WorkerRequest",
     "WorkerResponse",
+    "WriteFuture",
 ]
 
 logger = logging.getLogger(__name__)
@@ -207,14 +210,7 @@ class CheckpointProcess:
             ClosedError: The process was closed.
             Exception: A failure of an earlier write that nobody has looked at.
         """
-        with self._lock:
-            self._check_open()
-            self.raise_unseen()
-            self._numbers += 1
-            number = self._numbers
-        future: TrackedFuture[None] = TrackedFuture()
-        future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
-        future.add_done_callback(self._note_failure)
+        number, future = self._accepted()
         target = os.path.abspath(path)
         if isinstance(state_dict, Future):
             with self._lock:
@@ -226,8 +222,33 @@ class CheckpointProcess:
             self._submit(state_dict, number, future, path, target, kwargs)
         return future
 
+    def write_again(self, lost: WriteFuture, path: str, **kwargs: Any) -> Future[None]:
+        """As `write`, of what a lost writer was to write to this path, as the same attempt of all ranks.
+
+        Args:
+            lost: What `write` returned, which has failed with `LostWriterError`.
+            path: As it was.
+            kwargs: As they were.
+        """
+        assert lost.lost is not None
+        number, future = self._accepted()
+        staged, image = lost.lost
+        self._submit(staged, number, future, path, os.path.abspath(path), kwargs, image)
+        return future
+
+    def _accepted(self) -> tuple[int, WriteFuture]:
+        with self._lock:
+            self._check_open()
+            self.raise_unseen()
+            self._numbers += 1
+            number = self._numbers
+        future = WriteFuture()
+        future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
+        future.add_done_callback(self._note_failure)
+        return number, future
+
     def _submit_later(self, done: Future[STATE_DICT], *rest: Any) -> None:
-        future: TrackedFuture[None] = rest[1]
+        future: WriteFuture = rest[1]
         number, _, path, *_ = rest
         try:
             with self._giving_up(path):
@@ -245,10 +266,11 @@ class CheckpointProcess:
         self,
         state_dict: STATE_DICT,
         number: int,
-        future: TrackedFuture[None],
+        future: WriteFuture,
         path: str,
         target: str,
         kwargs: dict[str, Any],
+        image: StagedImage | None = None,
     ) -> None:
         lean, rank, size = self._lean, self._rank_info.global_rank, self._rank_info.global_world_size
         with self._giving_up(path), error_context(path=path, rank=rank), gc_paused():
@@ -257,9 +279,15 @@ class CheckpointProcess:
                 check_target(lean.storage, target)
             arguments = _pickled(kwargs) if self._wants_arguments else b""
             self._check_main(arguments)
-            image = image_of(state_dict)
+            image = image or image_of(state_dict)
             if image is None:
                 state_dict, image = self._stage(state_dict)
+            if not lean and image.shares is not None:
+                raise StateError(
+                    "a writer of your own would take this rank's part of a DTensor or replica for the whole",
+                    key=path_text(decode_key(image.shares.decoded().key[0])),
+                    hint="leave out checkpoint_writer_init_fn and subprocess_init_fn, or save full tensors",
+                )
         attempt = image.attempts.get(target)
         if attempt is None:
             attempt = WriteAttempt(attempt_id(target, rank, size, start_id=self._start_id))
@@ -277,7 +305,7 @@ class CheckpointProcess:
         if image.shares is not None:
             packed.shares, packed.agreement = image.shares.columns, image.shares.agreement
             packed.crcs = image.shares.crcs()
-        job = Job(number, future, image, target, attempt, (state_dict, image.shared.storages))
+        job = Job(number, future, (state_dict, image), target, attempt)
         request = Write(
             number=number,
             path=encode_path(path),

@@ -257,6 +257,7 @@ class CheckpointReader:
                 rank,
                 shards,
                 partial(_open_rank, located),
+                partial(_open_data, located),
                 map_location,
                 verify,
                 own_only=alone and manifest.world_size == self._rank_info.global_world_size,
@@ -292,14 +293,19 @@ def _open_rank(located: Located, rank: int) -> tuple[Index, OpenFile]:
         raise CorruptCheckpointError(f"the index belongs to another checkpoint: {name}", path=name)
     if len(index.files) != 1 or index.files[0] not in manifest.files:
         raise CorruptCheckpointError(f"the index lists other files than the manifest: {name}", path=name)
-    file = located.folder.open(index.files[0].name)
+    return index, _open_data(located, index)
+
+
+def _open_data(located: Located, index: Index) -> OpenFile:
+    """The data file of an index, of the size that was written."""
+    file: OpenFile = located.folder.open(index.files[0].name)
     if file.size != index.files[0].size:
         file.close()
         raise CorruptCheckpointError(
             f"the file has {file.size} bytes, {index.files[0].size} were written: {file.path}",
             path=file.path,
         )
-    return index, file
+    return file
 
 
 def _has_dtensor(value: Any) -> bool:

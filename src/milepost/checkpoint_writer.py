@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from milepost.barriers import Barrier, common_start_id
-from milepost.commit import attempt_id, check_target, environment_start_id
+from milepost.commit import absolute_path, attempt_id, check_target, environment_start_id
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, error_context
 from milepost.manifest import data_name
@@ -106,21 +106,16 @@ class CheckpointWriter:
         with self._lock, error_context(path=path, rank=self._rank_info.global_rank):
             if self._closed:
                 raise ClosedError("the writer is closed", hint="make a new one")
-            target = check_target(self._storage, path)
+            target = absolute_path(path)
             size = self._rank_info.global_world_size
             if size > 1 and self._start_id is None and environment_start_id() is None:
                 self._start_id = common_start_id(self._barrier)
             options = SaveOptions(
                 storage=self._storage,
-                target=target.path,
+                target=target,
                 rank=self._rank_info.global_rank,
                 world_size=size,
-                attempt=attempt_id(
-                    target.path,
-                    self._rank_info.global_rank,
-                    size,
-                    start_id=self._start_id,
-                ),
+                attempt=attempt_id(target, self._rank_info.global_rank, size, start_id=self._start_id),
                 private=not (self._start_id or environment_start_id()),
                 timeout_seconds=self._config.write_barrier_timeout_secs,
                 ring=self._ring,
@@ -130,6 +125,7 @@ class CheckpointWriter:
             )
             # From here on this save counts: if this rank fails, the others are told.
             with telling_others(path, options):
+                check_target(self._storage, target)
                 labels = Labels.of(kwargs)
                 with gc_paused():
                     snapshot = self._encoder.encode(state_dict)

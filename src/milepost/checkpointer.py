@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
-from milepost.checkpoint_process import CheckpointProcess
+from milepost.checkpoint_process import CheckpointProcess, WriteFuture
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import AsyncConfig
@@ -221,16 +221,13 @@ class AsyncCheckpointer(Checkpointer):
         self._tell("staging", save.stage_future)
         try:
             save.staged = self._stager.stage(state_dict)
-        except LowMemoryError as error:
-            if self._fallback is None or self._config.on_low_memory == "raise":
-                raise
-            logger.warning("%s: it is saved without staging", error.message)
-            self._save_without_staging(save, self._fallback, state_dict)
-            return
         except BaseException as error:
-            give_up = getattr(self._process, "give_up", None)
-            if give_up is not None:
-                give_up(save.write_future.path, error)
+            if isinstance(error, LowMemoryError) and self._fallback and self._config.on_low_memory != "raise":
+                logger.warning("%s: it is saved without staging", error.message)
+                self._save_without_staging(save, self._fallback, state_dict)
+                return
+            if isinstance(self._process, CheckpointProcess):
+                self._process.give_up(save.write_future.path, error)
             raise
         if isinstance(save.staged, Future):
             save.staged.add_done_callback(lambda done: self._staged(save, done))
@@ -260,8 +257,12 @@ class AsyncCheckpointer(Checkpointer):
             future.seen = True  # the write's future carries the same failure
             future.set_exception(error)
 
-    def _write(self, save: Save) -> None:
-        written = self._process.write(save.staged, save.write_future.path, **save.arguments)
+    def _write(self, save: Save, lost: Future[Any] | None = None) -> None:
+        path = save.write_future.path
+        if isinstance(lost, WriteFuture):
+            written = self._process.write_again(lost, path, **save.arguments)
+        else:
+            written = self._process.write(save.staged, path, **save.arguments)
         written.add_done_callback(lambda done: self._written(save, done))
 
     def _written(self, save: Save, done: Future[Any]) -> None:
@@ -270,7 +271,7 @@ class AsyncCheckpointer(Checkpointer):
             save.retries -= 1
             logger.warning("%s: %s; writing it again with a new one", save.write_future.path, error.message)
             try:
-                self._write(save)
+                self._write(save, done)
             except ClosedError:
                 pass  # too late to try: what was lost stays the reason
             except BaseException as again:  # noqa: BLE001 - the future carries it

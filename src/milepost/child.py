@@ -41,23 +41,35 @@ from milepost.snapshot import Packed
 from milepost.staged import StagedImage, WriteAttempt
 from milepost.utils import TrackedFuture
 
-__all__ = ["Child", "Handle", "Job", "Orders"]
+__all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]
 
 logger = logging.getLogger(__name__)
 
 _HOOKS = ("pre_commit", "post_commit")
 
 
+class WriteFuture(TrackedFuture[None]):
+    """The future of a write.
+
+    Attributes:
+        lost: If its writer was lost, what that was to write: the staged state and its image.
+    """
+
+    lost: tuple[Any, StagedImage] | None = None
+
+
 @dataclass
 class Job:
-    """A write that was accepted: what a fresh writer would need to do it again, and who waits for it."""
+    """A write that was accepted: what a fresh writer would need to do it again, and who waits for it.
+
+    `held` is the staged state and its image, until the write is done.
+    """
 
     number: int
-    future: TrackedFuture[None]
-    image: StagedImage | None
+    future: WriteFuture
+    held: tuple[Any, StagedImage] | None
     target: str
     attempt: WriteAttempt
-    keep: Any
     phase: str = ""
 
 
@@ -320,9 +332,9 @@ class Child:
             job = self._jobs.pop(message.number, None)
         if job is None:
             return
-        if job.image is not None:
-            job.image.attempts.pop(job.target, None)
-        job.image, job.keep = None, None
+        if job.held is not None:
+            job.held[1].attempts.pop(job.target, None)
+        job.held = None
         if message.failure is None:
             job.future.set_result(None)
         else:
@@ -332,7 +344,7 @@ class Child:
         with self._lock:
             if self._jobs.pop(job.number, None) is None:
                 return
-        job.keep = None
+        job.future.lost, job.held = job.held, None
         code = self.handle.exitcode
         error = LostWriterError(
             f"Child process terminated unexpectedly (exit code {code})",

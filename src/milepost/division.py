@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from milepost.rebuild import DTYPE_NAMES
 from milepost.reshard import Box, Piece, cut, is_run, span, whole
 from milepost.shards import ON_EACH_MESH, Shards, encode_key
 from milepost.tree import Node, Path, path_text
-from milepost.utils import gc_paused
+from milepost.utils import beside, gc_paused
 
 __all__ = ["Division", "Member"]
 
@@ -130,11 +129,10 @@ class Division:
         jobs = [(tensors[numbers[entry]], box) for entry, boxes in self.checks for box in boxes]
         if sum(tensor.nbytes for tensor, _ in jobs) > _CRC_BYTES:
             # Two threads, each with a part of its own: a task for each tensor would cost more than its bytes.
-            with ThreadPoolExecutor(2, "milepost-replicas") as pool:
-                later = pool.submit(_crcs_of, jobs[1::2])
-                results = [0] * len(jobs)
+            results = [0] * len(jobs)
+            with beside(lambda: _crcs_of(jobs[1::2])) as others:
                 results[::2] = _crcs_of(jobs[::2])
-                results[1::2] = later.result()
+            results[1::2] = others[0]
         else:
             results = _crcs_of(jobs)
         found: list[list[int]] = [[] for _ in numbers]
@@ -193,7 +191,7 @@ class _Divider:
             shares_of = list((boxes or {}).values())
             if self._is_of_part(member) and place.pieces and mine is not None:
                 shares_of.append(mine)
-            if shares_of and self.aliases[entry] == entry:
+            if shares_of and (self.aliases[entry] == entry or self._is_of_part(member)):
                 checks.append((entry, shares_of))
             pieces = _held(place.pieces, mine) if mine is not None else []
             if mine != everything:

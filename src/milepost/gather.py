@@ -66,6 +66,11 @@ class Gather:
         self._direct: list[Part] = []
         self._aside: list[_Wanted] = []
 
+    @property
+    def wants(self) -> bool:
+        """Whether there is anything to read."""
+        return bool(self._direct or self._aside)
+
     def request(self, stored: int, box: Box, target: torch.Tensor) -> None:
         """Have a box of a tensor of the file read into a target of that shape."""
         if not box.volume:

@@ -23,8 +23,6 @@ __all__ = ["Placed", "Replicated", "declared_whole", "is_dtensor", "local_of", "
 
 logger = logging.getLogger(__name__)
 
-_CRC_BYTES = 8 << 20
-
 
 @dataclass(frozen=True, eq=False)
 class Placed:

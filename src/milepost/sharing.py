@@ -67,6 +67,8 @@ def sharing_misfits(
 def _agree(first: Fill, later: Fill, tensors: Tensors, same_bytes: Callable[[int, int], bool]) -> bool:
     """Whether two tensors that share memory can both hold what was saved for them."""
     a, b = first.number, later.number
+    if _turned(first, tensors) != _turned(later, tensors):
+        return False
     distance = later.target.data_ptr() - first.target.data_ptr()
     as_saved = (
         tensors.record[a] == tensors.record[b]
@@ -81,6 +83,14 @@ def _agree(first: Fill, later: Fill, tensors: Tensors, same_bytes: Callable[[int
         and _has_steps(first.target, list(later.target.stride()))
         and tensors.stride[a] == tensors.stride[b]
         and (a == b or same_bytes(a, b))
+    )
+
+
+def _turned(fill: Fill, tensors: Tensors) -> tuple[bool, bool]:
+    """Whether one of a target and what was saved for it stands for conjugate, or negative, values alone."""
+    return (
+        fill.target.is_conj() != (fill.number in tensors.conj),
+        fill.target.is_neg() != (fill.number in tensors.neg),
     )
 
 

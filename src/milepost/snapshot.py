@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from milepost.shards import SHARDS_FEATURE, Shards
 from milepost.storage import Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
 from milepost.tree import Node, TreeEncoder, UnencodableError, path_text
+from milepost.utils import beside
 
 __all__ = [
     "Labels",
@@ -371,7 +371,7 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
 
     shares = snapshot.shares
     # Replicas are compared by checksums, which are computed while the disk is at work.
-    with _beside(shares.crcs if shares is not None else None) as crcs:
+    with beside(shares.crcs if shares is not None else None) as crcs:
         _write_image(attempt, snapshot, options, image, report)
     index = Index(
         attempt=options.attempt,
@@ -391,30 +391,6 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         index.shards = shares.decoded()
         index.shards.crcs = crcs[0]
     return index
-
-
-@contextmanager
-def _beside(work: Callable[[], Any] | None) -> Iterator[list[Any]]:
-    """Run `work` in a thread during the context; its result is in the list afterwards."""
-    results: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work() if work is not None else None)
-        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked for it
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="milepost-replicas")
-    if work is not None:
-        thread.start()
-    try:
-        yield results
-    finally:
-        if work is not None:
-            thread.join()
-    if errors:
-        raise errors[0]
 
 
 def _write_image(

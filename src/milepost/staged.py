@@ -20,7 +20,7 @@ from milepost.arena import Arena
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.snapshot import Shares
-from milepost.state import STAGED_SHARE, Parts
+from milepost.state import Parts, mark_share
 from milepost.tree import Node
 from milepost.types import STATE_DICT
 
@@ -152,8 +152,7 @@ class StagedImage:
                 owner's list is kept, whose items stay alive as long as somebody has the image.
         """
         for number in self.shares.numbers() if self.shares else ():
-            if isinstance(views[number], torch.Tensor):
-                setattr(views[number], STAGED_SHARE, True)
+            mark_share(views[number])
         self._views = views
         self._keep: list[Any] = []
         self._others: list[tuple[Callable[[], Any], Any]] = []
@@ -168,10 +167,11 @@ class StagedImage:
                 self._others.append((_reference(item), _content(item)))
         self._identities = list(map(id, items))
         self._geometry = _geometry(views)
-        for value in views:
-            if isinstance(value, torch.Tensor):
-                setattr(value, _IMAGE, weakref.ref(self))
-                break
+        tensor = next((value for value in views if isinstance(value, torch.Tensor)), None)
+        if tensor is not None:
+            setattr(tensor, _IMAGE, weakref.ref(self))
+        elif views:
+            _images_of_arrays[id(views[0])] = self
 
     def describes(self, state_dict: STATE_DICT) -> bool:
         """Whether a state dict is what was staged: the very same objects, none of which was changed.
@@ -187,24 +187,33 @@ class StagedImage:
 
 def image_of(state_dict: STATE_DICT) -> StagedImage | None:
     """The image behind a staged state dict, if each of its leaves is the very object that was staged."""
-    for leaf in _walk(state_dict):
-        reference = getattr(leaf, _IMAGE, None) if isinstance(leaf, torch.Tensor) else None
-        if reference is not None:
-            image: StagedImage | None = reference()
-            return image if image is not None and image.describes(state_dict) else None
-    return None
+    image = _image_behind(state_dict)
+    return image if image is not None and image.describes(state_dict) else None
 
 
 def staged_bytes(state_dict: STATE_DICT) -> int:
     """How many bytes of tensors were staged into the image behind a state dict; 0 if there is none."""
+    image = _image_behind(state_dict)
+    return 0 if image is None else sum(image.layout.lengths)
+
+
+def _image_behind(state_dict: STATE_DICT) -> StagedImage | None:
+    """The image of which a leaf was staged; what else is in the state dict may be something else."""
     for leaf in _walk(state_dict):
-        reference = getattr(leaf, _IMAGE, None) if isinstance(leaf, torch.Tensor) else None
-        if reference is not None and (image := reference()) is not None:
-            return sum(image.layout.lengths)
-    return 0
+        image: StagedImage | None = None
+        if isinstance(leaf, torch.Tensor):
+            image = getattr(leaf, _IMAGE, lambda: None)()
+        elif isinstance(leaf, np.ndarray):
+            image = _images_of_arrays.get(id(leaf))
+        if image is not None:
+            return image
+    return None
 
 
 _IMAGE = "_milepost_image"
+_images_of_arrays: weakref.WeakValueDictionary[int, StagedImage] = weakref.WeakValueDictionary()
+"""By the id of an array; it says nothing once that has gone."""
+
 _IMMUTABLE = (str, int, float, bool, type(None), bytes, complex, torch.Size, torch.dtype, torch.device)
 
 

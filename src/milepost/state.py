@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -22,17 +23,20 @@ from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.objects import pickle_object, storage_from, unpickle_object
 from milepost.pickle_view import tensor_fragments
-from milepost.placements import Replicated, declared_whole, is_dtensor, local_of, placed
+from milepost.placements import Placed, Replicated, declared_whole, is_dtensor, local_of, placed
 from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
 from milepost.records import check_memory, partition, refuse_meta
 from milepost.snapshot import Shares, Snapshot
 from milepost.tree import Node, Path, TreeDecoder, TreeEncoder, UnencodableError, path_text
 from milepost.types import RankInfo
 
-__all__ = ["STAGED_SHARE", "Parts", "StateEncoder"]
+__all__ = ["Parts", "StateEncoder", "mark_share"]
 
-STAGED_SHARE = "_milepost_share"
+_STAGED_SHARE = "_milepost_share"
 """Attribute of a staged tensor that is a part of a global one: alone it would pass for a whole one."""
+
+_share_arrays: WeakValueDictionary[int, np.ndarray[Any, Any]] = WeakValueDictionary()
+"""Staged arrays that are such parts, by their ids."""
 
 BLOB_BYTES = 64 * 1024
 """Longer ``bytes`` are kept out of the index, in a record of their own."""
@@ -67,7 +71,7 @@ class _Walk:
     tensors: list[torch.Tensor] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
-    numbers: dict[int, int] = field(default_factory=dict)
+    numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
     objects: list[bytes] = field(default_factory=list)
     object_nodes: list[list[Any]] = field(default_factory=list)
@@ -76,14 +80,14 @@ class _Walk:
     wholes: list[torch.Tensor] = field(default_factory=list)
 
     def add(
-        self, tensor: torch.Tensor, kind: str, path: Path, owner: Any = None, *, member: bool = False
+        self, tensor: torch.Tensor, kind: str, path: Path, owner: Any = None, place: Placed | None = None
     ) -> int:
         """The number of a tensor; the same object gets the same number each time.
 
-        As a member of a global tensor it has another one, as only a part of it may be saved.
+        As a member of a global tensor it has another one for each way to lie on the ranks, as only a part
+        of it may be saved.
         """
-        identity = id(tensor if owner is None else owner)
-        identity = ~identity if member else identity
+        identity = (id(tensor if owner is None else owner), id(place))
         number = self.numbers.get(identity)
         if number is None:
             number = self.numbers[identity] = len(self.tensors)
@@ -247,13 +251,8 @@ class StateEncoder:
             # Every property that is asked for costs 2 ms a save of 20,000 tensors: quantised tensors show
             # by their dtype, and meta tensors are refused when their structure is planned.
             if value.layout is torch.strided and value.dtype in DTYPE_NAMES and not value.is_nested:
-                if value.__dict__ and STAGED_SHARE in value.__dict__:
-                    raise StateError(
-                        "this tensor was staged as one rank's part of a global one, and the state dict was "
-                        "changed since",
-                        key=path_text(path),
-                        hint="give the staged state dict to the checkpoint process as it is",
-                    )
+                if value.__dict__ and _STAGED_SHARE in value.__dict__:
+                    raise _share_error(path)
                 name = "tensor" if kind is torch.Tensor else "parameter"
                 if self._replicated.active and self._replicated.declares(value, path):
                     return self._member(value, name, path)
@@ -287,7 +286,7 @@ class StateEncoder:
         except StateError as error:
             raise error.located(key=path_text(path)) from None
         kind = "parameter" if getattr(value, "_is_param", False) else "tensor"
-        number = walk.add(_resolved(local), kind, path, owner=value, member=True)
+        number = walk.add(_resolved(local), kind, path, owner=value, place=place)
         walk.members.append(Member(path, number, place, value.requires_grad))
         return ("tensor", number)
 
@@ -295,7 +294,7 @@ class StateEncoder:
         """A plain tensor that was declared to be a replica."""
         place = declared_whole(value, self._replicated.ranks)
         number = self._walk.add(
-            _resolved(value), kind, path, owner=value if owner is None else owner, member=True
+            _resolved(value), kind, path, owner=value if owner is None else owner, place=place
         )
         self._walk.members.append(Member(path, number, place, value.requires_grad))
         return ("tensor", number)
@@ -310,10 +309,12 @@ class StateEncoder:
         return division
 
     def _array(self, value: np.ndarray[Any, Any], path: Path) -> Node:
+        if _share_arrays.get(id(value)) is value:
+            raise _share_error(path)
         if value.dtype in _NUMPY_KINDS and value.dtype.isnative:
             declared = self._replicated.active and self._replicated.declares(_NO_TENSOR, path)
-            known = self._walk.numbers.get(~id(value) if declared else id(value))
-            if known is not None and not declared:
+            known = None if declared else self._walk.numbers.get((id(value), id(None)))
+            if known is not None:
                 return ("tensor", known)
             strided = all(step >= 0 and step % value.itemsize == 0 for step in value.strides)
             shared = value if strided and value.flags.writeable else value.copy()
@@ -407,6 +408,22 @@ class StateEncoder:
         )
         self._plans = [plan, *self._plans[: _KEPT_PLANS - 1]]
         return plan
+
+
+def mark_share(value: torch.Tensor | np.ndarray[Any, Any]) -> None:
+    """Have a tensor or array be refused in a state dict, as it is a part of a global one."""
+    if isinstance(value, torch.Tensor):
+        setattr(value, _STAGED_SHARE, True)
+    else:
+        _share_arrays[id(value)] = value
+
+
+def _share_error(path: Path) -> StateError:
+    return StateError(
+        "this was staged as one rank's part of a global tensor, and the state dict was changed since",
+        key=path_text(path),
+        hint="give the staged state dict to the checkpoint process as it is",
+    )
 
 
 _NO_TENSOR = torch.empty(0)

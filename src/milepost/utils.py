@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["TrackedFuture", "gc_paused", "wrap_future"]
+__all__ = ["TrackedFuture", "beside", "gc_paused", "wrap_future"]
 
 
 T = TypeVar("T")
@@ -63,6 +64,33 @@ def wrap_future(original_result: Any) -> Future[None]:
 
     original_result.add_done_callback(finish)
     return wrapped
+
+
+@contextmanager
+def beside(work: Callable[[], Any] | None) -> Iterator[list[Any]]:
+    """Run `work` in a thread during the context; its result is in the list afterwards.
+
+    The thread is its own: the pools of `concurrent.futures` take no work while the interpreter ends.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work() if work is not None else None)
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked for it
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="milepost-replicas")
+    if work is not None:
+        thread.start()
+    try:
+        yield results
+    finally:
+        if work is not None:
+            thread.join()
+    if errors:
+        raise errors[0]
 
 
 @contextmanager

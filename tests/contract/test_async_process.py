@@ -27,7 +27,8 @@ from milepost.checkpoint_process import (
     WorkerResponse,
 )
 from milepost.config import CheckpointProcessConfig
-from milepost.errors import ClosedError, ConfigError, LostWriterError
+from milepost.errors import ClosedError, ConfigError, LostWriterError, StateError
+from milepost.state import StateEncoder
 from milepost.types import RankInfo
 
 
@@ -260,6 +261,21 @@ def test_a_writer_of_the_users_gets_real_tensors_by_keyword(start, tmp_path):
     assert_same(found["state"], state)
     assert found["kwargs"] == {"step": 7, "note": {"x": 1}}
     assert found["pid"] == process.process.pid
+
+
+def test_a_writer_of_the_users_gets_no_part_for_a_whole(tmp_path):
+    """A replica of which this rank saves a part is refused by key: the writer would take it for all of it."""
+    process = CheckpointProcess(
+        RankInfo(0, 2),
+        *(CheckpointProcessConfig(), None, (), recording_writer, {}),
+        encoder=lambda: StateEncoder(RankInfo(0, 2), ["m.*"]),
+    )
+    state = {"n": torch.ones(3), "m": {"w": torch.ones(300, 300)}}
+    with pytest.raises(StateError, match=r"a writer of your own .*m\.w") as caught:
+        process.write(state, str(tmp_path / "c"))
+    assert "checkpoint_writer_init_fn" in caught.value.hint
+    result(process.write({"n": torch.ones(3)}, str(tmp_path / "d")))
+    end(process)
 
 
 def test_a_writer_that_returns_a_future_is_waited_for(start, tmp_path):

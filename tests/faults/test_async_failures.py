@@ -31,9 +31,20 @@ from background import (
 )
 from scenarios import in_child
 
-from milepost.checkpoint_process import LeanWriter
+from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
-from milepost.errors import ClosedError, ConfigError, PostCommitError, StorageError, TargetError
+from milepost.config import CheckpointProcessConfig
+from milepost.errors import (
+    AbortedError,
+    ClosedError,
+    ConfigError,
+    LowMemoryError,
+    PostCommitError,
+    StorageError,
+    TargetError,
+)
+from milepost.staging import DefaultStager
+from milepost.state import StateEncoder
 from milepost.storage import default_storage
 from milepost.testing import FaultyStorage
 from milepost.types import RankInfo
@@ -220,6 +231,53 @@ def test_a_busy_checkpointer_may_skip(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_a_rank_without_memory_to_stage_tells_the_others(tmp_path):
+    """With on_low_memory="raise" the other ranks hear of it at once, and the next save commits."""
+    path, config = str(tmp_path / "c"), CheckpointWriterConfig(start_id="start")
+    left = [0]
+    process = CheckpointProcess(RankInfo(0, 2), CheckpointProcessConfig(), lean=LeanWriter(config))
+    stager = DefaultStager(available=lambda: left[0], encoder=StateEncoder(RankInfo(0, 2)))
+    other = CheckpointWriter(config, RankInfo(1, 2))
+    with parts(stager=stager, process=process, on_low_memory="raise") as checkpointer:
+        with pytest.raises(LowMemoryError):
+            checkpointer.save(path, state_of(1))
+        with pytest.raises(AbortedError, match=r"rank 0 .*LowMemoryError"):
+            other.write(path, state_of(1))
+        left[0] = 1 << 40
+        assert error_of(checkpointer.save(path, state_of(2))[1]) is None
+        other.write(path, state_of(2))
+        assert step_at(path) == 2
+    other.close()
+
+
+def test_a_target_that_one_rank_may_not_write_to_is_told_to_the_others(tmp_path):
+    """The check of a target is part of the save: it counts, and the other ranks need not wait."""
+
+    class Refused(FaultyStorage):
+        refuse = True
+
+        def stat(self, path):
+            if self.refuse and path == str(tmp_path / "c"):
+                raise StorageError("stat failed: permission denied")
+            return super().stat(path)
+
+    path, config = str(tmp_path / "c"), CheckpointWriterConfig(start_id="start")
+    storage = Refused(default_storage())
+    first, other = (
+        CheckpointWriter(config, RankInfo(0, 2), storage=storage),
+        CheckpointWriter(config, RankInfo(1, 2)),
+    )
+    with pytest.raises(TargetError, match="permission denied"):
+        first.write(path, state_of(1))
+    with pytest.raises(AbortedError, match=r"rank 0 .*TargetError"):
+        other.write(path, state_of(1))
+    storage.refuse = False
+    for writer in (first, other):
+        writer.write(path, state_of(2))
+        writer.close()
+    assert step_at(path) == 2
+
+
 def test_ranks_may_not_skip():
     """Several ranks would skip different saves: a ConfigError when the checkpointer is built."""
     with pytest.raises(ConfigError, match="skip"):
@@ -303,6 +361,30 @@ def test_an_interpreter_that_exits_without_close_waits(tmp_path):
     done = run(tmp_path, 'checkpointer.save("c", {"w": torch.ones(5_000_000), "step": 1}, step=1)')
     assert step_at(tmp_path / "c") == 1
     assert "ResourceWarning: an AsyncCheckpointer was not closed" in done.stderr
+
+
+def test_replicas_are_still_staged_while_the_interpreter_ends(tmp_path):
+    """What is staged in the background at the end of a program is compared with its replicas as well."""
+    done = run(
+        tmp_path,
+        """
+        import threading, time
+        import concurrent.futures.thread as pools
+        from milepost.staging import DefaultStager
+        from milepost.state import StateEncoder
+
+        def stage_late():
+            while not pools._shutdown:
+                time.sleep(0.001)
+            stager = DefaultStager(encoder=StateEncoder(milepost.RankInfo(0, 2), ["w"]))
+            print("staged", len(stager.stage({"w": torch.ones(5_000_000)})["w"]))
+            stager.close()
+
+        checkpointer.close()
+        threading.Thread(target=stage_late).start()
+        """,
+    )
+    assert done.stdout == "staged 2500000\n"
 
 
 def test_a_checkpointer_by_hand_needs_no_more_than_its_parts(tmp_path):

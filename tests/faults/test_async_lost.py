@@ -28,9 +28,11 @@ from background import (
 from scenarios import in_child
 from states import load
 
-from milepost.checkpoint_process import LeanWriter
-from milepost.config import BarrierConfig, CheckpointWriterConfig
+from milepost.checkpoint_process import CheckpointProcess, LeanWriter
+from milepost.checkpoint_writer import CheckpointWriter
+from milepost.config import BarrierConfig, CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import LostWriterError
+from milepost.staging import CheckpointStager
 from milepost.storage import default_storage
 from milepost.testing import MUTATIONS, FaultyStorage
 from milepost.types import RankInfo
@@ -272,6 +274,33 @@ def stop_next(checkpointer, pid):
         return made
 
     module.Child = child
+
+
+class Copies(CheckpointStager):
+    """A stager of the user's own, which knows nothing of arenas."""
+
+    def stage(self, state_dict, **_):
+        return {key: value.clone() for key, value in state_dict.items()}
+
+    def close(self):
+        pass
+
+
+def test_a_rank_of_several_with_a_stager_of_its_own_retries_as_the_same_attempt(tmp_path):
+    """What a fresh writer writes belongs to what the other ranks write, whoever has staged it."""
+    path, config = str(tmp_path / "c"), CheckpointWriterConfig(start_id="start")
+    other = CheckpointWriter(config, RankInfo(1, 2))
+    process = CheckpointProcess(RankInfo(0, 2), CheckpointProcessConfig(), lean=LeanWriter(config))
+    with parts(stager=Copies(), process=process) as checkpointer:
+        for step in (1, 2):  # the second time as well: the ranks count alike
+            state = {"w": torch.full((10,), float(step))}
+            pid = stopped(checkpointer)
+            written = checkpointer.save(path, state, step=step)[1]
+            os.kill(pid, signal.SIGKILL)
+            assert error_of(written) is None
+            other.write(path, state, step=step)
+            assert float(load(path)["w"][0]) == step
+    other.close()
 
 
 @pytest.mark.parametrize("on_failure", ["raise", "warn"])

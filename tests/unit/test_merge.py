@@ -305,6 +305,37 @@ def test_tied_parameters_come_back_with_their_kinds():
     assert loaded["a"].data_ptr() == loaded["c"].data_ptr()
 
 
+def test_one_tensor_declared_at_one_of_its_paths_comes_back_at_both():
+    """A tied DTensor of a slice of a mesh, or a tied plain one, may be declared at one of its paths only."""
+
+    def state(_):
+        tied = part_of(BIG, grid()["inner"], Shard(0))
+        return {"own": tied, "m": {"w": tied, "x": X}, "x": X}
+
+    load = save(4, state, ["m.*"])
+    for rank in (0, 3):
+        loaded = load(rank, 4)
+        for found in (loaded["own"], loaded["m"]["w"]):
+            assert torch.equal(found, BIG)
+        assert torch.equal(loaded["m"]["x"], X)
+        assert torch.equal(loaded["x"], X)
+
+
+@pytest.mark.parametrize("tied_on", [0, 1])
+def test_replicas_of_several_meshes_of_which_one_ties_them_are_compared(tied_on):
+    """Where one mesh has tied what another one has not, the values of all of them are compared."""
+
+    def state(rank, differ=0):
+        inner = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("pp", "dp"))["dp"]
+        one = part_of(BIG, inner, Shard(0))
+        return {"a": one, "b": one if rank // 2 == tied_on else part_of(BIG + differ, inner, Shard(0))}
+
+    loaded = save(4, state)()
+    assert torch.equal(loaded["b"], BIG)
+    with pytest.raises(CommitError, match="b: ranks 0, others on ranks 2"):
+        save(4, lambda rank: state(rank, 1))
+
+
 def test_replicas_that_share_memory_in_part_come_back_into_such_a_template():
     """A view, a transposed and a reinterpreted tensor fill a template that ties them likewise."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 import torch
+from scenarios import descriptors, in_child
 from states import (
     assert_same,
     bytes_tensor,
@@ -25,6 +27,7 @@ from states import (
 
 from milepost import make_sync_checkpointer
 from milepost.checkpoint_reader import CheckpointReader
+from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -467,3 +470,24 @@ def test_readers_hold_nothing_between_reads(tmp_path):
         loaded = [*pool.map(lambda path: reader.read(path)[0], paths * 5)]
     for number, one in enumerate(loaded):
         assert_same({"a": bytes_tensor(torch.uint8, (200_000,), number % 4)}, one)
+
+
+def test_more_ranks_than_files_that_may_be_open(tmp_path):
+    """One process loads what more ranks saved than it may have files open."""
+    path, ranks = str(tmp_path / "c"), 60
+    state = {"m": {str(n): torch.full((100,), float(n)) for n in range(ranks)}}
+    for rank in range(ranks):
+        config = CheckpointWriterConfig(start_id="start", replicated=["m.*"])
+        writer = CheckpointWriter(config, RankInfo(rank, ranks))
+        writer.write(path, state)
+        writer.close()
+
+    def load_with_few():
+        most = descriptors() + ranks // 2
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        for verify in (True, "first"):
+            template = {"m": {key: torch.zeros(100) for key in state["m"]}}
+            assert_same(CheckpointReader(RankInfo(0, 1)).read(path, template, verify=verify)[0], state)
+        assert_same(CheckpointReader(RankInfo(0, 1)).read(path)[0], state)
+
+    assert in_child(load_with_few) == 0

@@ -22,6 +22,8 @@ from milepost.config import CheckpointStagerConfig
 from milepost.errors import ClosedError, ConfigError, LowMemoryError, StateError
 from milepost.staged import image_of
 from milepost.staging import CheckpointStager, DefaultStager
+from milepost.state import StateEncoder
+from milepost.types import RankInfo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse:UserWarning"),
@@ -680,6 +682,23 @@ def test_identities_that_are_used_again_do_not_deceive(stager):
             staged[key] = new()
             assert image_of(staged) is None
         del staged
+
+
+@pytest.mark.parametrize("more", [{}, {"own": torch.ones(2)}])
+def test_a_staged_part_of_a_replica_does_not_pass_for_the_whole(more):
+    """Tensors and arrays of which a rank stages a part are known, and refused where something changed."""
+    stager = DefaultStager(encoder=StateEncoder(RankInfo(0, 2), ["m.*"]))
+    for whole in (torch.ones(300, 300), np.ones((300, 300))):
+        staged = stager.stage({"m": {"w": whole}, **more})
+        assert len(staged["m"]["w"]) == 150
+        assert image_of(staged) is not None
+        staged["new"] = 1
+        assert image_of(staged) is None
+        for state in (staged, {"w": staged["m"]["w"]}):
+            with pytest.raises(StateError, match=r"one rank's part of a global tensor.*w"):
+                stager.stage(state)
+        del staged, state
+    stager.close()
 
 
 def test_states_without_tensors_have_no_image_to_find(stager):

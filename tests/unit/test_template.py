@@ -312,6 +312,27 @@ def test_an_expanded_tensor_loads_into_a_dense_one(tmp_path):
     assert all(torch.equal(template[name], state[name]) for name in state)
 
 
+@pytest.mark.parametrize(
+    ("values", "other"),
+    [(torch.tensor([1 + 2j, 3 - 4j]), torch.conj), (torch.tensor([1.0, 2.0]), torch._neg_view)],
+)
+def test_tied_targets_of_which_one_stands_for_other_values_are_refused(tmp_path, values, other):
+    """Tied targets hold what was saved only if they stand for conjugate and negative values as that did."""
+    ways = {"same": lambda t: {"a": t, "b": t}, "other": lambda t: {"a": t, "b": other(t)}}
+    for saved, make_saved in ways.items():
+        path, state = str(tmp_path / saved), make_saved(values)
+        save(path, state)
+        for way, make in ways.items():
+            template = make(torch.zeros_like(values))
+            if way == saved:
+                load(path, template)
+                assert all(torch.equal(template[key], state[key]) for key in state)
+            else:
+                with pytest.raises(MismatchError, match="shares memory"):
+                    load(path, template)
+                assert not template["a"].any()
+
+
 def test_conjugate_and_negative_targets_get_the_saved_values(tmp_path):
     """Values, not bits, decide: any mix of conjugate and negative views on both sides loads equal values."""
     values = torch.tensor([1 + 2j, 3 - 4j, 5j])

@@ -22,7 +22,7 @@ from milepost.commit.claim import Clock
 from milepost.commit.ids import attempt_id, environment_start_id, new_attempt_id, process_id
 from milepost.commit.listing import Entry, Explanation, explain, scan
 from milepost.commit.locate import Located, locate
-from milepost.commit.publish import Target, check_target, publish
+from milepost.commit.publish import Target, absolute_path, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Explanation",
     "Located",
     "Target",
+    "absolute_path",
     "attempt_id",
     "check_target",
     "clean_up",

@@ -63,7 +63,6 @@ class _Group:
     `of_parts` are the entries that several meshes may hold.
     """
 
-    first: int
     described: _Described
     rows: list[int]
     names: list[bytes]
@@ -84,7 +83,7 @@ class Merger:
         self._groups: dict[tuple[bytes, ...], _Group] = {}
         self._group_of: dict[int, _Group] = {}
         self._tables: list[Table] = []
-        self._boxes: dict[int, dict[tuple[int, ...], int]] = {}
+        self._boxes: dict[int, set[tuple[int, ...]]] = {}
         self._replicas: dict[tuple[int, str], dict[tuple[int, ...], list[int]]] = {}
         self._seen: dict[tuple[int, bytes, bytes], list[tuple[int, str, tuple[int, ...]]]] = {}
         self._conflicts: list[str] = []
@@ -134,7 +133,7 @@ class Merger:
             names = [msgspec.json.encode(name) for name in described.key]
             rows = [self._row(rank, described, entry, names) for entry in range(len(names))]
             of_parts = {n for n, text in enumerate(described.placement) if text.endswith(ON_EACH_MESH)}
-            group = self._groups[key] = _Group(rank, described, rows, names, of_parts)
+            group = self._groups[key] = _Group(described, rows, names, of_parts)
         return group
 
     def _row(self, rank: int, described: _Described, entry: int, names: list[bytes]) -> int:
@@ -180,15 +179,15 @@ class Merger:
         self, row: int, count: int, start: list[int], size: list[int]
     ) -> tuple[list[int], list[int], int]:
         """Of boxes that a rank of another mesh may have saved as well, those that none has."""
-        known = self._boxes.setdefault(row, {})
+        known = self._boxes.setdefault(row, set())
         dims = len(start) // count
         kept_start: list[int] = []
         kept_size: list[int] = []
         kept = 0
         for n in range(count):
             box = (*start[n * dims : (n + 1) * dims], *size[n * dims : (n + 1) * dims])
-            if known.setdefault(box, 1) == 1:
-                known[box] = 2
+            if box not in known:
+                known.add(box)
                 kept_start += box[:dims]
                 kept_size += box[dims:]
                 kept += 1
