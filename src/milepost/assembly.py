@@ -19,6 +19,7 @@ from milepost.errors import CorruptCheckpointError
 from milepost.gather import Gather, shifted
 from milepost.manifest import Index
 from milepost.names import Names
+from milepost.paths import path_text
 from milepost.placements import narrowed
 from milepost.rebuild import dtype_of, finished
 from milepost.records import reach
@@ -29,7 +30,6 @@ from milepost.sharing import sharing_misfits
 from milepost.sources import IndexedSource
 from milepost.storage import OpenFile
 from milepost.template import Fill, Match, match
-from milepost.tree import path_text
 from milepost.types import STATE_DICT
 
 __all__ = ["ShardedSource"]
@@ -310,11 +310,16 @@ class ShardedSource:
 
     # -- reading -----------------------------------------------------------------------------------
 
+    def check(self, _: Sequence[Fill]) -> None:
+        """Read and verify what `fill` will read; nothing is written to."""
+        self._own.source.check(self._plain)
+        self._own.source.read_aside([fill.number for fill in self._whole_ones])
+        self._with_files(Gather.check)
+
     def fill(self, _: Sequence[Fill]) -> None:
         """Read what `match` has planned into the targets."""
         own = self._own.source
-        if self._verify == "first":
-            self._with_files(Gather.check)
+        own.read_aside([fill.number for fill in self._whole_ones])
         if self._plain:
             own.fill(self._plain)
         self._filling = True
@@ -354,7 +359,8 @@ class ShardedSource:
             root = shards.alias[number]
             made = (root, shards.kind[number], number in gradients)
             if made not in self._made:
-                self._made[made] = finished(moved[root], made[1], made[2])
+                # Of its own: what requires a gradient must not make others on its memory do so.
+                self._made[made] = finished(moved[root].detach(), made[1], made[2])
             self._values[number] = self._made[made]
 
     def _location(self, number: int) -> str:

@@ -22,7 +22,8 @@ from milepost.channel import Channel, Init, Write, encode_path
 from milepost.child import Child, Handle, Job, Orders, WriteFuture
 from milepost.commit import attempt_id, check_target, environment_start_id, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
-from milepost.errors import ClosedError, ConfigError, StateError, error_context
+from milepost.errors import ClosedError, ConfigError, MilepostError, StateError, error_context
+from milepost.paths import path_text
 from milepost.shards import decode_key
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
 from milepost.staged import StagedImage, WriteAttempt, image_of
@@ -30,7 +31,6 @@ from milepost.staging import DefaultStager
 from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
-from milepost.tree import path_text
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import TrackedFuture, gc_paused
 
@@ -334,6 +334,8 @@ class CheckpointProcess:
     def give_up(self, path: str, error: BaseException) -> None:
         """A save failed before it could be handed over: it counts as one, and the other ranks are told."""
         size = self._rank_info.global_world_size
+        if isinstance(error, MilepostError):
+            error.located(path=path, rank=self._rank_info.global_rank)
         if size == 1 or not path:
             return
         target, rank = os.path.abspath(path), self._rank_info.global_rank

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,14 +29,13 @@ from milepost.manifest import (
     digest,
 )
 from milepost.names import Names
-from milepost.placements import is_dtensor
 from milepost.shards import ShardMap
 from milepost.sources import IndexedSource, PlainSource, Verify
 from milepost.storage import OpenFile, Storage, default_storage
 from milepost.template import Match
-from milepost.together import Meeting, Report, default_meeting, describe, refuse
+from milepost.together import Meeting, Report, default_meeting, refuse
 from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import gc_paused
+from milepost.utils import gc_paused, is_dtensor
 
 __all__ = ["CheckpointReader"]
 
@@ -127,28 +127,28 @@ class CheckpointReader:
             PeerLoadError: Another rank could not load, or did not come.
             UnsupportedFormatError: A later version of Milepost wrote it.
         """
-        if state_dict is not None and not isinstance(state_dict, dict):
-            raise MismatchError(f"the template must be a dict, not {type(state_dict).__name__}")
-        if not (isinstance(verify, bool) or verify == "first"):
-            raise ConfigError(f'verify must be True, False or "first", not {verify!r}')
-        names = Names(rename, allow_missing)
-        if state_dict is None and names.renames:
-            raise ConfigError("rename needs a template: pass the state dict to load into")
         unknown = kwargs.keys() - {"weights_only", "mmap"}
         if unknown:
             logger.warning("load ignores the unknown arguments %s", sorted(unknown))
         rank = self._rank_info.global_rank
         meeting = self._meeting() if together else None
         with error_context(path=path, rank=rank, phase="load"):
-            source, found = self._prepared(path, state_dict, map_location, verify, names, meeting)
+            with nullcontext() if meeting is None else meeting.telling(str(path)):
+                names = _checked(state_dict, verify, rename, allow_missing)
+                source, found = self._prepared(
+                    path, state_dict, map_location, verify, names, alone=meeting is None
+                )
             with source:
                 self._judge(path, found or Match(), source.attempt, meeting, strict=strict)
                 loaded: list[STATE_DICT] = []
-                work = partial(self._load, source, state_dict, found, loaded)
-                if meeting is None:
-                    work()
-                else:
-                    meeting.agree(Report(str(path)), work)
+                work = [(partial(self._load, source, state_dict, found, loaded), True)]
+                if verify == "first" and found is not None:
+                    work.insert(0, (partial(source.check, found.fills), False))
+                for part, modifies in work:
+                    if meeting is None:
+                        part()
+                    else:
+                        meeting.agree(Report(str(path)), part, modifies=modifies)
         if found is not None:
             _tell(path, found)
         return loaded[0], found.missing if found is not None else []
@@ -164,28 +164,28 @@ class CheckpointReader:
         map_location: Any,
         verify: Verify,
         names: Names,
-        meeting: Meeting | None,
+        *,
+        alone: bool,
     ) -> tuple[PlainSource | IndexedSource | ShardedSource, Match | None]:
-        """Open what is to be read, and compare it with the template; a failure is told to the other ranks."""
-        source: PlainSource | IndexedSource | ShardedSource | None = None
+        """Open what is to be read, and compare it with the template."""
+        source = self._source(path, state_dict, map_location, verify, alone=alone)
+        if state_dict is None:
+            return source, None
         try:
-            source = self._source(path, state_dict, map_location, verify, alone=meeting is None)
-            if state_dict is None:
-                return source, None
             with gc_paused():
                 return source, source.match(state_dict, names)
-        except BaseException as error:
-            if source is not None:
-                source.__exit__(None, None, None)
-            if meeting is not None:
-                meeting.tell(Report(str(path), error=describe(error)))
+        except BaseException:
+            source.__exit__(None, None, None)
             raise
 
     def _judge(self, path: str, found: Match, attempt: str, meeting: Meeting | None, *, strict: bool) -> None:
         """Refuse what does not fit, on all ranks alike; afterwards `found` is what all ranks found."""
         if meeting is not None:
-            verdict = meeting.hold(Report(str(path), attempt, found.missing, found.unexpected, found.misfits))
+            verdict = meeting.hold(
+                Report(str(path), attempt, found.missing, found.unexpected, found.misfits, strict)
+            )
             refuse(verdict, modified=False)
+            strict = verdict.strict
             found.missing, found.unexpected, found.misfits = (
                 verdict.missing,
                 verdict.unexpected,
@@ -275,6 +275,18 @@ class CheckpointReader:
                 hint=f"it holds {', '.join(located.folder.names()[:5]) or 'nothing'}",
             ) from None
         return file
+
+
+def _checked(template: object, verify: object, rename: Any, allow_missing: Sequence[str]) -> Names:
+    """The names to use; raises for arguments that are not right."""
+    if template is not None and not isinstance(template, dict):
+        raise MismatchError(f"the template must be a dict, not {type(template).__name__}")
+    if not (isinstance(verify, bool) or verify == "first"):
+        raise ConfigError(f'verify must be True, False or "first", not {verify!r}')
+    names = Names(rename, allow_missing)
+    if template is None and names.renames:
+        raise ConfigError("rename needs a template: pass the state dict to load into")
+    return names
 
 
 def _open_rank(located: Located, rank: int) -> tuple[Index, OpenFile]:

@@ -46,6 +46,7 @@ __all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]
 logger = logging.getLogger(__name__)
 
 _HOOKS = ("pre_commit", "post_commit")
+_GUARD_HINT = 'a child that imports your script must not run it: guard what it does by __name__ == "__main__"'
 
 
 class WriteFuture(TrackedFuture[None]):
@@ -349,7 +350,7 @@ class Child:
         error = LostWriterError(
             f"Child process terminated unexpectedly (exit code {code})",
             phase="write",
-            hint="the staged state is intact: saving again works, with a new child",
+            hint="the staged state is intact: saving again works, with a new child" if code else _GUARD_HINT,
         )
         output = self._output()
         if output:

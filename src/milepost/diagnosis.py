@@ -23,6 +23,7 @@ from milepost.commit.hidden import (
     Note,
     belongs,
     data_rank,
+    file_digest,
     index_rank,
     is_aborted,
     is_note_aside,
@@ -49,6 +50,7 @@ from milepost.errors import (
 from milepost.manifest import (
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
+    FileDigest,
     Manifest,
     data_name,
     decode_index,
@@ -117,7 +119,9 @@ class Finding:
             "complete", but a newer checkpoint is published. "incomplete": parts are missing.
             "replaced": a former checkpoint, exchanged out by a later save. "foreign": named like an attempt
             here, but its content says that it is another's.
-        loads: Whether `load` can read it (all bytes are only compared in a deep diagnosis).
+        loads: Whether `load` can read it, as far as was looked.
+        compared: How far that was, where it seems whole: "sizes": the sizes of all files, and the bytes of
+            the indexes and the shard map. "bytes": every byte. "nothing": there is nothing to compare with.
         published: It is at its own path, and not in a hidden folder.
         alive: Its lock is held: somebody works on it. None where that cannot be told, or ranks that have
             not begun may still come.
@@ -139,6 +143,7 @@ class Finding:
         "whole", "damaged", "unreadable", "complete", "overtaken", "incomplete", "replaced", "foreign"
     ]
     loads: bool = False
+    compared: Literal["nothing", "sizes", "bytes"] = "nothing"
     published: bool = False
     alive: bool | None = False
     aborted: bool = False
@@ -212,7 +217,8 @@ def _look(storage: Storage, path: str) -> Diagnosis:
     places = (os.path.join(folder, name) for name in names or ())
     looks = (_examine(storage, place, listed.get(place), names or []) for place in places)
     findings = [finding for finding in looks if finding is not None]
-    chosen = [finding for finding in findings if is_run or path in (finding.target, finding.path)]
+    asked = {path, *(finding.target for finding in findings if finding.path == path)} - {None}
+    chosen = [found for found in findings if is_run or found.path == path or found.target in asked]
     if not is_run and not chosen:
         locate(storage, path).folder.close()
     chosen.sort(key=lambda finding: (finding.time, finding.name, finding.path))
@@ -271,20 +277,20 @@ def _target(parent: str, stem: str, attempt: str, note: Note | None, names: list
 
 def _published(folder: Folder, found: Finding, entry: Entry) -> Finding:
     names = list_names(folder)
-    if entry.state != "damaged":
-        left = tuple(name for name in names if is_own(name) and name != MANIFEST_NAME)
-        found = replace(found, state="whole", published=True, loads=True, problem=entry.problem)
-        return replace(found, leftovers=left if MANIFEST_NAME in names else ())
     found = replace(found, state="damaged", published=True)
+    if entry.state != "damaged" and MANIFEST_NAME not in names:
+        return replace(found, state="whole", loads=True, problem=entry.problem)
     try:
         manifest = read_manifest(folder)
     except UnsupportedFormatError as error:
         return replace(found, state="unreadable", problem=error.message)
     except LoadError as error:
         return replace(found, damage=(Damage(MANIFEST_NAME, error.message),))
-    lost = (Damage(MANIFEST_NAME, "is missing"),)
-    damage = lost if manifest is None else _misfits(folder, manifest)
-    return replace(found, damage=damage or (Damage("", entry.problem or "it changes all the time"),))
+    damage = _misfits(folder, manifest) if manifest else (Damage(MANIFEST_NAME, "is missing"),)
+    if entry.state == "damaged" or damage:
+        return replace(found, damage=damage or (Damage("", entry.problem or "it changes all the time"),))
+    left = tuple(name for name in names if is_own(name) and name != MANIFEST_NAME)
+    return replace(found, state="whole", loads=True, compared="sizes", leftovers=left)
 
 
 def _hidden(
@@ -302,7 +308,7 @@ def _hidden(
     if manifest is not None and manifest.attempt != attempt:
         whole = checked_manifest(folder, manifest.attempt, names, deep=True)
         free = found.target is not None and storage.stat(found.target) is None
-        return replace(found, state="replaced", loads=whole is not None and free)
+        return replace(found, state="replaced", loads=whole is not None and free, compared="sizes")
     if not is_listed:  # nothing of ours is in it
         data = any(data_rank(name) is not None for name in names)
         if names and not (data and published is not None and published.attempt == attempt):
@@ -314,7 +320,7 @@ def _hidden(
     whole = checked_manifest(folder, attempt, names, deep=True)
     if whole is not None:
         late = published is not None and published.time > whole.time
-        return replace(found, state="overtaken" if late else "complete", loads=not late)
+        return replace(found, state="overtaken" if late else "complete", loads=not late, compared="sizes")
     if note is not None and not belongs(note, folder, attempt):
         return replace(found, state="foreign")
     told = explain_folder(folder)
@@ -388,14 +394,30 @@ def _rank_of(name: str) -> int | None:
 
 
 def _misfits(folder: Folder, manifest: Manifest) -> tuple[Damage, ...]:
-    """The files that are missing or have another size, with the values that are lost with them."""
+    """The files that are missing, have another size or, if `load` compares all of it, another content.
+
+    A data file comes with the values that are lost with it.
+    """
     damage = []
     names = [entry.name for entry in manifest.entries()]
     for problem in missing_files(folder, manifest):
         name = max((name for name in names if problem.startswith(f"{name} ")), key=len, default="")
         keys = () if data_rank(name) is None else _keys_beyond(folder, name)
         damage.append(Damage(name, problem.removeprefix(f"{name} "), _rank_of(name), keys))
+    told = {known.file for known in damage}
+    for listed in (*manifest.indexes, *([manifest.shards] if manifest.shards else [])):
+        if listed.name not in told and (message := _difference(folder, listed)):
+            damage.append(Damage(listed.name, message, _rank_of(listed.name)))
     return tuple(damage)
+
+
+def _difference(folder: Folder, listed: FileDigest) -> str | None:
+    """How a file is not what the manifest says, if so."""
+    try:
+        same = file_digest(folder, listed.name) == listed
+    except (LoadError, StorageError) as error:
+        return f"cannot be read: {error.message}"
+    return None if same else "does not have the SHA-256 that the manifest lists"
 
 
 def _keys_beyond(folder: Folder, name: str) -> tuple[str, ...]:
@@ -436,8 +458,11 @@ def _read_whole(storage: Storage, finding: Finding, watch: Watch | None) -> Find
         return replace(finding, state="damaged", loads=False, damage=(Damage("", error.message),))
     if report.path != finding.path:
         return finding
-    damage = tuple(Damage(p.file, p.message, _rank_of(p.file), p.keys) for p in report.problems)
-    if damage:
-        return replace(finding, state="damaged", loads=False, damage=damage)
+    found = [Damage(p.file, p.message, _rank_of(p.file), p.keys) for p in report.problems]
+    told = {damage.file: set(damage.keys) for damage in finding.damage}  # with the values that are lost
+    more = [damage for damage in found if damage.file not in told or set(damage.keys) - told[damage.file]]
+    if finding.damage or more:
+        return replace(finding, state="damaged", loads=False, damage=(*finding.damage, *more))
+    finding = replace(finding, compared="bytes")
     odd = "; ".join(f"{warning.file}: {warning.message}" for warning in report.warnings[:5])
     return replace(finding, problem=odd or finding.problem)

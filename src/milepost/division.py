@@ -11,23 +11,32 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
+import numpy as np
 import torch
 from isal.isal_zlib import crc32
 
 from milepost import syscalls
 from milepost.errors import StateError
+from milepost.paths import Path, path_text
 from milepost.placements import Placed, narrowed, ranges
 from milepost.rebuild import DTYPE_NAMES
 from milepost.reshard import Box, Piece, cut, is_run, span, whole
 from milepost.shards import ON_EACH_MESH, Shards, encode_key
-from milepost.tree import Node, Path, path_text
+from milepost.tree import Node
 from milepost.utils import beside, gc_paused
 
-__all__ = ["Division", "Member"]
+__all__ = ["STAGED_SHARE", "Division", "Member", "is_share_array", "mark_share"]
 
 _CRC_BYTES = 8 << 20
+
+STAGED_SHARE = "_milepost_share"
+"""Attribute of a staged tensor that is a part of a global one: alone it would pass for a whole one."""
+
+_share_arrays: WeakValueDictionary[int, np.ndarray[Any, Any]] = WeakValueDictionary()
+"""Staged arrays that are such parts, by their ids."""
 
 
 @dataclass
@@ -63,6 +72,7 @@ class Division:
     agreement: str
     owned: list[tuple[int, Box | None]] = field(default_factory=list)
     checks: list[tuple[int, list[Box]]] = field(default_factory=list)
+    tied: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -140,6 +150,8 @@ class Division:
         for entry, boxes in self.checks:
             found[entry] = results[position : position + len(boxes)]
             position += len(boxes)
+        for entry, root in self.tied:  # other ranks may hold them apart: each is compared
+            found[entry] = found[root]
         return found
 
 
@@ -183,6 +195,7 @@ class _Divider:
         columns = Shards(key=keys)
         owned: dict[int, Box | None] = {}
         checks = []
+        tied = []
         for entry, member in enumerate(self.members):
             place, tensor = member.placed, self.tensors[member.number]
             boxes = shares.get(self.aliases[entry])
@@ -191,8 +204,10 @@ class _Divider:
             shares_of = list((boxes or {}).values())
             if self._is_of_part(member) and place.pieces and mine is not None:
                 shares_of.append(mine)
-            if shares_of and (self.aliases[entry] == entry or self._is_of_part(member)):
+            if shares_of and self.aliases[entry] == entry:
                 checks.append((entry, shares_of))
+            elif shares_of:
+                tied.append((entry, self.aliases[entry]))
             pieces = _held(place.pieces, mine) if mine is not None else []
             if mine != everything:
                 owned[member.number] = mine
@@ -218,6 +233,7 @@ class _Divider:
             self._agreement(names, columns),
             list(owned.items()),
             checks,
+            tied,
         )
 
     def _place_in(self, copies: tuple[int, ...]) -> int:
@@ -264,11 +280,15 @@ class _Divider:
         return shares
 
     def _agreement(self, names: list[bytes], columns: Shards) -> str:
-        """The hash of every tensor that all ranks have a part in; empty if there is none."""
+        """The hash of every tensor that all ranks have a part in; empty if there is none.
+
+        What shares memory is part of it where all ranks hold the same. A rank whose part is empty cannot
+        tell.
+        """
         rows = sorted(
             (
                 *(names[entry], columns.dtype[entry], columns.shape[entry], columns.placement[entry]),
-                names[self.aliases[entry]],
+                names[self.aliases[entry]] if member.placed.copies == member.placed.ranks else b"",
             )
             for entry, member in enumerate(self.members)
             if len(member.placed.ranks) == self.world_size
@@ -291,3 +311,23 @@ def _held(pieces: Sequence[Piece], box: Box) -> list[Piece]:
         if all(n > 0 for n in size):
             held.append(Piece(tuple(start), tuple(local), tuple(size)))
     return held
+
+
+# -- staged shares ---------------------------------------------------------------------------------
+
+
+def mark_share(value: torch.Tensor | np.ndarray[Any, Any], is_share: bool) -> None:  # noqa: FBT001
+    """Have a tensor or array be refused in a state dict, as it is a part of a global one; or not any more."""
+    if isinstance(value, torch.Tensor):
+        value.__dict__.pop(STAGED_SHARE, None)
+        if is_share:
+            setattr(value, STAGED_SHARE, True)
+    elif is_share:
+        _share_arrays[id(value)] = value
+    else:
+        _share_arrays.pop(id(value), None)
+
+
+def is_share_array(value: np.ndarray[Any, Any]) -> bool:
+    """Whether an array was marked; a tensor that was has the attribute `STAGED_SHARE`."""
+    return _share_arrays.get(id(value)) is value

@@ -113,6 +113,11 @@ class MilepostError(Exception):
         text = f"{self.message} ({', '.join(facts)})" if facts else self.message
         return f"{text}\nhint: {self.hint}" if self.hint else text
 
+    @property
+    def brief(self) -> str:
+        """The message and the key, for those who know the rest."""
+        return self.message if self.key is None else f"{self.message} (key {self.key})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by class, message and attributes, so that errors cross process boundaries whole."""
         attributes = dict(self.__dict__)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from milepost.errors import ConfigError
-from milepost.tree import Item, Node, Path, TreeDecoder, path_text
+from milepost.paths import Item, Path, path_text
+from milepost.tree import Node, TreeDecoder
 
 __all__ = ["Names", "matcher", "nodes_by_path"]
 

@@ -18,6 +18,7 @@ import torch
 from torch import _weights_only_unpickler as restricted
 
 from milepost.errors import StateError
+from milepost.utils import is_dtensor
 
 __all__ = ["pickle_object", "storage_from", "unpickle_object"]
 
@@ -29,7 +30,7 @@ def pickle_object(value: Any, register: Register) -> bytes:
     """Pickle one object, with the data of its tensors left out as numbered storages.
 
     Raises:
-        StateError: It holds a meta tensor.
+        StateError: It holds a meta tensor or a DTensor.
         Exception: Whatever pickling it raises.
     """
     out = io.BytesIO()
@@ -61,6 +62,11 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Plain tensors are rebuilt over the numbered storage of their own elements."""
+        if is_dtensor(obj):
+            raise StateError(
+                "a DTensor in an object that is no dict or list would be saved as this rank's part of it",
+                hint="put it into plain dicts and lists, or save its full_tensor()",
+            )
         if (
             type(obj) is not torch.Tensor
             or obj.layout is not torch.strided

@@ -10,16 +10,17 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import prod
 from typing import Any
 
 import torch
 
 from milepost.errors import ConfigError, StateError
 from milepost.names import matcher
+from milepost.paths import Path, path_text
 from milepost.reshard import Box, Piece, Split, pieces_of, whole
-from milepost.tree import Path, path_text
 
-__all__ = ["Placed", "Replicated", "declared_whole", "is_dtensor", "local_of", "narrowed", "placed", "ranges"]
+__all__ = ["Placed", "Replicated", "declared_whole", "local_of", "narrowed", "placed", "ranges"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +46,13 @@ class Placed:
     text: str
 
 
-def is_dtensor(value: Any) -> bool:
-    """Whether a value is a DTensor, without importing what defines it."""
-    kind = type(value)
-    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
-
-
 def local_of(value: Any) -> torch.Tensor:
     """The plain tensor that holds this rank's part of a DTensor; the same memory."""
     local = value._local_tensor  # noqa: SLF001 - to_local() would make a node of the autograd graph
     return local.wait() if hasattr(local, "trigger_wait") else local  # type: ignore[no-any-return]
 
 
-_known: dict[Any, Placed] = {}
+_known: dict[Any, tuple[Placed, ...]] = {}
 _MAX_KNOWN = 1 << 16
 
 
@@ -74,20 +69,22 @@ def placed(value: Any, *, everywhere: bool = False) -> Placed:
     mesh, shape = value.device_mesh, tuple(value.shape)
     # A mesh does not know its rank: a process that joins another group may have another one.
     key = (mesh, mesh.get_rank(), tuple(value.placements), shape, everywhere)
-    found = _known.get(key)
-    if found is None:
+    ways = _known.get(key)
+    if ways is None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
         wide = _widened(mesh, key[2]) if everywhere else (mesh, key[2])
-        found = _known[key] = _place(*wide, shape)
+        ways = _known[key] = _ways(*wide, shape)
     local = local_of(value)
-    if tuple(local.shape) != found.local and not (0 in found.local and local.numel() == 0):
-        raise StateError(
-            f"this rank's part of a DTensor has shape {tuple(local.shape)}, but {found.text} of "
-            f"{shape} means {found.local}",
-            hint="does another library shard this tensor in a way of its own?",
-        )
-    return found
+    for found in ways:
+        if tuple(local.shape) == found.local or not (found.pieces or local.numel()):
+            return found
+    means = " or ".join(str(way.local) for way in ways)
+    raise StateError(
+        f"this rank's part of a DTensor has shape {tuple(local.shape)}, but {ways[0].text} of "
+        f"{shape} means {means}",
+        hint="does another library shard this tensor in a way of its own?",
+    )
 
 
 def _widened(mesh: Any, placements: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -109,7 +106,34 @@ def _widened(mesh: Any, placements: tuple[Any, ...]) -> tuple[Any, tuple[Any, ..
     return root, tuple(by_name.get(name, Replicate()) for name in all_names)
 
 
-def _place(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> Placed:
+def _ways(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> tuple[Placed, ...]:
+    """What these placements can mean, of which this rank's local shape tells which it is.
+
+    A strided shard says that the dimension was divided over a later mesh dimension first. Where that is not
+    even, torch's own ``_StridedShard`` and FSDP2 on top of tensor parallelism (which shards anew what
+    it finds) cut at different rows.
+    """
+    torchs, fsdps = (_place(mesh, placements, shape, inner_first=first) for first in (False, True))
+    if set(torchs.pieces) == set(fsdps.pieces):
+        return (torchs,)
+    if torchs.local == fsdps.local:
+        raise StateError(
+            f"it cannot be told which rows this rank holds of {torchs.text} of {shape}",
+            hint="pad the dimension to a multiple of the ranks that divide it, or use another mesh",
+        )
+    return (torchs, fsdps)
+
+
+def _inner_first(splits: list[Split]) -> list[Split]:
+    """The splits of a dimension: if the first is strided to make room for the plain others, it comes last."""
+    strided, plain = splits[:1], splits[1:]
+    room = prod(split.parts for split in plain)
+    if room == 1 or any(s.factor != room for s in strided) or any(s.factor != 1 for s in plain):
+        return splits
+    return [*plain, *(Split(split.parts, split.index) for split in strided)]
+
+
+def _place(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...], *, inner_first: bool) -> Placed:
     splits: list[list[Split]] = [[] for _ in shape]
     coordinate = mesh.get_coordinate()
     same: list[Any] = []
@@ -135,7 +159,7 @@ def _place(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> Plac
     text = f"[{', '.join(names)}] on {'x'.join(map(str, mesh.mesh.shape))} ranks {ranges(ranks)}"
     if coordinate is None:
         return Placed(shape, (), (0,) * len(shape), (), ranks, text)
-    pieces, local = pieces_of(shape, splits)
+    pieces, local = pieces_of(shape, [_inner_first(dims) for dims in splits] if inner_first else splits)
     copies = tuple(sorted(mesh.mesh[tuple(same)].flatten().tolist()))
     return Placed(shape, tuple(pieces), local, copies, ranks, text)
 
@@ -157,7 +181,8 @@ class Replicated:
 
     Args:
         declared: Patterns such as ``"model.*"`` (``*`` stands for any text, ``?`` for a character), or
-            DistributedDataParallel modules, whose parameters and synchronised buffers are meant.
+            DistributedDataParallel modules, whose parameters are meant. (Their buffers differ after a forward
+            pass, before which alone they are made the same.)
         world_size: How many ranks there are.
     """
 
@@ -182,12 +207,7 @@ class Replicated:
     def begin(self) -> None:
         """Called before a state dict is walked: modules may have got new memory."""
         self._memory = {
-            tensor.untyped_storage().data_ptr()
-            for module in self._modules
-            for tensor in (
-                *module.parameters(),
-                *(module.buffers() if getattr(module, "broadcast_buffers", True) else ()),
-            )
+            tensor.untyped_storage().data_ptr() for module in self._modules for tensor in module.parameters()
         } - {0}
 
     def declares(self, tensor: torch.Tensor, path: Path) -> bool:

@@ -10,9 +10,10 @@ import msgspec
 
 from milepost.errors import CorruptCheckpointError
 from milepost.manifest import Tensors
+from milepost.paths import path_text
 from milepost.reshard import steps_of
 from milepost.shards import Key, ShardMap, decode_key
-from milepost.tree import Node, path_text
+from milepost.tree import Node
 
 __all__ = ["key_trie", "with_global_columns", "with_shards"]
 
@@ -103,17 +104,22 @@ class _Merge:
             return ["tensor", self.first + trie] if tag == "tensor" and node[1] in self.own else node
         left = dict(trie)
         if tag in ("dict", "ordered", "default"):
+            rest = node[2:]
+            attributes = left.pop(_ATTRIBUTES, None)
+            if tag == "ordered" and attributes is not None and node[2] is not None:
+                rest = [self.merged(node[2], attributes)]
             entries = []
             for key, child in node[1]:
-                plain = key[0] == "str" and key[1] is not None
-                below = left.pop(msgspec.json.encode(key[1] if plain else key), None)
+                below = left.pop(msgspec.json.encode(_step_of(key)), None)
                 entries.append((key, child if below is None else self.merged(child, below)))
+            mine = {decode_key([_step_of(key)])[0] for key, _ in node[1]} if left else set()
             for part, below in left.items():
                 step = msgspec.json.decode(part)
-                if isinstance(step, str) or step[0] != "item":
+                # What is equal to a key of the rank's own, as 1 is to True, stands for the same place.
+                if _is_name(step) and decode_key([step])[0] not in mine:
                     self.others.append(self._made(below))
                     entries.append((["str", step] if isinstance(step, str) else step, self.others[-1]))
-            return [tag, entries, *node[2:]]
+            return [tag, entries, *rest]
         if tag in ("list", "tuple"):
             # Its length is the rank's own: what others have behind its end has no place in it.
             items = []
@@ -138,9 +144,22 @@ class _Merge:
         entries = [
             (["str", step] if isinstance(step, str) else step, self._made(trie[part]))
             for part, step in steps.items()
-            if isinstance(step, str) or step[0] != "item"
+            if _is_name(step)
         ]
         return ["dict", entries]
+
+
+def _step_of(key: Node) -> Any:
+    """The step of a `Key` for the node of a key of a dict."""
+    return key[1] if key[0] == "str" and key[1] is not None else key
+
+
+def _is_name(step: Any) -> bool:
+    """Whether a step leads to an entry of a dict."""
+    return isinstance(step, str) or step[0] not in ("item", "attributes")
+
+
+_ATTRIBUTES = msgspec.json.encode(["attributes"])
 
 
 _MAX_LIST = 1 << 20

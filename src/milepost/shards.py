@@ -8,6 +8,7 @@ the ranks that it reads from.
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from math import prod
@@ -16,8 +17,9 @@ from typing import Any, Protocol
 import msgspec
 
 from milepost.errors import CorruptCheckpointError
+from milepost.paths import ATTRIBUTES, Item, Path
 from milepost.reshard import Box, Piece, intersection
-from milepost.tree import Item, Node, Path, TreeDecoder, TreeEncoder, UnencodableError, check_tree
+from milepost.tree import Node, TreeDecoder, TreeEncoder, UnencodableError, check_tree
 
 __all__ = [
     "MAX_SHARDS_BYTES",
@@ -46,7 +48,8 @@ MAX_SHARDS_BYTES = 1 << 31
 _MAX_INT = (1 << 63) - 1
 
 Key = list[Any]
-"""A typed path: text for a key that is text, ["item", n] for a position, else the key's node."""
+"""A typed path: text for a key that is text, ["item", n] for a position, ["attributes"] for the attributes of
+an OrderedDict, else the key's node."""
 
 
 class Shards(msgspec.Struct):
@@ -301,8 +304,27 @@ def _refuse(value: Any, path: Path) -> Node:
 
 
 _encoder = TreeEncoder(_refuse)
+
+
+def _plain_scalar(node: Any) -> Any:
+    """A numpy scalar as the plain value that is equal to it, or else as a tuple of its node."""
+    kind, data = node[1][1:2], bytes.fromhex(node[2])
+    if kind in ("i", "u", "b"):
+        return int.from_bytes(data, "little", signed=kind == "i")
+    codes = {"f2": "<e", "f4": "<f", "f8": "<d"}
+    if node[1][1:] in codes:
+        return struct.unpack(codes[node[1][1:]], data)[0]
+    return tuple(node)
+
+
+_ATTRIBUTES = "attributes"
 _decoder = TreeDecoder(
-    {"scalar": lambda node: ("scalar", *node[1:]), "size": lambda node: ("size", *node[1])}
+    {
+        "scalar": _plain_scalar,
+        "size": lambda node: tuple(node[1]),  # to which a torch.Size is equal
+        "dtype": tuple,
+        "device": tuple,
+    }
 )
 
 
@@ -319,6 +341,9 @@ def encode_key(path: Path, node_of: Any = None) -> Key:
         if type(step) is Item:
             key.append(["item", int(step)])
             continue
+        if step is ATTRIBUTES:
+            key.append([_ATTRIBUTES])
+            continue
         node = encode(step)
         plain = node[0] == "str" and node[1] is not None
         key.append(node[1] if plain else node)
@@ -333,6 +358,8 @@ def decode_key(key: Key) -> Path:
             path.append(part)
         elif part[0] == "item":
             path.append(Item(part[1]))
+        elif part[0] == _ATTRIBUTES:
+            path.append(ATTRIBUTES)
         else:
             path.append(_decoder.decode(part))
     return tuple(path)
@@ -347,6 +374,8 @@ def _is_key(key: Key) -> bool:
         if part[0] == "item":
             if len(part) != 2 or type(part[1]) is not int or part[1] < 0:
                 return False
+            continue
+        if part == [_ATTRIBUTES]:
             continue
         try:
             check_tree(["set", [part]], tensors=0, records=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import mul
+from typing import Any
 
 import torch
 
@@ -24,8 +25,8 @@ def sharing_misfits(
 ) -> list[str]:
     """A sentence for each tensor that would overwrite what another one is filled with.
 
-    Only tensors without gaps are compared: of others, whose elements may lie between those of each other,
-    the later is right.
+    Tensors without gaps are compared with each other, and those with gaps where they are the very same view.
+    Of others, whose elements may lie between those of each other, the later is right.
 
     Args:
         fills: What goes where.
@@ -44,15 +45,22 @@ def sharing_misfits(
         return []
     conflicts = []
     last: tuple[int, int] | None = None  # end and number of the one that reaches farthest
+    with_gaps: dict[Any, int] = {}
     for start, end, number in extents:
         target = targets[number]
-        if start == end or not is_dense(target):
+        if start == end:
             continue
-        if last is not None and start < last[0] and target.device == targets[last[1]].device:
-            pair = fills[last[1]], fills[number]
+        other = None
+        if not is_dense(target):
+            view = (start, target.dtype, target.shape, target.stride(), target.device)
+            other = with_gaps.setdefault(view, number)
+        elif last is not None and start < last[0] and target.device == targets[last[1]].device:
+            other = last[1]
+        if other is not None and other != number:
+            pair = fills[other], fills[number]
             if not _agree(*pair, tensors, same_bytes) and not fit_together(*pair):
                 conflicts.append(pair)
-        if last is None or end > last[0]:
+        if is_dense(target) and (last is None or end > last[0]):
             last = end, number
     if not conflicts:
         return []
@@ -68,6 +76,8 @@ def _agree(first: Fill, later: Fill, tensors: Tensors, same_bytes: Callable[[int
     """Whether two tensors that share memory can both hold what was saved for them."""
     a, b = first.number, later.number
     if _turned(first, tensors) != _turned(later, tensors):
+        return False
+    if (first.pieces or later.pieces) and first.parts() != later.parts():
         return False
     distance = later.target.data_ptr() - first.target.data_ptr()
     as_saved = (

@@ -21,14 +21,15 @@ import msgspec
 
 import milepost
 from milepost.commit import Attempt
-from milepost.errors import PostCommitError, StateError, error_context
+from milepost.errors import AbortedError, PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
 from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
+from milepost.paths import path_text
 from milepost.pickle_view import emit
 from milepost.shards import SHARDS_FEATURE, Shards
 from milepost.storage import Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
-from milepost.tree import Node, TreeEncoder, UnencodableError, path_text
+from milepost.tree import Node, TreeEncoder, UnencodableError
 from milepost.utils import beside
 
 __all__ = [
@@ -305,7 +306,7 @@ def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
                 with _attempt(path, options):
                     raise error  # noqa: TRY201 - in the attempt, which is aborted by it
             except BaseException as told:  # noqa: BLE001 - the first error is raised below
-                if told is not error:
+                if told is not error and not isinstance(told, AbortedError):  # then they know already
                     logger.warning("could not tell the other ranks of a failure: %s", told)
         raise
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal, Self
@@ -76,6 +76,9 @@ class PlainSource:
         found = match(template, tree, tensors, self._taken.decode, names)
         found.misfits += sharing_misfits(found.fills, tensors, tree, same_bytes)
         return found
+
+    def check(self, fills: Sequence[Fill]) -> None:
+        """Nothing to do: all has been read, and there are no checksums."""
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """Copy the tensors."""
@@ -220,11 +223,13 @@ class IndexedSource:
         moved = torch.empty(0, dtype=tensor.dtype, device=storage.device)
         return moved.set_(storage, 0, tensor.shape, tensor.stride())
 
+    def read_aside(self, numbers: Iterable[int]) -> None:
+        """Read tensors, of which `copy_pieces` then copies parts."""
+        records = {self._index.tensors.record[number] for number in numbers}
+        self._read_records(sorted(records - self._storages.keys()))
+
     def copy_pieces(self, fill: Fill) -> None:
-        """Read a tensor aside, and copy those parts of it that are wanted."""
-        record = self._index.tensors.record[fill.number]
-        if record not in self._storages:
-            self._read_records([record])
+        """Copy those parts that are wanted of a tensor that was read aside."""
         source = self._builder.tensor(fill.number)
         for piece in fill.parts():
             copy_into(narrowed(fill.target, Box(piece.local, piece.size)), narrowed(source, piece.box))
@@ -241,13 +246,16 @@ class IndexedSource:
             == self._index.records.crcs[chunks[b] : chunks[b + 1]]
         )
 
+    def check(self, fills: Sequence[Fill]) -> None:
+        """Read and verify what `fill` will read; nothing is written to."""
+        records = {self._index.tensors.record[fill.number] for fill in fills}
+        self.read([self._part(record, None) for record in sorted(records)])
+
     def fill(self, fills: Sequence[Fill]) -> None:
         """Read the tensors into their targets; verified as asked."""
         with gc_paused():
             direct, copies, aside = self._sort(fills)
             parts = [self._part(record, direct[record].target.data_ptr()) for record in sorted(direct)]
-        if self._verify == "first":
-            self.read([self._part(record, None) for record in sorted({*direct, *aside})])
         self.filling = True
         self.read(parts)
         for fill, source in copies:  # the same bytes, even where shape or dtype differ

@@ -20,7 +20,7 @@ from milepost.arena import Arena
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.snapshot import Shares
-from milepost.state import Parts, mark_share
+from milepost.state import Parts
 from milepost.tree import Node
 from milepost.types import STATE_DICT
 
@@ -151,8 +151,6 @@ class StagedImage:
             views: Its tensors and arrays over the arena. They are not counted as used by this: their
                 owner's list is kept, whose items stay alive as long as somebody has the image.
         """
-        for number in self.shares.numbers() if self.shares else ():
-            mark_share(views[number])
         self._views = views
         self._keep: list[Any] = []
         self._others: list[tuple[Callable[[], Any], Any]] = []

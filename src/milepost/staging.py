@@ -23,12 +23,13 @@ from milepost import accelerator, syscalls
 from milepost.accelerator import copy_tensors
 from milepost.arena import Arena, available_bytes
 from milepost.config import CheckpointStagerConfig
+from milepost.division import mark_share
 from milepost.errors import ClosedError, LowMemoryError, StateError
+from milepost.paths import path_text
 from milepost.rebuild import TensorBuilder
 from milepost.staged import SharedRecords, StagedImage
 from milepost.state import Parts, StateEncoder
 from milepost.template import is_dense
-from milepost.tree import path_text
 from milepost.types import STATE_DICT
 from milepost.utils import gc_paused
 
@@ -138,7 +139,7 @@ class DefaultStager(CheckpointStager):
                 self._pool = ThreadPoolExecutor(1, "milepost-stage")
             try:
                 return self._pool.submit(
-                    self._fill_later, slot, parts, _versions(parts.walk.tensors), parts.copier()
+                    self._fill_later, slot, parts, _versions(parts.sources), parts.copier()
                 )
             except BaseException:
                 slot.busy = False
@@ -222,7 +223,7 @@ class DefaultStager(CheckpointStager):
 
     def _fill_later(self, slot: _Slot, parts: Parts, versions: list[int], copy: Copy) -> STATE_DICT:
         staged, _ = slot.fill(parts, copy=copy)
-        after = _versions(parts.walk.tensors)
+        after = _versions(parts.sources)
         if after == versions:
             return staged
         del staged  # the error's traceback would keep the arena from being used again
@@ -295,6 +296,7 @@ class _Slot:
         self._values: list[Any] = []
         self._copies: list[tuple[int, torch.Tensor]] = []
         self._raw: list[int] = []
+        self._shares: set[int] = set()
         self._storages: list[torch.UntypedStorage] = []
         self._baseline: list[int] = []
         self._pin = pin if pin is not None else torch.cuda.is_available()
@@ -405,12 +407,16 @@ class _Slot:
             shared=shared,
             shares=parts.shares(),
         )
+        shares = set(self.image.shares.numbers()) if self.image.shares else set()
+        for number in shares ^ self._shares:
+            mark_share(values[number], number in shares)
+        self._shares = shares
         self.image.recognise(staged, values)
         return staged, self.image
 
     def _drop(self) -> None:
         self._plan, self._values, self._copies, self._raw = None, [], [], []
-        self._storages, self._baseline = [], []
+        self._storages, self._baseline, self._shares = [], [], set()
 
     def close(self) -> None:
         """Let go of the arena; views that somebody holds keep its memory."""

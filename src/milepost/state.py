@@ -11,32 +11,27 @@ import ctypes
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
 from milepost.accelerator import copy_bytes
-from milepost.division import Division, Member
+from milepost.division import STAGED_SHARE, Division, Member, is_share_array
 from milepost.errors import StateError, UnsupportedTypeError
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.objects import pickle_object, storage_from, unpickle_object
+from milepost.paths import Path, path_text
 from milepost.pickle_view import tensor_fragments
-from milepost.placements import Placed, Replicated, declared_whole, is_dtensor, local_of, placed
+from milepost.placements import Placed, Replicated, declared_whole, local_of, placed
 from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
 from milepost.records import check_memory, partition, refuse_meta
 from milepost.snapshot import Shares, Snapshot
-from milepost.tree import Node, Path, TreeDecoder, TreeEncoder, UnencodableError, path_text
+from milepost.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
 from milepost.types import RankInfo
+from milepost.utils import is_dtensor
 
-__all__ = ["Parts", "StateEncoder", "mark_share"]
-
-_STAGED_SHARE = "_milepost_share"
-"""Attribute of a staged tensor that is a part of a global one: alone it would pass for a whole one."""
-
-_share_arrays: WeakValueDictionary[int, np.ndarray[Any, Any]] = WeakValueDictionary()
-"""Staged arrays that are such parts, by their ids."""
+__all__ = ["Parts", "StateEncoder"]
 
 BLOB_BYTES = 64 * 1024
 """Longer ``bytes`` are kept out of the index, in a record of their own."""
@@ -125,6 +120,11 @@ class Parts:
     walk: _Walk
     plan: _Plan
     division: Division | None = None
+
+    @property
+    def sources(self) -> list[torch.Tensor]:
+        """The tensors of the state, all of them whole."""
+        return self.walk.tensors if self.division is None else self.walk.wholes
 
     def shares(self, *, lazily: bool = False) -> Shares | None:
         """What the index says of global tensors; CRCs of replicas are computed here, or when asked for."""
@@ -251,7 +251,7 @@ class StateEncoder:
             # Every property that is asked for costs 2 ms a save of 20,000 tensors: quantised tensors show
             # by their dtype, and meta tensors are refused when their structure is planned.
             if value.layout is torch.strided and value.dtype in DTYPE_NAMES and not value.is_nested:
-                if value.__dict__ and _STAGED_SHARE in value.__dict__:
+                if value.__dict__ and STAGED_SHARE in value.__dict__:
                     raise _share_error(path)
                 name = "tensor" if kind is torch.Tensor else "parameter"
                 if self._replicated.active and self._replicated.declares(value, path):
@@ -309,7 +309,7 @@ class StateEncoder:
         return division
 
     def _array(self, value: np.ndarray[Any, Any], path: Path) -> Node:
-        if _share_arrays.get(id(value)) is value:
+        if is_share_array(value):
             raise _share_error(path)
         if value.dtype in _NUMPY_KINDS and value.dtype.isnative:
             declared = self._replicated.active and self._replicated.declares(_NO_TENSOR, path)
@@ -408,14 +408,6 @@ class StateEncoder:
         )
         self._plans = [plan, *self._plans[: _KEPT_PLANS - 1]]
         return plan
-
-
-def mark_share(value: torch.Tensor | np.ndarray[Any, Any]) -> None:
-    """Have a tensor or array be refused in a state dict, as it is a part of a global one."""
-    if isinstance(value, torch.Tensor):
-        setattr(value, _STAGED_SHARE, True)
-    else:
-        _share_arrays[id(value)] = value
 
 
 def _share_error(path: Path) -> StateError:

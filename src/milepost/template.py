@@ -17,11 +17,13 @@ import torch
 from milepost.errors import CorruptCheckpointError, StateError
 from milepost.manifest import Tensors
 from milepost.names import Names, nodes_by_path
-from milepost.placements import is_dtensor, local_of, placed
+from milepost.paths import Item, Path, path_text
+from milepost.placements import local_of, placed
 from milepost.rebuild import dtype_of
 from milepost.records import reach
 from milepost.reshard import Piece, whole
-from milepost.tree import Item, Node, Path, path_text
+from milepost.tree import Node
+from milepost.utils import is_dtensor
 
 __all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]
 
@@ -141,7 +143,7 @@ class _Matcher:
         """
         tag = node[0]
         if target is None:
-            return lambda: self._decode(node)
+            return self._new(node)
         if tag == "tensor":
             return self._tensor(target, node[1], path)
         if tag in ("dict", "ordered", "default"):
@@ -153,14 +155,19 @@ class _Matcher:
                 return self._list(target, node, path)
         elif tag in _NUMBERS:
             if isinstance(target, numbers.Number | np.generic):
-                return lambda: self._decode(node)
+                return self._new(node)
         elif tag == "object":
             return self._object(target, node, path)
         elif tag == "array" and type(target) is np.ndarray:
             return self._raw_array(target, node, path)
         elif type(target) is _EXACT[tag]:
-            return lambda: self._decode(node)
+            return self._new(node)
         return self._misfit(path, _kind(target), _tag_text(node))
+
+    def _new(self, node: Node) -> Callable[[], Any]:
+        """A value that replaces what the template has: read now, so that no damage is found too late."""
+        value = self._decode(node)
+        return lambda: value
 
     def _dict(self, target: dict[Any, Any], node: Node, path: Path) -> Callable[[], Any]:
         saved = {
@@ -212,7 +219,7 @@ class _Matcher:
         if len(target) != len(saved):
             if _holds_tensor(target) or _names_tensor(node):
                 return self._misfit(path, f"{len(target)} items", f"{len(saved)} items")
-            return lambda: self._decode(node)
+            return self._new(node)
         parts = [
             self._value(value, child, (*path, Item(i)))
             for i, (value, child) in enumerate(zip(target, saved, strict=True))
@@ -261,6 +268,8 @@ class _Matcher:
                 f"{destination.dtype} of shape {tuple(destination.shape)}",
                 f"{dtype} of shape {tuple(shape)}",
             )
+        if _lacks_memory(destination):
+            return self._misfit(path, f"a tensor with memory to fill, not {_kind(target)}", "a dense tensor")
         if _overlaps(destination) and not _same_steps(destination, columns.stride[number]):
             return self._misfit(
                 path,
@@ -286,15 +295,14 @@ class _Matcher:
         except StateError as error:
             return self._misfit(path, f"a DTensor that can be filled: {error.message}", "a tensor")
         local = local_of(target).detach()
-        if local.layout is not torch.strided or local.is_meta or _overlaps(local):
+        if local.layout is not torch.strided or local.is_meta or _lacks_memory(local) or _overlaps(local):
             return self._misfit(path, f"a dense tensor to fill, not {_kind(local)}", "a dense tensor")
         self._match.fills.append(Fill(local, number, pieces))
         self._filled.append(local)
         return None
 
     def _raw_array(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
-        # Read now, as objects are.
-        value = self._decode(node)
+        value = self._decode(node)  # now, as in `_new`
         if (target.dtype, target.shape) != (value.dtype, value.shape):
             return self._misfit(
                 path,
@@ -311,14 +319,28 @@ class _Matcher:
         return put
 
     def _object(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
-        # Objects are small: they are read now, so that a wrong one is found before anything is written.
-        value = self._decode(node)
+        value = self._decode(node)  # now, as in `_new`
         fits = type(value) is type(target)
         if fits and isinstance(value, torch.Tensor):
             fits = _outline(value) == _outline(target)
         if not fits:
             return self._misfit(path, _kind(target), _kind(value))
         return lambda: value
+
+
+def _lacks_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements are not where it says: it was freed, or stands for other tensors."""
+    try:
+        start, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # as of wrapper subclasses
+        return True
+    if tensor.is_contiguous():
+        reached = tensor.numel()
+        if not reached:
+            return False
+    else:
+        reached = reach(tensor)
+    return start == 0 or size < (int(tensor.storage_offset()) + reached) * tensor.element_size()
 
 
 def _outline(tensor: torch.Tensor) -> tuple[Any, ...]:

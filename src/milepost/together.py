@@ -7,7 +7,8 @@ answer for all. A store is used from the thread that loads only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import reduce
 from operator import or_
@@ -25,8 +26,6 @@ logger = logging.getLogger(__name__)
 _GRACE_SECONDS = 5
 """How much longer than rank 0 the others wait, to hear from it who did not come."""
 
-_meetings = 0
-
 
 class Report(msgspec.Struct):
     """What one rank found.
@@ -37,6 +36,7 @@ class Report(msgspec.Struct):
         missing: See `Match`.
         unexpected: See `Match`.
         misfits: See `Match`.
+        strict: Whether missing keys are to be refused.
         error: Why it cannot load, if it cannot.
     """
 
@@ -45,6 +45,7 @@ class Report(msgspec.Struct):
     missing: list[str] = []
     unexpected: list[str] = []
     misfits: list[str] = []
+    strict: bool = False
     error: str | None = None
 
 
@@ -55,12 +56,14 @@ class Verdict(msgspec.Struct):
         missing: What any rank's template has and was not saved.
         unexpected: What was saved and no rank's template has.
         misfits: What does not fit some rank's template, with the rank.
+        strict: Whether any rank refuses missing keys.
         failed: The ranks that cannot load, with their errors.
     """
 
     missing: list[str] = []
     unexpected: list[str] = []
     misfits: list[str] = []
+    strict: bool = False
     failed: list[tuple[int, str]] = []
 
     @classmethod
@@ -69,6 +72,7 @@ class Verdict(msgspec.Struct):
         verdict = cls()
         verdict.missing = list(dict.fromkeys(key for report in reports for key in report.missing))
         verdict.unexpected = _common([report.unexpected for report in reports])
+        verdict.strict = any(report.strict for report in reports)
         by_misfit: dict[str, list[int]] = {}
         for rank, report in enumerate(reports):
             for misfit in report.misfits:
@@ -91,6 +95,9 @@ class Verdict(msgspec.Struct):
 class Meeting:
     """Where the ranks of a job meet when they load. For one thread at a time.
 
+    Each rank counts its meetings in the store. One that missed some goes on to the one at which rank 0 is
+    now; what a rank has put that has given up is withdrawn.
+
     Args:
         store: A ``torch.distributed`` store that all ranks share.
         rank: This rank.
@@ -110,10 +117,8 @@ class Meeting:
         Raises:
             PeerLoadError: The store cannot be reached.
         """
-        global _meetings  # noqa: PLW0603 - the ranks count the meetings of their process
-        _meetings += 1
-        prefix = f"milepost/load/{_meetings}"
         try:
+            prefix = self._enter()
             self._store.set(f"{prefix}/{self._rank}", msgspec.json.encode(report))
             return self._judge(prefix) if self._rank == 0 else self._hear(prefix)
         except RuntimeError as error:
@@ -123,6 +128,16 @@ class Meeting:
                 phase="load",
                 hint="the process that hosts it may have died; to load without the others: together=False",
             ) from error
+
+    def _enter(self) -> str:
+        """The prefix of the keys of this rank's next meeting."""
+        base = f"milepost/load/{self._world_size}"
+        number = self._store.add(f"{base}/{self._rank}", 1)
+        if self._rank and self._store.check([f"{base}/{number}/verdict"]):
+            latest = self._store.add(f"{base}/0", 0)
+            latest += self._store.check([f"{base}/{latest}/verdict"])
+            number = self._store.add(f"{base}/{self._rank}", latest - number)
+        return f"{base}/{number}"
 
     def _judge(self, prefix: str) -> Verdict:
         """As rank 0: put the verdict where all ranks find it."""
@@ -139,7 +154,10 @@ class Meeting:
         key = f"{prefix}/verdict"
         if self._await([key], self._seconds + _GRACE_SECONDS):
             return msgspec.json.decode(self._store.get(key), type=Verdict)
-        return self._without(self._absent(prefix) or [0])
+        absent = self._absent(prefix) or [0]
+        gone = Report("", error=f"it gave up after {self._seconds:g} seconds, in which not all ranks came")
+        self._store.set(f"{prefix}/{self._rank}", msgspec.json.encode(gone))
+        return self._without(absent)
 
     def _await(self, keys: list[str], seconds: float) -> bool:
         try:
@@ -157,8 +175,13 @@ class Meeting:
         )
         return Verdict(failed=[(rank, reason) for rank in ranks])
 
-    def agree(self, report: Report, work: Callable[[], None]) -> None:
+    def agree(self, report: Report, work: Callable[[], None], *, modifies: bool) -> None:
         """Do something that may fail, and fail on all ranks if it does on one.
+
+        Args:
+            report: This rank's.
+            work: What to do.
+            modifies: Whether targets have been written to when it is done.
 
         Raises:
             PeerLoadError: Another rank failed; this one has done its part.
@@ -170,7 +193,16 @@ class Meeting:
             report.error = describe(error)
             self.tell(report)
             raise
-        refuse(self.hold(report), modified=True)
+        refuse(self.hold(report), modified=modifies)
+
+    @contextmanager
+    def telling(self, path: str) -> Iterator[None]:
+        """If something fails that comes before a meeting, tell the others at that."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell(Report(path, error=describe(error)))
+            raise
 
     def tell(self, report: Report) -> None:
         """Tell the others why this rank cannot load, which they hear at this meeting."""
@@ -215,7 +247,7 @@ def _common(lists: list[list[str]]) -> list[str]:
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    text = error.message if isinstance(error, MilepostError) else str(error)
+    text = error.brief if isinstance(error, MilepostError) else str(error)
     return f"{type(error).__name__}: {text}"
 
 

@@ -26,24 +26,20 @@ from collections.abc import Callable, Sized
 from typing import Any, TypeVar
 
 from milepost.errors import CorruptCheckpointError
+from milepost.paths import ATTRIBUTES, Item, Path, path_text
 
 __all__ = [
     "MAX_DEPTH",
     "Node",
-    "Path",
     "TreeDecoder",
     "TreeEncoder",
     "UnencodableError",
     "check_tree",
-    "path_text",
     "paths_of",
 ]
 
 Node = Any
 """A node as above: a tuple or list."""
-
-Path = tuple[Any, ...]
-"""Where a value is: the keys on the way down, and an `Item` for each position in a list, tuple or set."""
 
 MAX_DEPTH = 200
 """Containers may be nested this deep."""
@@ -58,21 +54,6 @@ class UnencodableError(Exception):
     def __init__(self, message: str, path: Path) -> None:
         super().__init__(message)
         self.path = path
-
-
-class Item(int):
-    """A position in a list, tuple or set, as a step of a path."""
-
-
-def path_text(path: Path) -> str:
-    """A path as text: ``model.layers[0].weight``."""
-    text = ""
-    for step in path:
-        if isinstance(step, Item):
-            text += f"[{int(step)}]"
-        else:
-            text += f".{step}" if text else str(step)
-    return text
 
 
 _NONE = ("none",)
@@ -161,7 +142,7 @@ class TreeEncoder:
             nodes.append((key_node(key, path), node))
         if tag == "ordered":
             extra = vars(value)
-            return (tag, nodes, self.encode(dict(extra), (*path, "__dict__")) if extra else None)
+            return (tag, nodes, self.encode(dict(extra), (*path, ATTRIBUTES)) if extra else None)
         if tag == "default":
             return (tag, nodes, _factory_name(value.default_factory, path))
         return (tag, nodes)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["TrackedFuture", "beside", "gc_paused", "wrap_future"]
+__all__ = ["TrackedFuture", "beside", "gc_paused", "is_dtensor", "wrap_future"]
 
 
 T = TypeVar("T")
@@ -64,6 +64,12 @@ def wrap_future(original_result: Any) -> Future[None]:
 
     original_result.add_done_callback(finish)
     return wrapped
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor, without importing what defines it."""
+    kind = type(value)
+    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 
 
 @contextmanager

@@ -243,7 +243,8 @@ class Service:
         message, _ = self._next(self._init.timeout_seconds, Go)
         while isinstance(message, Go) and message.number != request.number:  # of a save that gave up
             message, _ = self._next(self._init.timeout_seconds, Go)
-        if message is None and not self._trainer_gone():
+        # A trainer that dies hangs up before its children see that they have another parent.
+        if message is None and not self._line_ended and not self._trainer_gone():
             raise CommitTimeoutError(
                 f"the barrier was not passed within {self._init.timeout_seconds} seconds",
                 rank=self._init.rank,

@@ -881,14 +881,16 @@ def test_the_last_trainer_killed_with_its_writer_after_its_mark(launcher, quick_
     check_recovery(launcher, quick_path, path, 2, 3)
 
 
-@pytest.mark.parametrize(
-    "barrier",
-    [
-        False,
-        True,
-    ],
-    ids=["marks", "barrier"],
-)
+def test_writers_whose_trainers_die_in_the_barrier_commit(launcher, quick_path, path, before):
+    """All trainers die while their writers, which have all arrived, wait for them: the marks alone decide."""
+    faults = {rank: Fault("barrier") for rank in RANKS}
+    how = Save(path, 2, free_port(), background=True, timeout=15, faults=faults)
+    assert launcher.run(quick_path, save, how) == [KILLED] * WORLD
+    assert listed(path, {1, 2}) == 2
+    check_recovery(launcher, quick_path, path, 2, 3)
+
+
+@pytest.mark.parametrize("barrier", [False, True], ids=["marks", "barrier"])
 def test_writers_finish_without_trainers(launcher, quick_path, path, before, barrier):
     """All trainers die when their saves are staged, before any mark: the writers commit, and end at once."""
     with Gate(quick_path) as gate:
@@ -965,6 +967,7 @@ def test_a_state_that_cannot_be_saved_stops_all_ranks_at_once(
         assert isinstance(outcomes[rank], AbortedError), outcomes[rank]
         assert "rank 1 failed" in str(outcomes[rank])
         assert type(outcomes[1]).__name__ in str(outcomes[rank])
+        assert f"(key {key})" in str(outcomes[rank])
     assert listed(path, {1}) == 1
     check_recovery(launcher, quick_path, path, 1, 3)
 

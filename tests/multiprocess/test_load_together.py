@@ -19,6 +19,7 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.errors import (
     CheckpointNotFoundError,
+    ConfigError,
     CorruptCheckpointError,
     MismatchError,
     PeerLoadError,
@@ -123,7 +124,11 @@ class Loaded:
 
 
 def work(rank, way, call):
-    """Load as a rank: with the default process group, with a store only, or with neither."""
+    """Load as a rank: with the default process group, with a store only, or with neither.
+
+    Of several calls, one after the other, the last counts. None is a load in which this rank takes no part:
+    it waits until the others have done with it.
+    """
     import io
     import logging
 
@@ -140,20 +145,26 @@ def work(rank, way, call):
     meeting.wait([f"here/{other}" for other in range(WORLD)])
     result = Loaded()
     result.error, result.missing, result.values, result.text = None, None, {}, ""
-    if call is None:
-        return result
-    path, template, options = call
-    template = None if template is None else template_of(way, rank, template)
-    reader = CheckpointReader(
-        RankInfo(rank, WORLD), store=store, timeout_seconds=options.pop("timeout_seconds", 60)
-    )
-    try:
-        loaded, result.missing = reader.read(path, template, **options)
-    except Exception as error:
-        result.error = error
-        loaded = template
-    result.values = {} if loaded is None else firsts(loaded)
-    result.text = log.getvalue()
+    calls = call if isinstance(call, list) else [call]
+    for number, now in enumerate(calls):
+        if now is None:
+            if len(calls) > 1:
+                meeting.wait([f"did/{number}/{other}" for other in range(WORLD) if other != rank])
+            continue
+        path, template, options = now
+        template = None if template is None else template_of(way, rank, template)
+        seconds, world = options.pop("timeout_seconds", 60), options.pop("world", WORLD)
+        at = store if world == WORLD else dist.PrefixStore("some", meeting)
+        reader = CheckpointReader(RankInfo(rank, world), store=at, timeout_seconds=seconds)
+        result.error = None
+        try:
+            loaded, result.missing = reader.read(path, template, **options)
+        except Exception as error:
+            result.error = error
+            loaded = template
+        result.values = firsts(loaded) if isinstance(loaded, dict) else {}
+        result.text = log.getvalue()
+        meeting.set(f"did/{number}/{rank}", b"")
     return result
 
 
@@ -310,8 +321,9 @@ def test_damage_on_one_rank_is_told_to_all(start, path, way, verify):
     assert results[1].error.targets_modified is (results[1].values != {"own": -1.0}) is (verify is True)
     for rank in (0, 2):
         assert "rank 1 could not load: CorruptCheckpointError" in str(results[rank].error)
-        assert results[rank].error.targets_modified
-        assert results[rank].values == {"own": 12.0 + rank}
+        # If all is verified first, no rank begins to write before all have done so.
+        assert results[rank].error.targets_modified is (verify is True)
+        assert results[rank].values == {"own": 12.0 + rank if verify is True else -1.0}
 
 
 def damage(path, rank):
@@ -338,6 +350,48 @@ def test_a_rank_that_never_comes_is_named(start, path, way, absent):
                 results[rank].error
             )
             assert results[rank].error.rank == absent
+    assert untouched(results)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_missed_a_load_takes_part_in_the_next(start, path, way, late):
+    """Ranks that waited in vain, and the one that did not come, load together again afterwards."""
+    call = (path, ALL, {})
+    calls = [[(path, ALL, {"timeout_seconds": 1}), call] for _ in range(WORLD)]
+    calls[late] = [None, call]
+    if late == 0:  # which hears first that the others have given up
+        calls[0].append(call)
+    for rank, result in enumerate(start(way, *calls)):
+        assert result.error is None, result.error
+        assert result.values == {"w": 10.0, "b": 11.0, "own": 12.0 + rank}
+
+
+def test_some_ranks_may_load_together_before_all_do(start, path):
+    """Ranks that load as a smaller world at a store of theirs are in step with the others afterwards."""
+    some = (path, "own", {"world": 2})
+    calls = [[some, (path, ALL, {})], [some, (path, ALL, {})], [(path, ALL, {})]]
+    for rank, result in enumerate(start("store", *calls)):
+        assert result.error is None, result.error
+        assert result.values == {"w": 10.0, "b": 11.0, "own": 12.0 + rank}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_argument_that_is_wrong_on_one_rank_stops_all(start, path, way):
+    """What a rank refuses before it looks at any file is told to the others like anything else."""
+    good, bad = (path, ALL, {}), (path, ALL, {"verify": "last"})
+    results = start(way, good, bad, good)
+    assert kinds(results) == [PeerLoadError, ConfigError, PeerLoadError]
+    assert "rank 1 could not load: ConfigError: verify must be" in str(results[0].error)
+    assert untouched(results)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_strict_on_one_rank_is_strict_on_all(start, path, way):
+    """If one rank refuses missing keys, all do."""
+    options = [{}, {"strict": True}, {}]
+    results = start(way, *((path, "w x", option) for option in options))
+    assert kinds(results) == [MismatchError] * WORLD
     assert untouched(results)
 
 

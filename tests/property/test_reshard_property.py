@@ -13,6 +13,7 @@ from states import differences
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from milepost.paths import Item
 from milepost.reshard import (
     MIN_CUT_BYTES,
     Box,
@@ -29,7 +30,6 @@ from milepost.reshard import (
     whole,
 )
 from milepost.shards import Table, decode_key, encode_key
-from milepost.tree import Item
 
 shapes = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 

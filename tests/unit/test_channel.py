@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import os
 import struct
+import threading
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,7 @@ from milepost.channel import (
     write_blob,
 )
 from milepost.errors import MilepostError, RemoteError, StorageError
+from milepost.writer_main import Service
 
 
 @pytest.fixture
@@ -127,6 +130,22 @@ def test_a_peer_that_dies_with_an_unread_message_loses_none_of_its_own(line):
 
 
 # -- errors ----------------------------------------------------------------------------------------
+
+
+def test_a_trainer_that_hangs_up_while_its_writer_waits_for_the_barrier(line):
+    """The end of the line ends the wait without a failure, whatever else tells of the trainer."""
+    service, trainer = Service(line[0], os.getppid()), line[1]
+    service._init = msgspec.structs.replace(MESSAGES[0], timeout_seconds=60)
+
+    def hang_up():
+        assert trainer.receive()[0] == Arrived(1)
+        trainer.close()
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    service._barrier(MESSAGES[1])
+    thread.join()
+    os.close(service._pidfd)
 
 
 def cross(error):

@@ -290,8 +290,15 @@ def test_ls_shows_a_save_that_died_as_partial(run):
     assert result.exit_code == 0
     (partial,) = (entry for entry in json.loads(result.stdout) if entry["name"] == "step-15")
     assert partial["state"] == "partial"
-    assert invoke("verify", run / "step-15").exit_code == 3
+    for command in ("verify", "show"):
+        result = invoke(command, run / "step-15")
+        assert result.exit_code == 3
+        assert f"has not committed: see `milepost doctor {run}/step-15`" in result.stderr
     assert invoke("verify", partial["path"]).exit_code == 1
+    result = invoke("ls", partial["path"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error: this is part of a checkpoint, and not a folder of checkpoints: " in result.stderr
+    assert f"`milepost doctor {partial['path']}`" in result.stderr
 
 
 def test_ls_of_an_empty_folder(tmp_path):
@@ -300,6 +307,19 @@ def test_ls_of_an_empty_folder(tmp_path):
     assert (result.exit_code, result.stdout) == (0, "")
     assert "no checkpoints" in result.stderr
     assert json.loads(invoke("ls", tmp_path, "--json").stdout) == []
+
+
+def test_ls_of_a_checkpoint_says_what_it_is(run):
+    """The path of one checkpoint is wrong usage, and the message names the commands that are meant."""
+    for options in ([], ["--json"]):
+        result = invoke("ls", f"{run}/step-5/", *options)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.splitlines() == [
+            f"error: this is a checkpoint itself, and not a folder of checkpoints: {run}/step-5",
+            f"hint: `milepost show {run}/step-5` tells about it; `milepost ls {run}` lists it",
+        ]
+    (run / "step-5" / "manifest.json").unlink()
+    assert f"`milepost doctor {run}/step-5`" in invoke("ls", run / "step-5").stderr
 
 
 # ---------------------------------------------------------------------------- ending

@@ -582,3 +582,27 @@ def test_the_note_says_who_began(storage):
     assert (note["name"], note["attempt"], note["world_size"]) == ("step", "job-1", 2)
     assert (note["process"], note["pid"]) == (process_id(), os.getpid())
     attempt.close()
+
+
+def test_a_save_that_another_rank_publishes_meanwhile_is_no_reason_to_warn(tmp_path, caplog):
+    """A rank that finds its attempt unpublished at the end, and gone when it takes it over, says nothing."""
+    path = str(tmp_path / "step")
+
+    class Raced(LocalStorage):
+        """Another rank publishes the attempt when this one is about to."""
+
+        def is_network(self, folder):
+            os.rename(folder, path)
+            return super().is_network(folder)
+
+    first, last = (
+        arrive(storage, path, 2, attempt="job-1", rank=rank, world_size=2)
+        for rank, storage in enumerate((Raced(), LocalStorage()))
+    )
+    assert last.complete()
+    last.close()
+    os.rename(path, first.folder)  # as if it had died before it could publish
+    assert first.sees_commit()
+    first.close()
+    assert os.listdir(tmp_path) == ["step"]
+    assert caplog.text == ""

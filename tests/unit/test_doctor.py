@@ -20,11 +20,12 @@ from milepost.cli.doctor import advice, is_wrong, repair, words
 from milepost.commit import Attempt
 from milepost.commit.hidden import join_hidden
 from milepost.diagnosis import diagnose
-from milepost.errors import CheckpointNotFoundError, StorageError
-from milepost.manifest import decode_manifest, encode_manifest
+from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
+from milepost.manifest import decode_manifest, digest, encode_manifest
 from milepost.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
+BY_SIZE = "; its data were compared by size alone: --deep compares every byte"
 
 
 @pytest.fixture
@@ -83,10 +84,10 @@ def test_a_run_of_whole_checkpoints(run):
     result = invoke(run)
     assert (result.exit_code, result.stderr) == (0, "")
     assert sorted(result.stdout.splitlines()) == [
-        f"newest loadable is step 10 ({run}/step-10)",
-        "step-10: whole: step 10, 1 rank",
-        "step-8: whole: step 8, 1 rank",
-        "step-9: whole: step 9, 4 ranks",
+        f"newest loadable is step 10 ({run}/step-10){BY_SIZE}",
+        "step-10: whole by size: step 10, 1 rank",
+        "step-8: whole by size: step 8, 1 rank",
+        "step-9: whole by size: step 9, 4 ranks",
     ]
 
 
@@ -95,8 +96,8 @@ def test_without_steps_the_newest_is_so_by_time(run):
     save(STORAGE, f"{run}/b", None)
     save(STORAGE, f"{run}/a", None)
     assert diagnose(STORAGE, run).newest.name == "a"
-    assert "a: whole: 1 rank" in invoke(run).stdout
-    assert invoke(run).stdout.splitlines()[-1] == f"newest loadable is {run}/a"
+    assert "a: whole by size: 1 rank" in invoke(run).stdout
+    assert invoke(run).stdout.splitlines()[-1] == f"newest loadable is {run}/a{BY_SIZE}"
     save(STORAGE, f"{run}/a", 1)
     save(STORAGE, f"{run}/b", None)
     assert diagnose(STORAGE, run).newest.name == "a"
@@ -122,7 +123,7 @@ def test_a_missing_rank_is_told_with_its_last_words(run):
     first, todo, last = result.stdout.splitlines()
     assert first.startswith("step-5: incomplete: rank 3 never arrived (last seen writing, 1.2 MiB, ")
     assert f"--repair`, removes it; load step 4 ({run}/step-4) instead" in todo
-    assert last == f"newest loadable is step 4 ({run}/step-4)"
+    assert last == f"newest loadable is step 4 ({run}/step-4){BY_SIZE}"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,33 @@ def test_an_abort_is_told_with_its_error(run):
     assert "look at that rank's log" in result.stdout
     assert result.stdout.splitlines()[-1] == "none is loadable"
     die(alive)
+
+
+def test_a_cause_is_told_once(run):
+    """Ranks that stopped for another's failure are named after its cause; equal causes are told together."""
+    path = f"{run}/step-5"
+    clock = StepClock()
+    attempts = [begin(path, rank, 5, clock=clock.clock) for rank in range(5)]
+    stopped = AbortedError("rank 2 failed in write with StorageError: no space left", phase="write")
+    attempts[1].abort(stopped)
+    assert words(only(path), 0).startswith(
+        "incomplete: rank 1 failed in write with AbortedError: rank 2 failed in write with StorageError: "
+        "no space left; rank 0 never arrived"
+    )
+    for rank, error in ((0, stopped), (4, StorageError("no space left", phase="write"))):
+        attempts[rank].abort(error)
+    attempts[2].abort(StorageError("no space left", phase="write"))
+    attempts[3].abort(CommitError("the ranks disagree", phase="commit"))
+    die(*attempts)
+    assert words(only(path), 0) == (
+        "incomplete: ranks 2, 4 failed in write with StorageError: no space left; "
+        "rank 3 failed in commit with CommitError: the ranks disagree; ranks 0, 1 stopped because of it"
+    )
+    result = CliRunner().invoke(app, ["ls", run])
+    assert result.stdout.splitlines()[-1].endswith(
+        "  ranks 2, 4 failed: StorageError: no space left; rank 3 failed too; "
+        "ranks 0, 1 stopped because of it; 0 of 5 ranks arrived"
+    )
 
 
 def test_a_save_that_is_under_way_is_no_damage(run):
@@ -241,7 +269,7 @@ def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
     assert result.stdout.splitlines() == [
         f"step-5: damaged: {what}",
         f"  -> load step 4 ({run}/step-4) instead",
-        f"newest loadable is step 4 ({run}/step-4)",
+        f"newest loadable is step 4 ({run}/step-4){BY_SIZE}",
     ]
     os.remove(f"{run}/step-5/index_0.json")
     result = invoke(f"{run}/step-5")
@@ -259,14 +287,114 @@ def test_deep_finds_what_sizes_do_not_show(run):
         position = data.read().find(torch.full((64, 8), 5.0).numpy().tobytes())
         data.seek(position)
         data.write(b"\xff")
-    assert invoke(run).exit_code == 0
+    result = invoke(run)
+    assert result.exit_code == 0
+    assert "step-5: whole by size: step 5, 1 rank\n" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"newest loadable is step 5 ({run}/step-5){BY_SIZE}"
     result = invoke(run, "--deep")
     assert result.exit_code == 1
+    assert "step-4: whole: step 4, 1 rank\n" in result.stdout
     assert (
         "step-5: damaged: checkpoint_0.pt of rank 0: damaged: the CRC-32 is wrong, in model.weight\n"
         in result.stdout
     )
     assert result.stdout.splitlines()[-1] == f"newest loadable is step 4 ({run}/step-4)"
+
+
+def flip(path):
+    """Change a byte in the middle of a file."""
+    with open(path, "rb+") as file:
+        data = bytearray(file.read())
+        data[len(data) // 2] ^= 1
+        file.seek(0)
+        file.write(data)
+
+
+@pytest.mark.parametrize(("file", "whose"), [("index_1.json", "of rank 1: "), ("shards.json", "")])
+def test_a_flipped_byte_in_an_index_or_the_shard_map_is_damage(run, file, whose):
+    """What `load` refuses whole for a flipped byte is damaged without --deep too, and not recommended."""
+    for rank in range(3):
+        for step in (4, 5):
+            save(STORAGE, f"{run}/step-{step}", step, attempt="job-1", rank=rank, world_size=3)
+    path = f"{run}/step-5"
+    with open(f"{path}/shards.json", "wb") as written:
+        written.write(b"[1, 2, 3]")
+    with open(f"{path}/manifest.json", "rb+") as written:
+        manifest = decode_manifest(written.read(), path)
+        manifest.shards = digest("shards.json", b"[1, 2, 3]")
+        written.seek(0)
+        written.write(encode_manifest(manifest))
+    assert invoke(run).exit_code == 0
+    flip(f"{path}/{file}")
+    what = f"{file} {whose}does not have the SHA-256 that the manifest lists"
+    for arguments in ([run], [path]):
+        result = invoke(*arguments)
+        assert result.exit_code == 1
+        assert f"step-5: damaged: {what}\n  -> load step 4 ({run}/step-4) instead\n" in result.stdout
+        assert result.stdout.splitlines()[-1] == f"newest loadable is step 4 ({run}/step-4){BY_SIZE}"
+    (damage,) = json.loads(invoke(path, "--json").stdout)["checkpoints"][0]["damage"]
+    assert (damage["file"], damage["rank"]) == (file, 1 if whose else None)
+
+
+def test_an_index_that_cannot_be_read_is_damage(run, monkeypatch):
+    """An index that fails to be read is told with the reason, and does not end the look at the others."""
+    save(STORAGE, f"{run}/step-4", 4)
+    save(STORAGE, f"{run}/step-5", 5)
+    real = milepost.diagnosis.file_digest
+
+    def fails(folder, name):
+        if folder.path.endswith("5"):
+            raise StorageError("Input/output error", path=name)
+        return real(folder, name)
+
+    monkeypatch.setattr("milepost.diagnosis.file_digest", fails)
+    found = diagnose(STORAGE, run)
+    assert [finding.state for finding in found.findings] == ["whole", "damaged"]
+    assert words(found.findings[1], 0) == (
+        "damaged: index_0.json of rank 0: cannot be read: Input/output error"
+    )
+    assert found.newest.step == 4
+
+
+def test_what_a_damaged_index_took_the_place_of_is_kept(run):
+    """A repair keeps the former checkpoint also when it is an index of the later one that is damaged."""
+    path = f"{run}/step"
+    save(STORAGE, path, 1)
+    shutil.copytree(path, f"{run}-aside")
+    save(STORAGE, path, 2)
+    os.rename(f"{run}-aside", join_hidden(path, "job-1"))
+    flip(f"{path}/index_0.json")
+    result = invoke(run, "--repair")
+    assert result.exit_code == 1
+    assert f"not repaired {path}: the checkpoint there cannot be read whole" in result.stdout
+    assert len(os.listdir(run)) == 2
+
+
+def test_deep_keeps_what_a_plain_look_tells(run):
+    """Of a data file that is missing or cut, --deep names the lost values once, and other damage as well."""
+    path = f"{run}/step-5"
+    save_real(path, 5)
+    file = f"{path}/checkpoint_0.pt"
+    os.truncate(file, os.path.getsize(file) - 1)
+    cut = only(path)
+    os.truncate(file, 100)
+    shorter = only(path)
+    assert shorter.damage[0].keys == ("model.weight", "model.bias")
+    assert only(path, deep=True).damage == shorter.damage
+    os.remove(file)
+    assert only(path, deep=True).damage == only(path).damage
+    assert words(only(path, deep=True), 0) == (
+        "damaged: checkpoint_0.pt of rank 0: is missing, in model.weight, model.bias"
+    )
+    shutil.rmtree(path)
+    save_real(path, 5)
+    with open(file, "rb+") as data:
+        position = data.read().find(torch.ones(64, 8).numpy().tobytes())
+        data.seek(position)
+        data.write(b"\xff")
+        data.truncate(os.path.getsize(file) - 1)
+    first, *others = only(path, deep=True).damage
+    assert (first, [damage.keys for damage in others]) == (cut.damage[0], [("model.weight",)])
 
 
 def test_damage_that_is_seen_only_once_is_none(run, monkeypatch):
@@ -338,13 +466,14 @@ def test_a_later_format_is_exit_code_4(run):
 
 
 def test_plain_files_are_whole(run):
-    """A folder of plain torch.save files is whole, also in a deep look."""
+    """A folder of plain torch.save files is whole in a deep look, and is not called so without one."""
     os.mkdir(f"{run}/old")
     torch.save({"a": torch.ones(3)}, f"{run}/old/checkpoint_0.pt")
-    for arguments in ([run], [run, "--deep"], [f"{run}/old"]):
+    for arguments, state in (([run], "unchecked"), ([run, "--deep"], "whole"), ([f"{run}/old"], "unchecked")):
         result = invoke(*arguments)
         assert result.exit_code == 0
-        assert "old: whole: 1 rank (files of plain torch.save" in result.stdout
+        assert f"old: {state}: 1 rank (files of plain torch.save" in result.stdout
+        assert ("nothing of it was checked" in result.stdout) == (state == "unchecked")
 
 
 def test_what_is_not_there_is_exit_code_3(run):
@@ -420,8 +549,8 @@ def test_a_complete_save_loads_and_repair_publishes_it(run):
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         f"published {path} (it was complete, but not published: step 5, 2 ranks)",
-        "step-5: whole: step 5, 2 ranks",
-        f"newest loadable is step 5 ({path})",
+        "step-5: whole by size: step 5, 2 ranks",
+        f"newest loadable is step 5 ({path}){BY_SIZE}",
     ]
     assert sorted(os.listdir(run)) == ["step-4", "step-5"]
 
@@ -520,7 +649,7 @@ def test_empty_hidden_folders_and_passing_files_go(run):
     with open(f"{path}/state_0.json", "wb") as file:
         file.write(b"{}")
     result = invoke(path)
-    assert "step: whole: step 1, 1 rank (1 passing file of its save still in it)" in result.stdout
+    assert "step: whole by size: step 1, 1 rank (1 passing file of its save still in it)" in result.stdout
     assert "step: incomplete: it is empty" in result.stdout
     result = invoke(path, "--repair")
     assert result.exit_code == 0
@@ -562,10 +691,12 @@ def test_what_a_damaged_checkpoint_replaced_is_kept(run):
     assert result.exit_code == 1
     assert f"not repaired {path}: the checkpoint there cannot be read whole" in result.stdout
     assert "move that away, and `milepost doctor --repair` puts this one back" in result.stdout
+    assert invoke(slot, "--repair").exit_code == 1
+    assert len(os.listdir(run)) == 2
     shutil.move(path, f"{run}-aside")
     result = invoke(path, "--repair")
     assert result.exit_code == 0
-    assert "step: whole: step 1, 1 rank" in result.stdout
+    assert "step: whole by size: step 1, 1 rank" in result.stdout
 
 
 def test_a_complete_save_with_a_damaged_byte_is_not_published_by_a_deep_repair(run):
@@ -694,6 +825,12 @@ def test_many_ranks_and_much_damage_are_told_in_short(run):
     said = words(only(path), 0)
     assert "rank 9 never arrived" in said
     assert "and 2 more ranks never arrived; rank 12 never began" in said
+    for rank, attempt in enumerate([begin(f"{run}/step-7", rank, 13) for rank in range(13)]):
+        attempt.abort(StorageError(f"no space left for {rank}"))
+        attempt._release()
+    said = words(only(f"{run}/step-7"), 0)
+    assert "no space left for 9; and 3 more ranks failed" in said
+    assert "no space left for 10" not in said
     die(*partial(f"{run}/step-6", range(12), 12, step=6))
     assert invoke(f"{run}/step-6", "--repair").exit_code == 0
     for rank in range(12):

@@ -6,8 +6,10 @@ import copy
 import hashlib
 import itertools
 import json
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,12 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import raw_bytes
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from milepost import placements
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
+from milepost.commit import merge
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CommitError, CorruptCheckpointError, MismatchError
 from milepost.manifest import DTYPE_BYTES
@@ -209,6 +213,23 @@ def test_a_tensor_of_several_meshes_is_kept_once(declared):
     assert torch.equal(load(3, 4)["w"], X)
 
 
+def test_bytes_that_are_saved_twice_are_told_of_once(monkeypatch, caplog):
+    """Large tensors that each slice of a mesh saves for itself are in the log, once, with the way out."""
+    monkeypatch.setattr(merge, "_MANY_BYTES", 100)
+    monkeypatch.setattr(merge, "_told", False)
+    for declared in (("*",), (), ()):
+        save(
+            4,
+            lambda _: {
+                "n": part_of(X[0], grid()["inner"], Shard(0)),
+                "w": part_of(BIG, grid()["inner"], Shard(0)),
+            },
+            declared,
+        )
+    assert len(caplog.messages) == 1
+    assert "saved more than once, by several slices of a mesh, most of them of w" in caplog.text
+
+
 @pytest.mark.parametrize("declared", [(), ("w",)])
 def test_several_meshes_that_differ_are_named(declared):
     """If the rows of a mesh hold one key with other values, the ranks of both are named."""
@@ -354,6 +375,75 @@ def test_replicas_that_share_memory_in_part_come_back_into_such_a_template():
     assert not template["w"].any()
 
 
+def test_parts_of_tied_tensors_that_differ_do_not_go_into_one_memory():
+    """A template that ties DTensors which want other parts of a tied tensor is refused, and untouched."""
+    whole = torch.arange(16.0).reshape(4, 4)
+    load = save(2, lambda _: {"a": whole, "b": whole}, ["*"])
+    placements._known.clear()
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        local = torch.zeros(2, 2)
+        template = {
+            key: DTensor.from_local(local, grid(), layout, run_check=False)
+            for key, layout in (("a", [Shard(0), Shard(1)]), ("b", [Shard(1), Shard(0)]))
+        }
+        with pytest.raises(MismatchError, match="b: expected the values of a, with which it shares memory"):
+            load(1, 4, template, together=False)
+        assert not local.any()
+        template["b"] = template["a"]
+        load(1, 4, template, together=False)
+        assert local.tolist() == [[2, 3], [6, 7]]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_of_tied_tensors_only_those_that_did_require_gradients():
+    """A detached alias of a tensor that requires a gradient, and an array on it, come back as they were."""
+
+    def state(_):
+        a = X.clone().requires_grad_()
+        return {"m": {"a": a, "b": a.detach(), "n": a.detach().numpy()}}
+
+    loaded = save(2, state, ["m.*"])()["m"]
+    assert [loaded["a"].requires_grad, loaded["b"].requires_grad] == [True, False]
+    assert loaded["b"].data_ptr() == loaded["a"].data_ptr() == loaded["n"].ctypes.data
+
+
+@pytest.mark.parametrize("what", ["own", "global", "bytes", "conj"])
+def test_all_is_checked_before_the_first_byte_is_written(tmp_path, what):
+    """With verify="first" damage in anything that is loaded leaves the template as it was."""
+    values = {
+        "own": torch.full((4,), 7.0),
+        "global": torch.full((4,), 7.0),
+        "bytes": b"7" * 100_000,
+        "conj": torch.full((4,), 7 + 7j).conj(),
+    }
+    load = save(
+        2,
+        lambda _: {"a": X, "x": values[what]},
+        ["a", "x"] if what == "global" else ["a"],
+        storage=LocalStorage(),
+        path=str(tmp_path / "c"),
+    )
+    for file in tmp_path.glob("c/checkpoint_*.pt"):
+        wanted = b"7" * 1000 if what == "bytes" else raw_bytes(torch.full((4,), 7.0))
+        data = file.read_bytes()
+        file.write_bytes(data.replace(wanted, b"9" + wanted[1:]))
+    template = {"a": torch.zeros(4, 3), "x": None}
+    if what == "conj":
+        placements._known.clear()
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        template["x"] = part_of(torch.zeros(4, dtype=torch.complex64), mesh(0, 1), Shard(0))
+    try:
+        with pytest.raises(CorruptCheckpointError) as caught:
+            load(0, 2, template, verify="first", together=False)
+    finally:
+        if what == "conj":
+            dist.destroy_process_group()
+    assert not caught.value.targets_modified
+    assert not template["a"].any()
+
+
 def test_a_template_with_a_conjugate_or_negative_bit_gets_the_values():
     """Whatever bits source and target have, the values are those that were saved."""
     numbers = torch.tensor([[1 + 2j, 3 - 4j], [5j, 6]])
@@ -365,6 +455,124 @@ def test_a_template_with_a_conjugate_or_negative_bit_gets_the_values():
         assert negative.is_neg()
         load = save(2, lambda _: {"n": numbers.imag.contiguous()}, ["n"])
         assert torch.equal(load(1, 2, {"n": negative})["n"].resolve_neg(), numbers.imag)
+
+
+def test_tensors_that_are_tied_on_one_rank_alone_are_not_mixed_up():
+    """What one rank of a mesh has tied and another has not comes back as each saved it, or is refused."""
+
+    def state(rank, held_by=(0, 1)):
+        if rank not in held_by:
+            return {"x": 1}
+        a = torch.full((1, 2), 1.0 + rank)
+        parts = {"a": a, "b": a if rank == 0 else a + 10}
+        return {
+            key: DTensor.from_local(part, mesh(*held_by), [Shard(0)], run_check=False)
+            for key, part in parts.items()
+        }
+
+    loaded = save(3, state)()
+    assert loaded["a"].tolist() == [[1, 1], [2, 2]]
+    assert loaded["b"].tolist() == [[1, 1], [12, 12]]
+    with pytest.raises(
+        CommitError, match="b: rank 1 and an earlier one differ in what shares memory with it"
+    ):
+        save(2, state)
+
+
+def test_empty_parts_on_one_memory_are_not_tied():
+    """Empty parts that were cut from one buffer, as optimizers do, say nothing of what is tied."""
+
+    def state(rank):
+        flat = torch.arange(4.0)
+        parts = [flat[:2].view(1, 2), flat[2:].view(1, 2)] if rank == 0 else [flat[:0].view(0, 2)] * 2
+        return {
+            str(n): DTensor.from_local(
+                part, mesh(*order), [Shard(0)], run_check=False, shape=(1, 2), stride=(2, 1)
+            )
+            for n, part in enumerate(parts)
+        }
+
+    for size, order in ((2, (0, 1)), (3, (0, 1))):
+        loaded = save(size, lambda rank, o=order: state(rank) if rank in o else {"x": 1})()
+        assert loaded["0"].tolist() == [[0, 1]]
+        assert loaded["1"].tolist() == [[2, 3]]
+
+
+def test_attributes_of_an_ordered_dict_are_put_together():
+    """Replicas and DTensors in an OrderedDict's attributes come back whole, and keys of that name too."""
+
+    def state(_):
+        ordered = OrderedDict(w=BIG, __dict__=BIG + 2)
+        ordered.ema = BIG + 1
+        ordered.shard = part_of(X, mesh(0, 1), Shard(0))
+        return {"m": ordered}
+
+    load = save(2, state, ["m.*"])
+    for rank in range(2):
+        loaded = load(rank, 2)["m"]
+        assert [*loaded] == ["w", "__dict__"]
+        assert torch.equal(loaded["__dict__"], BIG + 2)
+        assert torch.equal(loaded.ema, BIG + 1)
+        assert torch.equal(loaded.shard, X)
+
+
+@pytest.mark.parametrize(
+    "key", [torch.float32, torch.device("cpu"), torch.Size([1]), (torch.int8, 1), np.int8(3)]
+)
+def test_keys_of_any_kind_come_back(key):
+    """A replica may have any key that a state dict may have."""
+    load = save(2, lambda _: {"m": {key: X}}, ["m*"])
+    assert [*load(1, 2)["m"]] == [key]
+    assert torch.equal(load(1, 2, {"m": {key: torch.zeros(4, 3)}})["m"][key], X)
+
+
+@pytest.mark.parametrize("key", [1.0, True, np.int64(1), np.float32(1)])
+def test_an_own_key_that_is_equal_to_anothers_stays(key):
+    """Where another rank's DTensor has a key that is equal to one of the rank's own, the own one counts."""
+    load = save(2, lambda rank: {"l": {key: "mine"} if rank else {1: part_of(X, mesh(0), Replicate())}})
+    assert load(1, 2) == {"l": {1: "mine"}}
+    assert torch.equal(load(0, 2)["l"][1], X)
+
+
+def test_a_scalar_of_a_mesh_without_this_rank():
+    """A DTensor without dimensions whose mesh lacks this rank is saved and loaded."""
+
+    def state(_, value=3.0):
+        return {"s": distribute_tensor(torch.tensor(value), mesh(0, 1), [Replicate()], src_data_rank=None)}
+
+    load = save(4, state)
+    assert load() == {"s": torch.tensor(3.0)}
+    placements._known.clear()
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    try:
+        load(3, 4, state(3, 0.0), together=False)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(2, 2), (4, 2), (2, 4)])
+def test_uneven_shards_of_fsdp_on_tensor_parallelism(dp, tp):
+    """FSDP2 divides what tensor parallelism has left it; torch's own strided shards, only if it is even."""
+    for rows in range(1, 14):
+        whole = torch.arange(rows * 2.0).reshape(rows, 2)
+
+        def state(rank, whole=whole):
+            held_by = DeviceMesh("cpu", torch.arange(dp * tp).view(dp, tp), mesh_dim_names=("dp", "tp"))
+            local = chunk(chunk(whole, tp, rank % tp), dp, rank // tp)
+            layout = [_StridedShard(0, split_factor=tp), Shard(0)]
+            return {
+                "w": DTensor.from_local(
+                    local, held_by, layout, run_check=False, shape=whole.shape, stride=whole.stride()
+                )
+            }
+
+        assert torch.equal(save(dp * tp, state)()["w"], whole)
+
+
+def chunk(tensor, parts, index):
+    """A chunk as FSDP2 makes them: those that are missing are empty."""
+    found = tensor.chunk(parts)
+    return found[index] if index < len(found) else tensor[:0]
 
 
 # -- states that do not go together ----------------------------------------------------------------
@@ -442,6 +650,21 @@ def test_tied_tensors_of_which_a_rank_holds_nothing():
     loaded = save(4, state)()
     assert loaded["a"] is loaded["b"]
     assert torch.equal(loaded["a"], torch.arange(6.0).reshape(3, 2))
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_save_that_was_not_published_counts_only_with_its_shard_map(tmp_path, damaged):
+    """A save that died before it was published is loaded if its shard map is right, else what was there."""
+    path, newer = tmp_path / "c", tmp_path / "d"
+    for where, number in ((path, 0), (newer, 1)):
+        save(2, lambda _, n=number: {"m": X + n}, ["m"], storage=LocalStorage(), path=str(where))
+    attempt = json.loads((newer / "manifest.json").read_text())["body"]["attempt"]
+    hidden = newer.rename(tmp_path / f".c.{attempt}.partial")
+    if damaged:
+        data = (hidden / "shards.json").read_bytes()
+        (hidden / "shards.json").write_bytes(data.replace(b"replicated", b"replicateD"))
+    reader = CheckpointReader(RankInfo(0, 1))
+    assert torch.equal(reader.read(str(path))[0]["m"], X + (not damaged))
 
 
 # -- malformed shards ------------------------------------------------------------------------------

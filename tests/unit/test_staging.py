@@ -701,6 +701,34 @@ def test_a_staged_part_of_a_replica_does_not_pass_for_the_whole(more):
     stager.close()
 
 
+def test_a_tensor_that_is_whole_again_is_no_share_any_more():
+    """An arena's tensors, which serve one save after the other, are shares only while they hold some."""
+    stager = DefaultStager(encoder=StateEncoder(RankInfo(1, 2), ["share"]))
+    for whole in (torch.ones(3), np.ones(3)):
+        staged = stager.stage({"share": whole})
+        del staged
+        staged = stager.stage({"own": whole[:0]})
+        stager.stage({"again": staged["own"]})
+        del staged
+    stager.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_replica_that_changes_while_it_is_staged_is_named(monkeypatch, rank):
+    """Though another rank saves it, a replica must not change while its checksum is taken."""
+    stager = DefaultStager(ASYNC, encoder=StateEncoder(RankInfo(rank, 2), ["w"]))
+    value = torch.zeros(3)
+
+    def fill(slot, *arguments, **options):
+        value.add_(1)
+        return real(slot, *arguments, **options)
+
+    real = staging_module._Slot.fill
+    monkeypatch.setattr(staging_module._Slot, "fill", fill)
+    assert "changed while it was being staged" in str(error_of(stager.stage({"w": value})))
+    stager.close()
+
+
 def test_states_without_tensors_have_no_image_to_find(stager):
     """A state without any tensor is staged and written as well."""
     assert image_of(stager.stage({"n": 1})) is None

@@ -22,6 +22,7 @@ from states import (
 
 from milepost import make_sync_checkpointer
 from milepost.checkpoint_reader import CheckpointReader
+from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.errors import MismatchError, UnsupportedTypeError
 from milepost.types import RankInfo
 
@@ -331,6 +332,57 @@ def test_tied_targets_of_which_one_stands_for_other_values_are_refused(tmp_path,
                 with pytest.raises(MismatchError, match="shares memory"):
                     load(path, template)
                 assert not template["a"].any()
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that stands for others and has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) if func is not torch.ops.aten.detach.default else args[0]
+
+
+def without_memory(kind):
+    tensor = torch.zeros(4, 4)
+    if kind == "freed":
+        tensor.untyped_storage().resize_(0)
+    elif kind == "cut short":
+        tensor.untyped_storage().resize_(32)
+    elif kind == "wrapper":
+        tensor = Wrapper(tensor)
+    return tensor
+
+
+@pytest.mark.parametrize("replicated", [[], ["a"]])
+@pytest.mark.parametrize("kind", ["freed", "cut short", "wrapper"])
+def test_targets_without_memory_are_refused(tmp_path, kind, replicated):
+    """A tensor that was freed, or has no memory of its own, cannot be filled; the error names it."""
+    for rank in range(2):
+        writer = CheckpointWriter(
+            CheckpointWriterConfig(start_id="start", replicated=replicated), RankInfo(rank, 2)
+        )
+        writer.write(str(tmp_path / "c"), {"a": torch.ones(4, 4), "b": torch.ones(4)})
+        writer.close()
+    template = {"a": without_memory(kind), "b": torch.zeros(4)}
+    with pytest.raises(MismatchError, match="a: expected a tensor with memory to fill"):
+        CheckpointReader(RankInfo(0, 2)).read(str(tmp_path / "c"), template)
+    assert not template["b"].any()
+
+
+def test_the_same_view_with_gaps_cannot_hold_two_values(tmp_path):
+    """Two targets that are one view with gaps are filled only with the same values."""
+    path = str(tmp_path / "c")
+    save(path, {"a": torch.ones(4, 2), "b": torch.full((4, 2), 2.0), "c": torch.ones(4, 2)})
+    base = torch.zeros(4, 4)
+    with pytest.raises(MismatchError, match="b: expected the values of a, with which it shares memory"):
+        load(path, {"a": base[:, :2], "b": base[:, :2]})
+    assert not base.any()
+    load(path, {"a": base[:, :2], "c": base[:, :2], "b": base[:, 2:]})
+    assert base.tolist() == [[1, 1, 2, 2]] * 4
 
 
 def test_conjugate_and_negative_targets_get_the_saved_values(tmp_path):

@@ -13,6 +13,7 @@ from milepost.cli.output import DAMAGED, FAILED, OK, Session, size
 from milepost.cli.verify import _bar
 from milepost.commit import clean_up, roll_forward
 from milepost.commit.hidden import is_own, names_of, numbers
+from milepost.commit.listing import causes, ranks_named
 from milepost.diagnosis import Damage, Diagnosis, Finding, RankState, Watch, diagnose
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.manifest import MANIFEST_NAME
@@ -24,6 +25,11 @@ _MOST_KEYS = 5
 _STYLES = {"whole": "green", "damaged": "bold red", "unreadable": "red", "complete": "green"}
 _DOING = {"begin": "beginning", "write": "writing", "barrier": "at the barrier"}
 _FORMER = ("replaced", "overtaken")
+_COMPARED = {
+    "nothing": ("unchecked", "nothing of it was checked: --deep reads every byte"),
+    "sizes": ("whole by size", "its data were compared by size alone: --deep compares every byte"),
+    "bytes": ("whole", ""),
+}
 _SPANS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
@@ -161,11 +167,11 @@ def _print(session: Session, found: Diagnosis, actions: list[Action]) -> None:
     if found.is_run and not found.findings:
         session.message("no checkpoints in ", found.path)
         return
-    session.line(
-        (f"newest loadable is {_named(found.newest)}", "bold")
-        if found.newest
-        else ("none is loadable", "bold red")
-    )
+    if found.newest is None:
+        session.line(("none is loadable", "bold red"))
+        return
+    unsure = _COMPARED[found.newest.compared][1]
+    session.line((f"newest loadable is {_named(found.newest)}", "bold"), f"; {unsure}" if unsure else "")
 
 
 def _shown(path: str) -> str:
@@ -200,7 +206,7 @@ def words(finding: Finding, now: float) -> str:
     facts += [_plural(finding.world_size, "rank")] if finding.world_size else []
     about = ", ".join(facts)
     text = {
-        "whole": f"whole: {about or 'no step recorded'}",
+        "whole": f"{_COMPARED[finding.compared][0]}: {about or 'no step recorded'}",
         "damaged": "damaged",
         "unreadable": "not readable by this version",
         "complete": f"complete, but not published: {about}",
@@ -241,8 +247,14 @@ def _told(finding: Finding, now: float) -> Iterable[str]:
     for rank in finding.ranks:
         by_state.setdefault(rank.state, []).append(rank)
     failed = sorted(by_state.get("failed", []), key=lambda rank: (rank.time, rank.rank))
-    for rank in failed[:_MOST_RANKS]:
-        yield f"rank {rank.rank} failed in {rank.phase or 'its save'} with {rank.error}"
+    phases = {rank.rank: rank.phase or "its save" for rank in failed}
+    roots, stopped = causes((rank.rank, rank.error or "") for rank in failed)
+    for error, ranks in list(roots.items())[:_MOST_RANKS]:
+        yield f"{ranks_named(ranks)} failed in {phases[ranks[0]]} with {error}"
+    if len(roots) > _MOST_RANKS:
+        yield f"and {_plural(sum(map(len, list(roots.values())[_MOST_RANKS:])), 'more rank')} failed"
+    if stopped:
+        yield f"{ranks_named(stopped)} stopped because of it"
     if finding.aborted and not failed:
         yield "a rank failed"
     missing = by_state.get("missing", [])
@@ -259,7 +271,7 @@ def _told(finding: Finding, now: float) -> Iterable[str]:
         yield f"and {len(missing) - _MOST_RANKS} more ranks {'have not' if living else 'never'} arrived"
     if silent := [rank.rank for rank in by_state.get("silent", [])]:
         begun = "has not begun yet" if living and len(silent) == 1 else "have not begun yet"
-        yield f"rank{'' if len(silent) == 1 else 's'} {numbers(silent)} {begun if living else 'never began'}"
+        yield f"{ranks_named(silent)} {begun if living else 'never began'}"
     arrived = [rank.rank for rank in by_state.get("arrived", [])]
     if arrived and len(arrived) == finding.world_size:
         yield "all ranks arrived" + (f", but {finding.problem}" if finding.problem else "")
@@ -292,7 +304,7 @@ def advice(finding: Finding, found: Diagnosis) -> str | None:
         return f"nobody works on it any more: the next save to it, or {mend}, removes it; {instead}"
     if finding.state == "complete":
         later = "its owners publish it" if finding.alive else f"the next save to it, or {mend}, publishes it"
-        return f"it loads as it is; {later}"
+        return f"a load of its path reads it where it is; {later}"
     others = [other for other in found.findings if other.target == finding.target and other.published]
     if finding.state in _FORMER and any(other.state in ("damaged", "unreadable") for other in others):
         return f"what took its place cannot be read whole: move that away, and {mend} puts this one back"

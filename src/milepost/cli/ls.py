@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import asdict
 from pathlib import Path
 
-from milepost.cli.output import DAMAGED, OK, Session, moment, size
+from milepost.cli.output import DAMAGED, OK, USAGE, Session, moment, size
 from milepost.commit import scan
+from milepost.commit.listing import entry_at
 from milepost.errors import CheckpointNotFoundError
 from milepost.storage import default_storage
 
@@ -15,12 +17,24 @@ _STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red"}
 
 
 def run(session: Session, folder: str, *, exact: bool, as_json: bool) -> int:
-    """List the checkpoints in a folder; return 1 if one is damaged (a partial may be under way)."""
+    """List the checkpoints in a folder; return 1 if one is damaged (a partial may be under way).
+
+    A checkpoint's own path is wrong usage: to say that it holds none would be true, and misleading.
+    """
+    storage = default_storage()
     try:
-        entries = scan(default_storage(), folder)
+        entries = scan(storage, folder)
     except CheckpointNotFoundError as error:
         error.hint = error.hint or _near(folder)
         raise
+    path = os.path.abspath(folder)
+    if not entries and (own := entry_at(storage, path)) is not None:
+        what = "part of a checkpoint" if own.state == "partial" else "a checkpoint itself"
+        command = "show" if own.state == "committed" else "doctor"
+        session.message(f"error: this is {what}, and not a folder of checkpoints: {path}")
+        above = os.path.dirname(path)
+        session.message(f"hint: `milepost {command} {path}` tells about it; `milepost ls {above}` lists it")
+        return USAGE
     if as_json:
         session.json([asdict(entry) for entry in entries])
     elif not entries:

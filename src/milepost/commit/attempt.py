@@ -418,7 +418,7 @@ class Attempt:
             mark = AbortMark(
                 rank=self.rank,
                 type=type(error).__name__,
-                message=shown(str(getattr(error, "message", error))[:10_000]),
+                message=shown(str(getattr(error, "brief", error))[:10_000]),
                 phase=getattr(error, "phase", None) or self._phase,
                 time=self._clock.time(),
             )

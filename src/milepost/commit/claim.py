@@ -179,10 +179,10 @@ def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | No
         note: What to write into an ``attempt.json`` that a power cut has taken.
     """
     ask: Callable[[str], bool] | None = getattr(storage, "is_network", None)
-    if ask is not None and ask(hidden.path):
-        return _NoLock() if _is_old(storage, hidden.path) else None
     path = os.path.join(hidden.path, NOTE_NAME)
     try:
+        if ask is not None and ask(hidden.path):
+            return _NoLock() if _is_old(storage, hidden.path) else None
         if note is not None and storage.stat(path) is None:
             publish_bytes(storage, path, note, "create", sync=False)
         return storage.lock(path, exclusive=True)

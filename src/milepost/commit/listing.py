@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Paths are str, here as in the storage package.
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,11 +29,17 @@ from milepost.commit.hidden import (
 )
 from milepost.commit.locate import has_identity
 from milepost.commit.marks import checked_manifest, missing_files
-from milepost.errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError, StorageError
+from milepost.errors import (
+    AbortedError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    LoadError,
+    StorageError,
+)
 from milepost.manifest import MANIFEST_NAME, Manifest
 from milepost.storage import Folder, Storage
 
-__all__ = ["Entry", "Explanation", "explain", "scan"]
+__all__ = ["Entry", "Explanation", "causes", "entry_at", "explain", "ranks_named", "scan"]
 
 
 _MAX_RANKS = 1 << 20
@@ -46,8 +53,9 @@ class Entry:
     Attributes:
         name: Its name (also for a hidden folder: the name that it would have).
         path: The folder that holds it now.
-        state: "committed": it loads. "partial": a save that is under way or died, or what one has not cleared
-            yet. "damaged": it does not load.
+        state: "committed": it was committed, and all its files are there with their sizes (no bytes are
+            compared). "partial": a save that is under way or died, or what one has not cleared yet.
+            "damaged": it does not load.
         step: The training step, if it was given.
         size_bytes: Bytes of its files.
         time: When it was saved (or last changed), seconds since the epoch.
@@ -75,16 +83,18 @@ def scan(storage: Storage, folder: str) -> list[Entry]:
     names = names_of(storage, folder)
     if names is None:
         raise CheckpointNotFoundError(f"there is no such folder: {folder}", path=folder)
-    entries = []
-    for name in names:
-        with opened(storage, os.path.join(folder, name)) as inner:
-            if inner is None:
-                continue
-            hidden = looks_hidden(name)
-            entry = _hidden_entry(inner, *hidden) if hidden else _visible_entry(inner, name)
-            if entry is not None:
-                entries.append(entry)
-    return sorted(entries, key=lambda entry: (entry.time, entry.name))
+    found = (entry_at(storage, os.path.join(folder, name)) for name in names)
+    return sorted((entry for entry in found if entry), key=lambda entry: (entry.time, entry.name))
+
+
+def entry_at(storage: Storage, path: str) -> Entry | None:
+    """The checkpoint that this folder is, or the part of one; None if it is neither."""
+    name = os.path.basename(path)
+    with opened(storage, path) as folder:
+        if folder is None:
+            return None
+        hidden = looks_hidden(name)
+        return _hidden_entry(folder, *hidden) if hidden else _visible_entry(folder, name)
 
 
 def _visible_entry(folder: Folder, name: str) -> Entry | None:
@@ -140,7 +150,7 @@ def _hidden_entry(folder: Folder, stem: str, attempt: str) -> Entry | None:
         return Entry(name, folder.path, "partial", manifest.step, size, moment, manifest.world_size, problem)
     whole = checked_manifest(folder, attempt, names, deep=False)
     if whole is not None:
-        problem = "complete, but not published: it loads, and the next save or `doctor --repair` publishes it"
+        problem = "complete, but not published: the next save to it, or `doctor --repair`, publishes it"
         return Entry(
             name,
             folder.path,
@@ -208,16 +218,49 @@ def explain_folder(folder: Folder) -> Explanation:
     aborted, beacons = read_abort_marks(folder, names), read_beacons(folder, names)
     parts = []
     if aborted:
-        parts += [
-            f"rank {rank} failed: {mark.type}: {mark.message}" for rank, mark in sorted(aborted.items())[:5]
-        ]
+        marks = sorted(aborted.values(), key=lambda mark: (mark.time, mark.rank))
+        roots, stopped = causes((mark.rank, f"{mark.type}: {mark.message}") for mark in marks)
+        (error, first), *others = roots.items()
+        parts.append(f"{ranks_named(first)} failed: {error}")
+        if others:
+            parts.append(f"{ranks_named(rank for _, ranks in others for rank in ranks)} failed too")
+        if stopped:
+            parts.append(f"{ranks_named(stopped)} stopped because of it")
     if world_size is not None:
         parts.append(f"{len(arrived)} of {world_size} ranks arrived")
         missing = [rank for rank in range(world_size) if rank not in here]
         silent = [rank for rank in missing if rank not in beacons and rank not in aborted]
-        parts += [f"rank {rank}: {beacons[rank].phase}" for rank in missing[:10] if rank in beacons]
+        begun = [rank for rank in missing[:10] if rank in beacons and rank not in aborted]
+        parts += [f"rank {rank}: {beacons[rank].phase}" for rank in begun]
         if silent:
             parts.append(f"ranks {numbers(silent)} never began")
     return Explanation(
         note, world_size, arrived, aborted, beacons, "; ".join(parts) or "no rank has left a word"
     )
+
+
+def causes(failures: Iterable[tuple[int, str]]) -> tuple[dict[str, list[int]], list[int]]:
+    """What an attempt failed of: each error with the ranks that met it, and the ranks that stopped for it.
+
+    Where all ranks stopped for another that left no word, what the first says of it is the error.
+
+    Args:
+        failures: Ranks, the first to fail first, with type and message of their errors.
+    """
+    roots: dict[str, list[int]] = {}
+    stopped: dict[int, str] = {}
+    for rank, error in failures:
+        if error.startswith(f"{AbortedError.__name__}: "):
+            stopped[rank] = error
+        else:
+            roots.setdefault(error, []).append(rank)
+    if stopped and not roots:
+        first = next(iter(stopped))
+        roots[stopped.pop(first)] = [first]
+    return roots, list(stopped)
+
+
+def ranks_named(ranks: Iterable[int]) -> str:
+    """Ranks as the subject of a sentence."""
+    listed = list(ranks)
+    return f"rank{'' if len(listed) == 1 else 's'} {numbers(listed)}"

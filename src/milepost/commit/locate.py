@@ -241,7 +241,7 @@ def _not_found(storage: Storage, path: str, message: str) -> CheckpointNotFoundE
     for hidden in siblings(storage, path):
         with opened(storage, hidden.path) as folder:
             if folder is not None and folder.stat(NOTE_NAME) is not None:
-                hints.append("a save to it was begun and has not committed")
+                hints.append(f"a save to it was begun and has not committed: see `milepost doctor {path}`")
                 break
     within = _checkpoints_in(storage, path, "")
     existing = within or _checkpoints_in(storage, parent, name)

@@ -189,11 +189,12 @@ def _check_agreement(attempt: str, marks: list[Mark], merger: Merger) -> None:
         expected = {"attempt": attempt, "world size": len(marks)}.get(fact, values[0])
         other = [rank for rank, value in enumerate(values) if value != expected]
         if other:
+            also = f" (as have ranks {numbers(other[1:])})" if other[1:] else ""
+            told = f"expected {expected!r}, rank {other[0]} has {values[other[0]]!r}{also}"
+            if fact == "state they share":  # of which these are hashes
+                told = f"rank {other[0]} has another than rank 0{also}{merger.difference(0, other[0])}"
             raise CommitError(
-                f"the ranks disagree on the {fact}: expected {expected!r}, "
-                f"rank {other[0]} has {values[other[0]]!r}"
-                + (f" (as have ranks {numbers(other[1:])})" if other[1:] else "")
-                + (merger.difference(0, other[0]) if fact == "state they share" else ""),
+                f"the ranks disagree on the {fact}: {told}",
                 rank=other[0],
                 phase="commit",
                 hint="all ranks must save the same step with the same arguments; look at these ranks' logs",
@@ -244,7 +245,7 @@ def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep
         folder: The hidden folder.
         attempt: The attempt in its name.
         names: What is in it.
-        deep: Compare indexes and attachments with the manifest's hashes as well.
+        deep: Compare indexes, shard map and attachments with the manifest's hashes as well.
     """
     names = set(names)
     note = read_note(folder)
@@ -255,7 +256,9 @@ def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep
             manifest = read_manifest(folder)
             if manifest is None or manifest.attempt != attempt or missing_files(folder, manifest):
                 return None
-            hashed = (*manifest.indexes, *manifest.attachments) if deep else ()
+            hashed = [*manifest.indexes, *manifest.attachments] if deep else []
+            if deep and manifest.shards is not None:
+                hashed.append(manifest.shards)
             return manifest if all(file_digest(folder, file.name) == file for file in hashed) else None
         if is_aborted(names):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from math import prod
 
@@ -10,14 +11,19 @@ import msgspec
 from milepost.commit.hidden import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
 from milepost.manifest import DTYPE_BYTES
+from milepost.paths import path_text
 from milepost.reshard import disjoint
 from milepost.shard_tree import key_trie
 from milepost.shards import ON_EACH_MESH, Key, ShardMap, Table, check_described, decode_key
-from milepost.tree import path_text
 
 __all__ = ["Merger"]
 
+logger = logging.getLogger(__name__)
+
 _SHOWN = 5
+_MANY_BYTES = 64 << 20
+_told = False
+"""Whether this process has said that bytes were saved more than once."""
 
 
 class _Columns(msgspec.Struct):
@@ -60,13 +66,14 @@ class _Described(msgspec.Struct):
 class _Group:
     """Ranks whose columns describe the same tensors, and where these are in the merged columns.
 
-    `of_parts` are the entries that several meshes may hold.
+    `of_parts` are the entries that several meshes may hold, `ties` the rows whose memory each entry shares.
     """
 
     described: _Described
     rows: list[int]
     names: list[bytes]
     of_parts: set[int] = field(default_factory=set)
+    ties: list[int] = field(default_factory=list)
 
 
 class Merger:
@@ -83,10 +90,13 @@ class Merger:
         self._groups: dict[tuple[bytes, ...], _Group] = {}
         self._group_of: dict[int, _Group] = {}
         self._tables: list[Table] = []
+        self._ties: list[int | None] = []
+        self._untied: set[int] = set()
         self._boxes: dict[int, set[tuple[int, ...]]] = {}
         self._replicas: dict[tuple[int, str], dict[tuple[int, ...], list[int]]] = {}
         self._seen: dict[tuple[int, bytes, bytes], list[tuple[int, str, tuple[int, ...]]]] = {}
         self._conflicts: list[str] = []
+        self._twice: dict[int, int] = {}
 
     def add(self, rank: int, data: bytes, path: str) -> None:
         """Take in a rank's index.
@@ -133,7 +143,8 @@ class Merger:
             names = [msgspec.json.encode(name) for name in described.key]
             rows = [self._row(rank, described, entry, names) for entry in range(len(names))]
             of_parts = {n for n, text in enumerate(described.placement) if text.endswith(ON_EACH_MESH)}
-            group = self._groups[key] = _Group(described, rows, names, of_parts)
+            ties = [rows[alias] for alias in described.alias]
+            group = self._groups[key] = _Group(described, rows, names, of_parts, ties)
         return group
 
     def _row(self, rank: int, described: _Described, entry: int, names: list[bytes]) -> int:
@@ -153,6 +164,7 @@ class Merger:
             if entry in described.requires_grad:
                 merged.requires_grad.append(row)
             self._tables.append(Table([], [], []))
+            self._ties.append(None)
             return row
         known = (merged.dtype[row], merged.shape[row], merged.placement[row])
         if known != facts:
@@ -165,15 +177,30 @@ class Merger:
     def _place(
         self, rank: int, group: _Group, entry: int, count: int, start: list[int], size: list[int]
     ) -> None:
-        table = self._tables[group.rows[entry]]
+        row, tie = group.rows[entry], group.ties[entry]
+        if self._ties[row] != tie:
+            if self._ties[row] is not None:  # the first that has elements of it says whose memory it shares
+                self._untie(row, rank, group, entry)
+            self._ties[row] = tie
+        table = self._tables[row]
         if entry in group.of_parts:
-            start, size, count = self._not_yet_held(group.rows[entry], count, start, size)
+            start, size, count = self._not_yet_held(row, count, start, size)
         if count == 1:
             table.rank.append(rank)
         else:
             table.rank += [rank] * count
         table.start += start
         table.size += size
+
+    def _untie(self, row: int, rank: int, group: _Group, entry: int) -> None:
+        """A tensor shares memory on some ranks that hold parts of it and not on others."""
+        if entry in group.of_parts:  # each mesh may do as it likes: what they hold is compared
+            self._untied.add(row)
+        else:
+            self._conflicts.append(
+                f"{_text(group.described.key[entry])}: rank {rank} and an earlier one differ in what shares "
+                "memory with it"
+            )
 
     def _not_yet_held(
         self, row: int, count: int, start: list[int], size: list[int]
@@ -191,6 +218,9 @@ class Merger:
                 kept_start += box[:dims]
                 kept_size += box[dims:]
                 kept += 1
+            else:
+                volume = prod(box[dims:]) * DTYPE_BYTES[self._merged.dtype[row]]
+                self._twice[row] = self._twice.get(row, 0) + volume
         return kept_start, kept_size, kept
 
     # -- replicas --------------------------------------------------------------------------------
@@ -271,6 +301,9 @@ class Merger:
             )
         self._check_replicas()
         merged = self._merged
+        for row, tie in enumerate(self._ties):
+            if tie is not None:
+                merged.alias[row] = row if row in self._untied or tie > row else tie
         try:
             key_trie(merged.key)
         except CorruptCheckpointError as error:
@@ -285,7 +318,21 @@ class Merger:
             merged.table.append(encoded.setdefault(msgspec.json.encode(table), len(encoded)))
         self._check_coverage()
         merged.tables = [msgspec.Raw(data) for data in encoded]
+        self._tell_of_copies()
         return merged
+
+    def _tell_of_copies(self) -> None:
+        """Say once in a process what could be saved once, and is not, as nobody has declared it."""
+        global _told  # noqa: PLW0603 - see there
+        size = sum(self._twice.values())
+        if size > _MANY_BYTES and not _told:
+            _told = True
+            largest = max(self._twice, key=self._twice.__getitem__)
+            logger.warning(
+                "%d MiB were saved more than once, by several slices of a mesh, most of them of %s: declare "
+                "such tensors as replicated, and each byte is saved once",
+                *(size >> 20, _text(self._merged.key[largest])),
+            )
 
     def _check_replicas(self) -> None:
         differing = []

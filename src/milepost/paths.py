@@ -1,0 +1,36 @@
+"""The way to a value in a state dict, typed and as text. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["ATTRIBUTES", "Item", "Path", "path_text"]
+
+Path = tuple[Any, ...]
+"""Where a value is: the keys on the way down, an `Item` for each position in a list, tuple or set, and
+`ATTRIBUTES`."""
+
+
+class Item(int):
+    """A position in a list, tuple or set, as a step of a path."""
+
+
+class _Attributes:
+    """The step from an OrderedDict to its attributes, which is not one of its keys."""
+
+    def __str__(self) -> str:
+        return "__dict__"
+
+
+ATTRIBUTES = _Attributes()
+
+
+def path_text(path: Path) -> str:
+    """A path as text: ``model.layers[0].weight``."""
+    text = ""
+    for step in path:
+        if isinstance(step, Item):
+            text += f"[{int(step)}]"
+        else:
+            text += f".{step}" if text else str(step)
+    return text
