@@ -139,11 +139,12 @@ class CheckpointReader:
                     path, state_dict, map_location, verify, names, alone=meeting is None
                 )
             with source:
-                self._judge(path, found or Match(), source.attempt, meeting, strict=strict)
+                report = Report(str(path), source.attempt, strict=strict, first=verify == "first")
+                first = self._judge(path, found or Match(), report, meeting)
                 loaded: list[STATE_DICT] = []
                 work = [(partial(self._load, source, state_dict, found, loaded), True)]
-                if verify == "first" and found is not None:
-                    work.insert(0, (partial(source.check, found.fills), False))
+                if first:
+                    work.insert(0, (partial(source.check, found.fills if found else ()), False))
                 for part, modifies in work:
                     if meeting is None:
                         part()
@@ -178,14 +179,18 @@ class CheckpointReader:
             source.__exit__(None, None, None)
             raise
 
-    def _judge(self, path: str, found: Match, attempt: str, meeting: Meeting | None, *, strict: bool) -> None:
-        """Refuse what does not fit, on all ranks alike; afterwards `found` is what all ranks found."""
+    def _judge(self, path: str, found: Match, report: Report, meeting: Meeting | None) -> bool:
+        """Refuse what does not fit, on all ranks alike; afterwards `found` is what all ranks found.
+
+        Returns:
+            Whether all is to be verified before anything is written to.
+        """
+        strict, first = report.strict, report.first
         if meeting is not None:
-            verdict = meeting.hold(
-                Report(str(path), attempt, found.missing, found.unexpected, found.misfits, strict)
-            )
+            report.missing, report.unexpected, report.misfits = found.missing, found.unexpected, found.misfits
+            verdict = meeting.hold(report)
             refuse(verdict, modified=False)
-            strict = verdict.strict
+            strict, first = verdict.strict, verdict.first
             found.missing, found.unexpected, found.misfits = (
                 verdict.missing,
                 verdict.unexpected,
@@ -193,6 +198,7 @@ class CheckpointReader:
             )
         if found.misfits or (strict and found.missing):
             raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
+        return first
 
     def _load(
         self,

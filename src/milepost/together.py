@@ -37,6 +37,7 @@ class Report(msgspec.Struct):
         unexpected: See `Match`.
         misfits: See `Match`.
         strict: Whether missing keys are to be refused.
+        first: Whether all is to be verified before anything is written to.
         error: Why it cannot load, if it cannot.
     """
 
@@ -46,6 +47,7 @@ class Report(msgspec.Struct):
     unexpected: list[str] = []
     misfits: list[str] = []
     strict: bool = False
+    first: bool = False
     error: str | None = None
 
 
@@ -57,6 +59,7 @@ class Verdict(msgspec.Struct):
         unexpected: What was saved and no rank's template has.
         misfits: What does not fit some rank's template, with the rank.
         strict: Whether any rank refuses missing keys.
+        first: Whether any rank wants all to be verified first.
         failed: The ranks that cannot load, with their errors.
     """
 
@@ -64,6 +67,7 @@ class Verdict(msgspec.Struct):
     unexpected: list[str] = []
     misfits: list[str] = []
     strict: bool = False
+    first: bool = False
     failed: list[tuple[int, str]] = []
 
     @classmethod
@@ -73,6 +77,7 @@ class Verdict(msgspec.Struct):
         verdict.missing = list(dict.fromkeys(key for report in reports for key in report.missing))
         verdict.unexpected = _common([report.unexpected for report in reports])
         verdict.strict = any(report.strict for report in reports)
+        verdict.first = any(report.first for report in reports)
         by_misfit: dict[str, list[int]] = {}
         for rank, report in enumerate(reports):
             for misfit in report.misfits:

@@ -387,6 +387,19 @@ def test_an_argument_that_is_wrong_on_one_rank_stops_all(start, path, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_verified_first_on_one_rank_is_so_on_all(start, path, way):
+    """If one rank has all verified before anything is written, no rank writes until then."""
+    damage(path, 1)
+    calls = (path, None, {}), (path, "own", {}), (path, "own", {"verify": "first"})
+    results = start(way, *calls)
+    assert kinds(results) == [PeerLoadError, CorruptCheckpointError, PeerLoadError]
+    assert not any(result.error.targets_modified for result in results)
+    assert untouched(results)
+    for result in start(way, (path, None, {}), (path, "b", {"verify": False}), calls[2]):
+        assert result.error is None
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_strict_on_one_rank_is_strict_on_all(start, path, way):
     """If one rank refuses missing keys, all do."""
     options = [{}, {"strict": True}, {}]
