@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.commit.attempt import Attempt
+from milepost.commit.claim import Clock
 from milepost.commit.hidden import join_hidden
 from milepost.commit.marks import assemble
 from milepost.manifest import Index, data_name, decode_index, encode_index, index_name
@@ -44,6 +46,7 @@ from milepost.reshard import cut
 from milepost.state import StateEncoder
 from milepost.storage import default_storage
 from milepost.storage.memory import MemoryStorage
+from milepost.testing.faults import FaultyStorage
 from milepost.types import RankInfo
 
 TENSORS = 1024
@@ -342,6 +345,8 @@ def bench_division(worlds: list[int]) -> bool:
 
 ARRIVALS = 20
 """How many ranks arrive for real, and are measured; the others' files are put there."""
+POLLS = 40
+"""How often a rank looks in vain in each of its two waits of a save with a barrier."""
 
 
 def replicated_state() -> dict:
@@ -352,11 +357,11 @@ def replicated_state() -> dict:
 class Kind:
     """A storage, and how files get into it without any of the library's code."""
 
-    def __init__(self, name: str, folder: str, size: int) -> None:
+    def __init__(self, name: str, path: str) -> None:
         self.memory = name == "memory"
         self.storage = MemoryStorage() if self.memory else default_storage()
-        name = f"checkpoint-{size}"  # a new name in each world: the process counts its saves to a path
-        self.path = f"/{name}" if self.memory else os.path.join(folder, name)
+        # A new name in each world: the process counts its saves to a path.
+        self.path = f"/{os.path.basename(path)}" if self.memory else path
 
     def put(self, path: str, data: bytes, size: int = 0) -> None:
         if self.memory:
@@ -377,6 +382,39 @@ class Kind:
         opened.close()
         assert names
         return seconds
+
+
+class Watched:
+    """A storage that counts what one rank asks of it, and times the rank's listings.
+
+    Attributes:
+        storage: For the rank.
+        listing_seconds: In listings and with the names they gave, until the rank asked for something else.
+    """
+
+    def __init__(self, inner: object) -> None:
+        self.storage = FaultyStorage(inner, before=self._before)
+        self.listing_seconds = 0.0
+        self._since: float | None = None
+
+    def _before(self, operation: str, _path: str) -> None:
+        self.end_listing()
+        if operation == "names":
+            self._since = time.perf_counter()
+
+    def end_listing(self) -> None:
+        if self._since is not None:
+            self.listing_seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def asked(self, start: int = 0) -> dict[str, int]:
+        """How much it has been asked for since its operation `start`."""
+        done = self.storage.operations[start:]
+        return {
+            "operations": len(done),
+            "listings": sum(line.startswith("names ") for line in done),
+            "marks": sum(bool(re.fullmatch(r"(read|open|map) .*/index_\d+\.json", line)) for line in done),
+        }
 
 
 def real_indexes(kind: Kind, size: int) -> Callable[[int], Index]:
@@ -418,94 +456,204 @@ def read(storage: object, folder: str, name: str) -> bytes:
         opened.close()
 
 
-def arrive(kind: Kind, index: Index, size: int, folder: str) -> dict[str, float]:
-    """One rank's part in the commit, timed in parts; its data file is put there in between."""
-    times = {}
-    start = time.perf_counter()
-    attempt = Attempt.begin(
-        kind.storage,
-        kind.path,
-        attempt=index.attempt,
-        rank=index.rank,
-        world_size=size,
-        process=index.process,
-    )
-    times["begin"] = time.perf_counter() - start
-    assert attempt.folder == folder
-    kind.put(attempt.data_path, b"", index.files[0].size)
-    data = encode_index(index)
-    start = time.perf_counter()
-    attempt.mark(data)
-    times["mark"] = time.perf_counter() - start
-    start = time.perf_counter()
-    committed = attempt.complete()
-    times["complete"] = time.perf_counter() - start
-    assert committed == (index.rank == size - 1)
-    start = time.perf_counter()
-    attempt.close()
-    times["close"] = time.perf_counter() - start
-    return times
-
-
-def arrivals(kind: Kind, size: int) -> dict[str, float]:
-    """A world of this size: the last ranks' arrivals, and the very last one's."""
-    index = real_indexes(kind, size)
-    folder = hidden_folder(kind.storage, kind.path)
-    assert folder == join_hidden(kind.path, index(0).attempt)
-    late = [rank for rank in range(size - 1, 0, -1) if rank not in index.real][: ARRIVALS + 1]
+def put_ranks(kind: Kind, folder: str, index: Callable[[int], Index], ranks: set[int]) -> None:
+    """Put there what these ranks leave when they arrive."""
     beacon = read(kind.storage, folder, "state_0.json")
-    for rank in set(range(size)) - set(late) - index.real:
+    for rank in ranks:
         made = index(rank)
         kind.put(os.path.join(folder, index_name(rank)), encode_index(made))
         kind.put(os.path.join(folder, data_name(rank)), b"", made.files[0].size)
         kind.put(os.path.join(folder, f"state_{rank}.json"), beacon)
-    found, plain = [], []
+
+
+def begin(kind: Kind, storage: object, index: Index, clock: Clock | None = None) -> Attempt:
+    return Attempt.begin(
+        storage,
+        kind.path,
+        attempt=index.attempt,
+        rank=index.rank,
+        world_size=index.world_size,
+        process=index.process,
+        clock=clock,
+    )
+
+
+def arrive(kind: Kind, index: Index) -> tuple[dict[str, float], dict[str, int]]:
+    """One rank's part in the commit, timed in parts, and what it asked for.
+
+    Its data file is put there in between.
+    """
+    watched = Watched(kind.storage)
+    colder = bytearray(b"1") * (64 * MIB)  # more than the processor's caches hold
+    data = encode_index(index)
+    times = {}
+
+    def timed(name: str, work: Callable[[], object]) -> object:
+        colder.count(b"0")  # or else what follows a longer listing is slower, for its colder caches alone
+        start = time.perf_counter()
+        result = work()
+        watched.end_listing()
+        times[name] = time.perf_counter() - start
+        return result
+
+    attempt = timed("begin", lambda: begin(kind, watched.storage, index))
+    kind.put(attempt.data_path, b"", index.files[0].size)
+    timed("mark", lambda: attempt.mark(data))
+    committed = timed("complete", attempt.complete)
+    assert committed == (index.rank == index.world_size - 1)
+    timed("close", attempt.close)
+    times["all"] = sum(times.values())
+    times["rest"] = times["all"] - watched.listing_seconds
+    times["names"] = watched.listing_seconds
+    return times, watched.asked()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection in between, which would take as long as torch is large, once in a while."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@uncollected()
+def arrivals(kind: Kind, size: int) -> dict[str, object]:
+    """A world of this size without a barrier: the last ranks' arrivals, and the very last one's."""
+    index = real_indexes(kind, size)
+    folder = hidden_folder(kind.storage, kind.path)
+    assert folder == join_hidden(kind.path, index(0).attempt)
+    late = [rank for rank in range(size - 1, 0, -1) if rank not in index.real][: ARRIVALS + 1]
+    put_ranks(kind, folder, index, set(range(size)) - set(late) - index.real)
+    found, asked, plain = [], [], []
     for rank in late[:0:-1]:
         plain.append(kind.listing(folder))
-        found.append(arrive(kind, index(rank), size, folder))
+        times, counts = arrive(kind, index(rank))
+        found.append(times)
+        asked.append(counts)
     opened = kind.storage.open_folder(folder)
     start = time.perf_counter()
     for rank in range(size - 1):
         msgspec.json.decode(opened.read(index_name(rank), 1 << 30))
     reading = time.perf_counter() - start
     opened.close()
-    last = arrive(kind, index(size - 1), size, folder)
+    last, _ = arrive(kind, index(size - 1))
     result = {name: statistics.median(times[name] for times in found) for name in found[0]}
-    result["all"] = statistics.median(sum(times.values()) for times in found)
-    result["listing"] = statistics.median(plain)
-    result["last"] = sum(last.values())
-    result["commit"] = last["complete"]
-    result["reading"] = reading
-    return result
+    result |= {"listing": statistics.median(plain), "reading": reading, "asked": asked}
+    return result | {"last": last["all"], "commit": last["complete"]}
+
+
+@uncollected()
+def barrier(kind: Kind, size: int) -> dict[str, object]:
+    """A world of this size with a barrier: rank 0's part, and what another rank asks for while it waits.
+
+    That rank's clock stands in for all the others: when it has looked for long enough, the last rank
+    arrives and rank 0 finds that so; when it has looked for long enough again, rank 0 commits.
+    """
+    index = real_indexes(kind, size)
+    folder = hidden_folder(kind.storage, kind.path)
+    waiter = next(rank for rank in range(size - 2, 0, -1) if rank not in index.real)
+    put_ranks(kind, folder, index, set(range(size - 1)) - {waiter} - index.real)
+    lead = begin(kind, kind.storage, index(0))
+    now, pauses, seconds = 1.0, 0, []
+
+    def sleep(pause: float) -> None:
+        nonlocal now, pauses
+        now, pauses = now + pause, pauses + 1
+        if pauses == POLLS:
+            put_ranks(kind, folder, index, {size - 1})
+        if pauses % POLLS == 0:
+            start = time.perf_counter()
+            lead.wait_for_marks(60) if pauses == POLLS else lead.complete()
+            seconds.append(time.perf_counter() - start)
+
+    watched = Watched(kind.storage)
+    attempt = begin(kind, watched.storage, index(waiter), Clock(monotonic=lambda: now, sleep=sleep))
+    kind.put(attempt.data_path, b"", index(waiter).files[0].size)
+    attempt.mark(encode_index(index(waiter)))
+    before = len(watched.storage.operations)
+    attempt.wait_for_marks(60)
+    attempt.wait_for_commit(60)
+    asked = watched.asked(before)
+    assert lead.committed
+    assert pauses == 2 * POLLS
+    attempt.close()
+    lead.close()
+    return {"wait": seconds[0], "complete": seconds[1], "lead": sum(seconds), "asked": [asked]}
+
+
+def linear(what: str, key: str, curve: list[tuple[int, dict]]) -> bool:
+    """One sample is noisy: what counts is the whole curve."""
+    (few, at_first), (many, at_last) = curve[0], curve[-1]
+    growth = at_last[key] / at_first[key] / (many / few)
+    return verdict(f"{what}: growth from {few:,} to {many:,} ranks, to linear", growth, 1.25)
+
+
+def constant(what: str, curve: list[tuple[int, dict]]) -> bool:
+    """Whether a rank that does not commit lists once, reads no marks, and asks for as much in any world."""
+    asked = [counts for _, found in curve for counts in found["asked"]]
+    operations = [counts["operations"] for counts in asked]
+    met = verdict(f"{what}: listings", max(counts["listings"] for counts in asked), 1)
+    met &= verdict(f"{what}: marks read", max(counts["marks"] for counts in asked), 0)
+    spread = max(operations) - min(operations)
+    return met & verdict(f"{what}: operations, most less fewest in all worlds", spread, 0)
 
 
 def bench_arrivals(folder: str, worlds: list[int]) -> bool:
     met = True
     for name in ("local", "memory"):
         print(
-            f"\nRanks that arrive without a barrier, {name} storage (medians of {ARRIVALS} ranks; "
-            f"'listing' is one plain listing, 'reading' plain read and decode of all marks)\n"
-            f"  {'ranks':>6} | one arrival: {'listing':>8} {'begin':>8} {'mark':>8} {'complete':>8} "
-            f"{'close':>8} {'all':>8} | the last: {'reading':>8} {'all':>8} {'per mark':>9} {'ratio':>6}"
+            f"\nRanks that arrive without a barrier, {name} storage (medians of {ARRIVALS} ranks; 'listing' "
+            f"is one plain listing, 'reading' plain read and decode of all marks;\n'names' are a rank's own "
+            f"listings and what it does with them, 'rest' all but these, 'asked' operations on the storage)\n"
+            f"  {'ranks':>6} | one arrival: {'listing':>8} {'begin':>8} {'mark':>8} "
+            f"{'complete':>8} {'close':>8} {'names':>8} {'rest':>8} {'asked':>5} | "
+            f"the last: {'reading':>8} {'all':>8} {'per mark':>9} {'ratio':>6}"
         )
-        curve: list[tuple[int, dict[str, float]]] = []
+        curve: list[tuple[int, dict]] = []
         for size in worlds:
             with tempfile.TemporaryDirectory(dir=folder) as inner:
-                t = arrivals(Kind(name, inner, size), size)
-            columns = (t["listing"], t["begin"], t["mark"], t["complete"], t["close"], t["all"])
+                t = arrivals(Kind(name, os.path.join(inner, f"arrivals-{size}")), size)
+            columns = ("listing", "begin", "mark", "complete", "close", "names", "rest")
             print(
-                f"  {size:6,} |              {' '.join(f'{x * 1e3:6.2f}ms' for x in columns)} |          "
+                f"  {size:6,} |              {' '.join(f'{t[key] * 1e3:6.2f}ms' for key in columns)} "
+                f"{t['asked'][0]['operations']:5} |           "
                 f"{t['reading'] * 1e3:6.0f}ms {t['last'] * 1e3:6.0f}ms {t['last'] / size * 1e6:6.0f} us "
                 f"{t['commit'] / t['reading']:6.2f}",
                 flush=True,
             )
             curve.append((size, t))
-        # One sample of the last arrival is noisy: what counts is the whole curve.
+        met &= constant("one arrival", curve)
         (few, at_first), (many, at_last) = curve[0], curve[-1]
-        for key, what in (("all", "one arrival"), ("last", "the last one")):
-            growth = at_last[key] / at_first[key] / (many / few)
-            met &= verdict(f"{what}: growth from {few:,} to {many:,} ranks, to linear", growth, 1.25)
+        growth = at_last["rest"] / at_first["rest"]
+        met &= verdict(f"one arrival: growth of the rest from {few:,} to {many:,} ranks", growth, 1.5)
+        met &= linear("one arrival's names", "names", curve)
+        met &= linear("the last one", "last", curve)
+        met &= bench_barrier(name, folder, worlds)
     return met
+
+
+def bench_barrier(name: str, folder: str, worlds: list[int]) -> bool:
+    print(
+        f"\nRanks that meet at a barrier, {name} storage (rank 0 when all marks are there; 'per look' are "
+        f"another rank's operations on the storage, mean of {2 * POLLS} looks)\n"
+        f"  {'ranks':>6} | rank 0: {'wait':>8} {'complete':>8} {'per mark':>9} | another: {'per look':>8}"
+    )
+    curve: list[tuple[int, dict]] = []
+    for size in worlds:
+        with tempfile.TemporaryDirectory(dir=folder) as inner:
+            t = barrier(Kind(name, os.path.join(inner, f"barrier-{size}")), size)
+        print(
+            f"  {size:6,} |         {t['wait'] * 1e3:6.2f}ms {t['complete'] * 1e3:6.0f}ms "
+            f"{t['lead'] / size * 1e6:6.0f} us |          "
+            f"{t['asked'][0]['operations'] / (2 * POLLS):8.2f}",
+            flush=True,
+        )
+        curve.append((size, t))
+    met = constant("a rank that waits", curve)
+    return met & linear("rank 0", "lead", curve)
 
 
 def main() -> int:
@@ -522,7 +670,7 @@ def main() -> int:
         print(json.dumps(STEPS[options.step](options)))
         return 0
     print(f"{machine()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
-    with tempfile.TemporaryDirectory(dir=options.folder or os.getcwd(), prefix="bench-") as folder:
+    with tempfile.TemporaryDirectory(dir=os.path.abspath(options.folder or ""), prefix="bench-") as folder:
         worlds = list(map(int, options.ranks.split(",")))
         parts = {
             "ranks": lambda: bench_ranks(folder, worlds, options.rounds),

@@ -261,7 +261,8 @@ def save_snapshot(
                 with _phase(attempt, "pre_commit", options), _directory(attempt.folder):
                     hook.pre_commit(path, **arguments)
             with _phase(attempt, "commit", options):
-                index.attachments = attempt.attachments()
+                if hook is not None:  # or else a listing of what all ranks have put there, for nothing
+                    index.attachments = attempt.attachments()
                 index.step, index.metadata = labels.step, labels.metadata
                 attempt.mark(encode_index(index))
         if options.barrier is not None:

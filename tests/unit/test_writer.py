@@ -22,6 +22,7 @@ from milepost.checkpoint_writer import (
 )
 from milepost.errors import ClosedError, CommitError, MilepostError, PostCommitError, StateError, TargetError
 from milepost.storage.memory import MemoryStorage
+from milepost.testing import FaultyStorage
 from milepost.tree import TreeDecoder
 from milepost.types import RankInfo
 
@@ -368,3 +369,18 @@ def test_who_wrote_it_is_recorded(tmp_path):
     assert writer["pid"] == str(os.getpid())
     assert writer["torch"] == torch.__version__
     assert {"milepost", "python", "host"} <= set(writer)
+
+
+def test_a_rank_that_does_not_commit_lists_its_folder_once_and_reads_no_marks():
+    """What the commit costs one rank out of several does not depend on what the others have put there."""
+    memory, config = MemoryStorage(), CheckpointWriterConfig(start_id="start")
+    memory.make_folder("/run")
+    asked = []
+    for rank in range(4):
+        storage = FaultyStorage(memory)
+        CheckpointWriter(config, RankInfo(rank, 5), storage=storage).write("/run/c", {"w": torch.ones(3)})
+        asked.append([line for line in storage.operations if "/.c." in line])
+    for operations in asked[1:]:
+        assert len([line for line in operations if line.startswith("names ")]) == 1
+        assert not [line for line in operations if line.startswith("read ") and "index_" in line]
+        assert len(operations) == len(asked[1])
