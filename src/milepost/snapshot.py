@@ -278,7 +278,7 @@ def save_snapshot(
         with _phase(attempt, "commit", options):
             # With a barrier rank 0 reads all the marks; the others step in only if it stands still.
             committer = (options.barrier is None or options.rank == 0) and attempt.complete()
-            if options.barrier is not None and not attempt.committed:
+            if options.barrier is not None and not committer:
                 attempt.wait_for_commit(options.timeout_seconds)
     if committed_before:
         if hook is not None:

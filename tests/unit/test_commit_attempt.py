@@ -584,6 +584,27 @@ def test_the_note_says_who_began(storage):
     attempt.close()
 
 
+def test_a_rank_that_waits_for_the_commit_sees_it_at_its_path(tmp_path):
+    """What rank 0 has committed and not yet put in its place is waited for, until it is there."""
+    path, pauses = str(tmp_path / "step"), []
+
+    def pause():
+        pauses.append(None)
+        if len(pauses) == 3:
+            os.rename(waiter.folder, path)
+
+    storage = LocalStorage()
+    first = arrive(storage, path, 2, attempt="job-1", rank=0, world_size=2)
+    waiter = arrive(storage, path, 2, attempt="job-1", rank=1, world_size=2, clock=StepClock(pause).clock)
+    assert first.complete()
+    os.rename(path, waiter.folder)  # as if it had not come so far
+    waiter.wait_for_commit(60)
+    assert len(pauses) == 3
+    assert (tmp_path / "step" / "manifest.json").exists()
+    for attempt in (waiter, first):
+        attempt.close()
+
+
 def test_a_save_that_another_rank_publishes_meanwhile_is_no_reason_to_warn(tmp_path, caplog):
     """A rank that finds its attempt unpublished at the end, and gone when it takes it over, says nothing."""
     path = str(tmp_path / "step")

@@ -35,7 +35,7 @@ from milepost.commit.hidden import (
 )
 from milepost.commit.ids import process_id
 from milepost.commit.marks import assemble
-from milepost.commit.publish import publish, published_manifest, remove_tree
+from milepost.commit.publish import is_pending, publish, published_manifest, remove_tree
 from milepost.commit.recover import commit_manifest, roll_forward, tidy
 from milepost.commit.waiting import Wait, raise_if_aborted, timeout_error
 from milepost.errors import (
@@ -62,6 +62,7 @@ __all__ = ["Attempt"]
 
 _logger = logging.getLogger(__name__)
 _BEACON_SECONDS = 0.25
+_PUBLISH_SECONDS, _POLL_SECONDS = 5.0, 0.01
 
 
 class Attempt:
@@ -75,7 +76,7 @@ class Attempt:
         process: The random id of the process that the save belongs to.
         folder: The hidden folder in which the checkpoint is made.
         marked: This rank has arrived: its mark is there (perhaps made by a writer that was lost since).
-        committed: The checkpoint is committed, by this rank or another.
+        committed: The checkpoint is committed, by this rank or another; at the latest `close` publishes it.
     """
 
     def __init__(
@@ -363,7 +364,7 @@ class Attempt:
                     raise timeout_error(self._folder(), self._names(), self.world_size, timeout_seconds)
 
     def wait_for_commit(self, timeout_seconds: float, poll_seconds: float = 0.5) -> None:
-        """Returns when the checkpoint is committed, by whomever; commits when rank 0 stands still.
+        """Returns when it is committed, by whomever, and mostly published; commits when rank 0 stands still.
 
         Args:
             timeout_seconds: How long to wait.
@@ -373,13 +374,16 @@ class Attempt:
             AbortedError: A rank has failed before the commit; raised at once.
             CommitTimeoutError: It was not committed in time.
         """
-        if self.committed:  # perhaps without a folder
+        if self._root is None:  # it was at its path from the beginning
             return
         with error_context(path=self.path, rank=self.rank, phase="wait_for_commit"):
             wait = self._wait(timeout_seconds, poll_seconds, "wait_for_commit")
-            while not self._is_committed(wait):
+            while not (self.committed or self._is_committed(wait)):
                 if not wait.pause():
                     raise timeout_error(self._folder(), self._names(), self.world_size, timeout_seconds)
+            end = self._clock.monotonic() + _PUBLISH_SECONDS
+            while self._clock.monotonic() < end and is_pending(self._storage, self.path, self.id):
+                self._clock.sleep(_POLL_SECONDS)
 
     def _is_committed(self, wait: Wait) -> bool:
         if wait.leads():

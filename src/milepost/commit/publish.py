@@ -271,6 +271,12 @@ def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
         storage.rename(partial, path, "create")
 
 
+def is_pending(storage: Storage, path: str, attempt: str) -> bool:
+    """Whether a committed attempt is still in a hidden folder; it may go from one to the other meanwhile."""
+    partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
+    return any(_holds(storage, place, attempt) for place in (partial, slot, partial))
+
+
 def _holds(storage: Storage, place: str, attempt: str) -> bool:
     found = published_manifest(storage, place)
     return found is not None and found.attempt == attempt
