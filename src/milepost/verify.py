@@ -13,6 +13,7 @@ from isal.isal_zlib import crc32_combine
 
 from milepost.commit import Located, locate
 from milepost.commit.hidden import data_rank, file_digest, read_manifest
+from milepost.commit.publish import published_manifest
 from milepost.errors import CorruptCheckpointError, IncompleteCheckpointError, LoadError, StorageError
 from milepost.manifest import CHUNK_BYTES, DataFile, FileDigest, Index, Manifest, decode_index
 from milepost.outline import Line, outline
@@ -24,6 +25,7 @@ from milepost.storage.writing import Ring
 __all__ = ["Problem", "Report", "verify"]
 
 _PLAIN_BYTES = 1 << 20
+_TRIES = 5
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(bytes so far, bytes in all)``."""
@@ -103,7 +105,8 @@ def verify(storage: Storage, path: str, progress: Progress | None = None) -> Rep
     """Read every file that a checkpoint consists of, once, and compare it with its checksums.
 
     On return every byte has been read and compared, and nothing in the folder has changed. Damage in
-    files is in the report; that there is no whole checkpoint at all is an exception.
+    files is in the report; that there is no whole checkpoint at all is an exception. Where a save replaces
+    what is being read, what took its place is verified instead.
 
     Args:
         storage: Where it is.
@@ -116,6 +119,20 @@ def verify(storage: Storage, path: str, progress: Progress | None = None) -> Rep
         CorruptCheckpointError: The manifest itself is damaged.
         UnsupportedFormatError: A later version wrote it.
     """
+    for _ in range(_TRIES):
+        before = _attempt_at(storage, path)
+        report = _verified(storage, path, progress)
+        if not report.problems or _attempt_at(storage, path) == before:
+            break
+    return report
+
+
+def _attempt_at(storage: Storage, path: str) -> str | None:
+    manifest = published_manifest(storage, os.path.abspath(path))
+    return None if manifest is None else manifest.attempt
+
+
+def _verified(storage: Storage, path: str, progress: Progress | None) -> Report:
     try:
         located = locate(storage, path)
     except CorruptCheckpointError:

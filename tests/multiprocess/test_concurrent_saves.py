@@ -139,6 +139,25 @@ def test_a_reader_meets_a_replace_at_every_operation(tmp_path):
                 break
 
 
+def test_verify_meets_a_replace_at_every_operation(tmp_path):
+    """Before any operation of `verify` the checkpoint is replaced: what is there then is found whole."""
+    for at in range(1, 60):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        path = SCENARIOS[2].prepare(str(folder))
+        storage = FaultyStorage(default_storage())
+
+        def before(operation, target, storage=storage, path=path, at=at):
+            if len(storage.operations) == at - 1:
+                storage._before = None
+                save(path, 2)
+
+        storage._before = before
+        assert not verify(storage, path).problems
+        if len(storage.operations) < at:
+            break
+
+
 # ---------------------------------------------------------------------------- kills at random moments
 
 SAVER = """
