@@ -120,9 +120,8 @@ def verify(storage: Storage, path: str, progress: Progress | None = None) -> Rep
         UnsupportedFormatError: A later version wrote it.
     """
     for _ in range(_TRIES):
-        before = _attempt_at(storage, path)
-        report = _verified(storage, path, progress)
-        if not report.problems or _attempt_at(storage, path) == before:
+        report, attempt = _verified(storage, path, progress)
+        if not report.problems or _attempt_at(storage, path) in (attempt, None):
             break
     return report
 
@@ -132,18 +131,18 @@ def _attempt_at(storage: Storage, path: str) -> str | None:
     return None if manifest is None else manifest.attempt
 
 
-def _verified(storage: Storage, path: str, progress: Progress | None) -> Report:
+def _verified(storage: Storage, path: str, progress: Progress | None) -> tuple[Report, str | None]:
     try:
         located = locate(storage, path)
     except CorruptCheckpointError:
         located = _damaged(storage, path)  # files are missing or have a wrong size: look at the others too
     with closing(located.folder):
         if located.manifest is None:
-            return _verify_plain(located, progress)
+            return _verify_plain(located, progress), None
         run = _Verification(located, located.manifest.size_bytes, progress)
         _verify_all(run, located.manifest)
         run.report.step = located.manifest.step
-        return run.report
+        return run.report, located.manifest.attempt
 
 
 def _damaged(storage: Storage, path: str) -> Located:
