@@ -230,9 +230,9 @@ class CheckpointProcess:
             path: As it was.
             kwargs: As they were.
         """
-        assert lost.lost is not None
+        assert lost.held is not None
         number, future = self._accepted()
-        staged, image = lost.lost
+        staged, image = lost.held
         self._submit(staged, number, future, path, os.path.abspath(path), kwargs, image)
         return future
 

@@ -53,10 +53,10 @@ class WriteFuture(TrackedFuture[None]):
     """The future of a write.
 
     Attributes:
-        lost: If its writer was lost, what that was to write: the staged state and its image.
+        held: If its writer was lost, what that was to write: the staged state and its image.
     """
 
-    lost: tuple[Any, StagedImage] | None = None
+    held: tuple[Any, StagedImage] | None = None
 
 
 @dataclass
@@ -345,7 +345,7 @@ class Child:
         with self._lock:
             if self._jobs.pop(job.number, None) is None:
                 return
-        job.future.lost, job.held = job.held, None
+        job.future.held, job.held = job.held, None
         code = self.handle.exitcode
         error = LostWriterError(
             f"Child process terminated unexpectedly (exit code {code})",

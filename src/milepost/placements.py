@@ -113,7 +113,10 @@ def _ways(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> tuple
     even, torch's own ``_StridedShard`` and FSDP2 on top of tensor parallelism (which shards anew what
     it finds) cut at different rows.
     """
-    torchs, fsdps = (_place(mesh, placements, shape, inner_first=first) for first in (False, True))
+    torchs = _place(mesh, placements, shape)
+    if not any(getattr(placement, "split_factor", 1) > 1 for placement in placements):
+        return (torchs,)
+    fsdps = _place(mesh, placements, shape, inner_first=True)
     if set(torchs.pieces) == set(fsdps.pieces):
         return (torchs,)
     if torchs.local == fsdps.local:
@@ -133,7 +136,9 @@ def _inner_first(splits: list[Split]) -> list[Split]:
     return [*plain, *(Split(split.parts, split.index) for split in strided)]
 
 
-def _place(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...], *, inner_first: bool) -> Placed:
+def _place(
+    mesh: Any, placements: Sequence[Any], shape: tuple[int, ...], *, inner_first: bool = False
+) -> Placed:
     splits: list[list[Split]] = [[] for _ in shape]
     coordinate = mesh.get_coordinate()
     same: list[Any] = []

@@ -10,7 +10,7 @@ import torch
 from milepost.errors import StateError
 from milepost.paths import Path, path_text
 
-__all__ = ["check_memory", "partition", "reach", "refuse_meta"]
+__all__ = ["check_memory", "end_of", "partition", "reach", "refuse_meta"]
 
 
 def check_memory(
@@ -18,13 +18,21 @@ def check_memory(
 ) -> None:
     """Refuse tensors that reach beyond their storage: its memory was released (``resize_(0)``)."""
     for tensor, path, offset, size in zip(tensors, paths, offsets, sizes, strict=True):
-        end = (offset + reach(tensor)) * tensor.element_size()
-        if tensor.numel() and end > size:
+        end = end_of(tensor, offset)
+        if end > size:
             raise StateError(
                 f"a tensor of shape {tuple(tensor.shape)} reaches {end} bytes into a storage of {size}",
                 key=path_text(path),
                 hint="its memory was released or resized: gather or restore it before saving",
             )
+
+
+def end_of(tensor: torch.Tensor, offset: int) -> int:
+    """Where a tensor ends in its storage, in bytes, if it begins at this element of it; 0 if it is empty."""
+    elements = tensor.numel()
+    if elements and not tensor.is_contiguous():
+        elements = reach(tensor)
+    return (offset + elements) * tensor.element_size() if elements else 0
 
 
 def reach(tensor: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from milepost.errors import CorruptCheckpointError
 from milepost.manifest import Tensors
 from milepost.paths import path_text
 from milepost.reshard import steps_of
-from milepost.shards import Key, ShardMap, decode_key
+from milepost.shards import ATTRIBUTES_STEP, Key, ShardMap, decode_key, step_of
 from milepost.tree import Node
 
 __all__ = ["key_trie", "with_global_columns", "with_shards"]
@@ -110,9 +110,9 @@ class _Merge:
                 rest = [self.merged(node[2], attributes)]
             entries = []
             for key, child in node[1]:
-                below = left.pop(msgspec.json.encode(_step_of(key)), None)
+                below = left.pop(msgspec.json.encode(step_of(key)), None)
                 entries.append((key, child if below is None else self.merged(child, below)))
-            mine = {decode_key([_step_of(key)])[0] for key, _ in node[1]} if left else set()
+            mine = {decode_key([step_of(key)])[0] for key, _ in node[1]} if left else set()
             for part, below in left.items():
                 step = msgspec.json.decode(part)
                 # What is equal to a key of the rank's own, as 1 is to True, stands for the same place.
@@ -149,17 +149,10 @@ class _Merge:
         return ["dict", entries]
 
 
-def _step_of(key: Node) -> Any:
-    """The step of a `Key` for the node of a key of a dict."""
-    return key[1] if key[0] == "str" and key[1] is not None else key
-
-
 def _is_name(step: Any) -> bool:
     """Whether a step leads to an entry of a dict."""
-    return isinstance(step, str) or step[0] not in ("item", "attributes")
+    return isinstance(step, str) or (step[0] != "item" and step != ATTRIBUTES_STEP)
 
 
-_ATTRIBUTES = msgspec.json.encode(["attributes"])
-
-
+_ATTRIBUTES = msgspec.json.encode(ATTRIBUTES_STEP)
 _MAX_LIST = 1 << 20

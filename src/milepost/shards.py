@@ -51,6 +51,8 @@ Key = list[Any]
 """A typed path: text for a key that is text, ["item", n] for a position, ["attributes"] for the attributes of
 an OrderedDict, else the key's node."""
 
+ATTRIBUTES_STEP = ["attributes"]
+
 
 class Shards(msgspec.Struct):
     """The shards of an index, in columns: one entry for each tensor that is part of a global one.
@@ -317,7 +319,6 @@ def _plain_scalar(node: Any) -> Any:
     return tuple(node)
 
 
-_ATTRIBUTES = "attributes"
 _decoder = TreeDecoder(
     {
         "scalar": _plain_scalar,
@@ -341,13 +342,13 @@ def encode_key(path: Path, node_of: Any = None) -> Key:
         if type(step) is Item:
             key.append(["item", int(step)])
             continue
-        if step is ATTRIBUTES:
-            key.append([_ATTRIBUTES])
-            continue
-        node = encode(step)
-        plain = node[0] == "str" and node[1] is not None
-        key.append(node[1] if plain else node)
+        key.append(ATTRIBUTES_STEP if step is ATTRIBUTES else step_of(encode(step)))
     return key
+
+
+def step_of(node: Node) -> Any:
+    """The step of a `Key` that stands for a key of a dict, given as its node."""
+    return node[1] if node[0] == "str" and node[1] is not None else node
 
 
 def decode_key(key: Key) -> Path:
@@ -358,7 +359,7 @@ def decode_key(key: Key) -> Path:
             path.append(part)
         elif part[0] == "item":
             path.append(Item(part[1]))
-        elif part[0] == _ATTRIBUTES:
+        elif part == ATTRIBUTES_STEP:
             path.append(ATTRIBUTES)
         else:
             path.append(_decoder.decode(part))
@@ -375,7 +376,7 @@ def _is_key(key: Key) -> bool:
             if len(part) != 2 or type(part[1]) is not int or part[1] < 0:
                 return False
             continue
-        if part == [_ATTRIBUTES]:
+        if part == ATTRIBUTES_STEP:
             continue
         try:
             check_tree(["set", [part]], tensors=0, records=0)

@@ -50,8 +50,8 @@ def sharing_misfits(
         target = targets[number]
         if start == end:
             continue
-        other = None
-        if not is_dense(target):
+        other, dense = None, is_dense(target)
+        if not dense:
             view = (start, target.dtype, target.shape, target.stride(), target.device)
             other = with_gaps.setdefault(view, number)
         elif last is not None and start < last[0] and target.device == targets[last[1]].device:
@@ -60,7 +60,7 @@ def sharing_misfits(
             pair = fills[other], fills[number]
             if not _agree(*pair, tensors, same_bytes) and not fit_together(*pair):
                 conflicts.append(pair)
-        if is_dense(target) and (last is None or end > last[0]):
+        if dense and (last is None or end > last[0]):
             last = end, number
     if not conflicts:
         return []

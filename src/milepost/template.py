@@ -20,7 +20,7 @@ from milepost.names import Names, nodes_by_path
 from milepost.paths import Item, Path, path_text
 from milepost.placements import local_of, placed
 from milepost.rebuild import dtype_of
-from milepost.records import reach
+from milepost.records import end_of, reach
 from milepost.reshard import Piece, whole
 from milepost.tree import Node
 from milepost.utils import is_dtensor
@@ -334,13 +334,8 @@ def _lacks_memory(tensor: torch.Tensor) -> bool:
         start, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):  # as of wrapper subclasses
         return True
-    if tensor.is_contiguous():
-        reached = tensor.numel()
-        if not reached:
-            return False
-    else:
-        reached = reach(tensor)
-    return start == 0 or size < (int(tensor.storage_offset()) + reached) * tensor.element_size()
+    end = end_of(tensor, int(tensor.storage_offset()))
+    return end > (size if start else 0)
 
 
 def _outline(tensor: torch.Tensor) -> tuple[Any, ...]:

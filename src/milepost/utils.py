@@ -78,23 +78,24 @@ def beside(work: Callable[[], Any] | None) -> Iterator[list[Any]]:
 
     The thread is its own: the pools of `concurrent.futures` take no work while the interpreter ends.
     """
+    if work is None:
+        yield [None]
+        return
     results: list[Any] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            results.append(work() if work is not None else None)
+            results.append(work())
         except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked for it
             errors.append(error)
 
     thread = threading.Thread(target=run, name="milepost-replicas")
-    if work is not None:
-        thread.start()
+    thread.start()
     try:
         yield results
     finally:
-        if work is not None:
-            thread.join()
+        thread.join()
     if errors:
         raise errors[0]
 

@@ -111,6 +111,18 @@ def test_readers_always_find_a_whole_state_while_it_is_replaced(tmp_path, plain)
     assert which(path) == 39
 
 
+def replacing(path, at):
+    """A storage before whose operation of this number the checkpoint at a path is replaced."""
+
+    def before(operation, target):
+        if len(storage.operations) == at - 1:
+            storage._before = None
+            save(path, 2)
+
+    storage = FaultyStorage(default_storage(), before=before)
+    return storage
+
+
 def test_a_reader_meets_a_replace_at_every_operation(tmp_path):
     """Before any operation of a load the checkpoint is replaced: the old or the new one loads."""
     for into in (False, True):
@@ -121,14 +133,7 @@ def test_a_reader_meets_a_replace_at_every_operation(tmp_path):
                 root = folder / scenario.name
                 root.mkdir()
                 path = scenario.prepare(str(root))
-                storage = FaultyStorage(default_storage())
-
-                def before(operation, target, storage=storage, path=path, at=at):
-                    if len(storage.operations) == at - 1:
-                        storage._before = None
-                        save(path, 2)
-
-                storage._before = before
+                storage = replacing(path, at)
                 if scenario.plain:
                     found = load(path, storage=storage)
                     assert found.get("epoch") == 3 or same(found, make_state(2))
@@ -145,14 +150,7 @@ def test_verify_meets_a_replace_at_every_operation(tmp_path):
         folder = tmp_path / str(at)
         folder.mkdir()
         path = SCENARIOS[2].prepare(str(folder))
-        storage = FaultyStorage(default_storage())
-
-        def before(operation, target, storage=storage, path=path, at=at):
-            if len(storage.operations) == at - 1:
-                storage._before = None
-                save(path, 2)
-
-        storage._before = before
+        storage = replacing(path, at)
         assert not verify(storage, path).problems
         if len(storage.operations) < at:
             break

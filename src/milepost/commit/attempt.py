@@ -62,7 +62,7 @@ __all__ = ["Attempt"]
 
 _logger = logging.getLogger(__name__)
 _BEACON_SECONDS = 0.25
-_PUBLISH_SECONDS, _POLL_SECONDS = 5.0, 0.01
+_PUBLISH_SECONDS = 5.0
 
 
 class Attempt:
@@ -381,9 +381,9 @@ class Attempt:
             while not (self.committed or self._is_committed(wait)):
                 if not wait.pause():
                     raise timeout_error(self._folder(), self._names(), self.world_size, timeout_seconds)
-            end = self._clock.monotonic() + _PUBLISH_SECONDS
-            while self._clock.monotonic() < end and is_pending(self._storage, self.path, self.id):
-                self._clock.sleep(_POLL_SECONDS)
+            wait = self._wait(_PUBLISH_SECONDS, poll_seconds, "wait_for_commit")
+            while is_pending(self._storage, self.path, self.id) and wait.pause():
+                pass
 
     def _is_committed(self, wait: Wait) -> bool:
         if wait.leads():

@@ -256,9 +256,7 @@ def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep
             manifest = read_manifest(folder)
             if manifest is None or manifest.attempt != attempt or missing_files(folder, manifest):
                 return None
-            hashed = [*manifest.indexes, *manifest.attachments] if deep else []
-            if deep and manifest.shards is not None:
-                hashed.append(manifest.shards)
+            hashed = [file for file in manifest.entries() if deep and isinstance(file, FileDigest)]
             return manifest if all(file_digest(folder, file.name) == file for file in hashed) else None
         if is_aborted(names):
             return None
