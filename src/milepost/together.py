@@ -98,10 +98,10 @@ class Verdict(msgspec.Struct):
 
 
 class Meeting:
-    """Where the ranks of a job meet when they load. For one thread at a time.
+    """Where the ranks of a job meet during one load.
 
-    Each rank counts its meetings in the store. One that missed some goes on to the one at which rank 0 is
-    now; what a rank has put that has given up is withdrawn.
+    Each rank counts its meetings in the store. One that missed some begins its load at the one at which
+    rank 0 is now; what a rank has put that has given up is withdrawn.
 
     Args:
         store: A ``torch.distributed`` store that all ranks share.
@@ -113,6 +113,7 @@ class Meeting:
     def __init__(self, store: Any, rank: int, world_size: int, timeout_seconds: float) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._seconds = timeout_seconds
+        self._begun = False
 
     def hold(self, report: Report) -> Verdict:
         """Returns the verdict on all ranks' reports, the same on each that comes in time.
@@ -138,7 +139,9 @@ class Meeting:
         """The prefix of the keys of this rank's next meeting."""
         base = f"milepost/load/{self._world_size}"
         number = self._store.add(f"{base}/{self._rank}", 1)
-        if self._rank and self._store.check([f"{base}/{number}/verdict"]):
+        # Only at the beginning of a load: who is late in the middle of one is to hear that.
+        begins, self._begun = not self._begun, True
+        if self._rank and begins and self._store.check([f"{base}/{number}/verdict"]):
             latest = self._store.add(f"{base}/0", 0)
             latest += self._store.check([f"{base}/{latest}/verdict"])
             number = self._store.add(f"{base}/{self._rank}", latest - number)

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +25,7 @@ from milepost.errors import (
     MismatchError,
     PeerLoadError,
 )
-from milepost.together import Report, Verdict
+from milepost.together import Meeting, Report, Verdict, refuse
 
 WORLD = 3
 WAYS = ["group", "store"]
@@ -257,6 +258,34 @@ def test_a_key_is_unexpected_below_what_others_lack():
     lists = [["a", "b.c", "d"], ["a.x", "b", "e[0]"], ["a.x", "a.y[3]", "b.c", "a.z"], ["a", "b"]]
     verdict = Verdict.of([Report("", unexpected=keys) for keys in lists])
     assert verdict.unexpected == ["b.c", "a.x"]
+
+
+def test_a_rank_that_is_late_in_the_middle_of_a_load_does_not_slip_into_the_next():
+    """A rank whose reading takes too long hears that, though the others are at their next load by then."""
+    store, report, results = dist.HashStore(), Report("a"), []
+
+    def load(rank, work, seconds=60):
+        meeting = Meeting(store, rank, 2, seconds)
+        refuse(meeting.hold(Report("a")), modified=False)
+        meeting.agree(report, work, modifies=True)
+
+    def rank_0():
+        with pytest.raises(
+            PeerLoadError, match="rank 1 could not load: it did not come to load within 1 seconds"
+        ):
+            load(0, lambda: None, 1)
+        load(0, lambda: None)
+        results.append("loaded")
+
+    thread = threading.Thread(target=rank_0)
+    thread.start()
+    with pytest.raises(
+        PeerLoadError, match="rank 1 could not load: it did not come to load within 1 seconds"
+    ):
+        load(1, lambda: store.wait(["milepost/load/2/3/0"]))  # rank 0 is at its next load
+    load(1, lambda: None)
+    thread.join()
+    assert results == ["loaded"]
 
 
 @pytest.mark.parametrize("way", WAYS)
