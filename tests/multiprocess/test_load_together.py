@@ -387,7 +387,7 @@ def test_a_rank_that_never_comes_is_named(start, path, way, absent):
 def test_a_rank_that_missed_a_load_takes_part_in_the_next(start, path, way, late):
     """Ranks that waited in vain, and the one that did not come, load together again afterwards."""
     call = (path, ALL, {})
-    calls = [[(path, ALL, {"timeout_seconds": 1}), call] for _ in range(WORLD)]
+    calls = [[(path, ALL, {"timeout_seconds": 5}), call] for _ in range(WORLD)]
     calls[late] = [None, call]
     if late == 0:  # which hears first that the others have given up
         calls[0].append(call)
