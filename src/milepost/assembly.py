@@ -83,7 +83,6 @@ class ShardedSource:
     ) -> None:
         self._close = close
         self._shards = shards
-        self.attempt = shards.attempt
         self._open_rank, self._open_again = open_rank, open_again
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most_open = limit // _OPEN_SHARE if limit != resource.RLIM_INFINITY else shards.world_size

@@ -135,11 +135,11 @@ class CheckpointReader:
         with error_context(path=path, rank=rank, phase="load"):
             with nullcontext() if meeting is None else meeting.telling(str(path)):
                 names = _checked(state_dict, verify, rename, allow_missing)
-                source, found = self._prepared(
+                source, found, identity = self._prepared(
                     path, state_dict, map_location, verify, names, alone=meeting is None
                 )
             with source:
-                report = Report(str(path), source.attempt, strict=strict, first=verify == "first")
+                report = Report(str(path), identity, strict=strict, first=verify == "first")
                 first = self._judge(path, found or Match(), report, meeting)
                 loaded: list[STATE_DICT] = []
                 work = [(partial(self._load, source, state_dict, found, loaded), True)]
@@ -167,14 +167,14 @@ class CheckpointReader:
         names: Names,
         *,
         alone: bool,
-    ) -> tuple[PlainSource | IndexedSource | ShardedSource, Match | None]:
-        """Open what is to be read, and compare it with the template."""
-        source = self._source(path, state_dict, map_location, verify, alone=alone)
+    ) -> tuple[PlainSource | IndexedSource | ShardedSource, Match | None, str]:
+        """Open what is to be read, and compare it with the template; also the checkpoint's identity."""
+        source, identity = self._source(path, state_dict, map_location, verify, alone=alone)
         if state_dict is None:
-            return source, None
+            return source, None, identity
         try:
             with gc_paused():
-                return source, source.match(state_dict, names)
+                return source, source.match(state_dict, names), identity
         except BaseException:
             source.__exit__(None, None, None)
             raise
@@ -220,12 +220,12 @@ class CheckpointReader:
 
     def _source(
         self, path: str, template: STATE_DICT | None, map_location: Any, verify: Verify, *, alone: bool
-    ) -> PlainSource | IndexedSource | ShardedSource:
+    ) -> tuple[PlainSource | IndexedSource | ShardedSource, str]:
         """Open what is to be read. A save that replaces it may take a file away meanwhile: look again."""
         for final in (*[False] * _TRIES, True):
             located = locate(self._storage, path)
             try:
-                return self._opened(located, template, map_location, verify, alone=alone)
+                return self._opened(located, template, map_location, verify, alone=alone), located.identity
             except (EntryNotFoundError, CheckpointNotFoundError):
                 located.folder.close()
                 if final:

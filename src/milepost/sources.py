@@ -48,7 +48,6 @@ class PlainSource:
         with closing_file(file):
             self._state = _torch_load(file, map_location)
         self._path = file.path
-        self.attempt = ""
         self.filling = False
 
     def __enter__(self) -> Self:
@@ -127,7 +126,6 @@ class IndexedSource:
         beyond: Callable[[int], Any] | None = None,
     ) -> None:
         self._index = index
-        self.attempt = index.attempt
         self.file = file
         self._verify = verify
         self._relocate = _relocation(map_location)

@@ -32,7 +32,7 @@ class Report(msgspec.Struct):
 
     Attributes:
         path: Where it loads from.
-        attempt: The attempt that made the checkpoint there; "" if that is not known.
+        identity: What no other checkpoint has (`Located.identity`); "" if that is not known.
         missing: See `Match`.
         unexpected: See `Match`.
         misfits: See `Match`.
@@ -42,7 +42,7 @@ class Report(msgspec.Struct):
     """
 
     path: str
-    attempt: str = ""
+    identity: str = ""
     missing: list[str] = []
     unexpected: list[str] = []
     misfits: list[str] = []
@@ -84,7 +84,7 @@ class Verdict(msgspec.Struct):
                 by_misfit.setdefault(misfit, []).append(rank)
             if report.error is not None:
                 verdict.failed.append((rank, report.error))
-            elif report.attempt != reports[0].attempt and reports[0].error is None:
+            elif report.identity != reports[0].identity and reports[0].error is None:
                 verdict.failed.append(
                     (rank, f"it loads another checkpoint ({report.path}) than rank 0 ({reports[0].path})")
                 )

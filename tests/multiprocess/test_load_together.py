@@ -200,9 +200,9 @@ def template_of(way, rank, keys):
 # -- what is loaded ------------------------------------------------------------------------------------
 
 
-def saved(path, base=10):
+def saved(path, base=10, start_id=None):
     """A checkpoint of three ranks: "w" is divided between them, "own" is each one's, "only<r>" rank r's."""
-    config = CheckpointWriterConfig(replicated=["w", "b"], start_id=os.path.basename(path))
+    config = CheckpointWriterConfig(replicated=["w", "b"], start_id=start_id or os.path.basename(path))
     for rank in range(WORLD):
         writer = CheckpointWriter(config, RankInfo(rank, WORLD))
         state = {
@@ -337,6 +337,32 @@ def test_ranks_that_load_different_paths_are_told(start, path, tmp_path, way):
         assert f"it loads another checkpoint ({other})" in str(result.error)
     assert other in str(results[0].error)
     assert untouched(results)
+
+
+def test_ranks_that_load_two_steps_of_one_start_are_told(start, tmp_path):
+    """Attempts are numbered for each path: the ids of two checkpoints of one start can be the same."""
+    one, two = (saved(str(tmp_path / name), start_id="same") for name in ("step-1", "step-2"))
+    results = start("store", (one, ALL, {}), (two, ALL, {}), (one, ALL, {}))
+    for result in results:
+        assert isinstance(result.error, PeerLoadError), result.error
+        assert f"it loads another checkpoint ({two})" in str(result.error)
+    assert untouched(results)
+
+
+def test_ranks_that_load_plain_files_of_two_folders_are_told(start, tmp_path):
+    """Plain files say nothing of where they belong: their folder tells."""
+    folders = [tmp_path / name for name in ("step-1", "step-2")]
+    for folder in folders:
+        folder.mkdir()
+        for rank in range(WORLD):
+            torch.save({"own": torch.zeros(4)}, folder / f"checkpoint_{rank}.pt")
+    one, two = map(str, folders)
+    results = start("store", (one, "own", {}), (two, "own", {}), (one, "own", {}))
+    for result in results:
+        assert isinstance(result.error, PeerLoadError), result.error
+        assert f"it loads another checkpoint ({two})" in str(result.error)
+    assert untouched(results)
+    assert kinds(start("store", (one, "own", {}))) == [type(None)] * WORLD
 
 
 @pytest.mark.parametrize("way", WAYS)

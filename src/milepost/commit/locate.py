@@ -31,7 +31,7 @@ from milepost.errors import (
     StorageError,
 )
 from milepost.image import IDENTITY_ENTRY
-from milepost.manifest import MANIFEST_NAME, Manifest
+from milepost.manifest import MANIFEST_NAME, Manifest, digest, encode_manifest
 from milepost.storage import Folder, Storage
 
 __all__ = ["Located", "has_identity", "locate"]
@@ -58,6 +58,13 @@ class Located:
     manifest: Manifest | None
     path: str
     in_place: bool
+
+    @property
+    def identity(self) -> str:
+        """What no other checkpoint has: the SHA-256 of the manifest's file; for plain files, the path."""
+        if self.manifest is None:
+            return self.path
+        return digest(MANIFEST_NAME, encode_manifest(self.manifest)).sha256
 
 
 def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
