@@ -232,7 +232,7 @@ class CheckpointProcess:
         """
         assert lost.held is not None
         number, future = self._accepted()
-        staged, image = lost.held
+        (staged, image), lost.held = lost.held, None
         self._submit(staged, number, future, path, os.path.abspath(path), kwargs, image)
         return future
 

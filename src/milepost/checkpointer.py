@@ -278,6 +278,8 @@ class AsyncCheckpointer(Checkpointer):
                 error = again
             else:
                 return
+        if isinstance(done, WriteFuture):
+            done.held = None
         self._finish(save, error)
 
     def _finish(self, save: Save, error: BaseException | None) -> None:

@@ -53,7 +53,8 @@ class WriteFuture(TrackedFuture[None]):
     """The future of a write.
 
     Attributes:
-        held: If its writer was lost, what that was to write: the staged state and its image.
+        held: If its writer was lost, what that was to write: the staged state and its image. Who does not
+            write it again sets it to None; until then, its memory stays in use.
     """
 
     held: tuple[Any, StagedImage] | None = None

@@ -323,6 +323,21 @@ def test_a_lost_writer_may_be_left_lost(tmp_path, on_failure, caplog):
     caplog.clear()
 
 
+@pytest.mark.parametrize("then", ["retry", "raise", "warn", "retry in vain"])
+def test_a_lost_writer_leaves_no_memory_taken(tmp_path, then):
+    """The next save finds the memory that the lost one was staged into, though it is all there is."""
+    on_failure, retries = then.split()[0], 0 if then == "retry in vain" else 1
+    with make(on_failure=on_failure, retries=retries, on_low_memory="raise") as checkpointer:
+        pid = stopped(checkpointer)
+        written = checkpointer.save(str(tmp_path / "c"), state_of(1))[1]
+        checkpointer._stager._available = lambda: 0
+        os.kill(pid, signal.SIGKILL)
+        wait_until(written.done)
+        assert isinstance(error_of(written), type(None) if then == "retry" else LostWriterError)
+        result(checkpointer.save(str(tmp_path / "c"), state_of(2))[1])
+    assert step_at(tmp_path / "c") == 2
+
+
 def test_several_saves_in_flight_survive_their_writer(tmp_path):
     """All saves that a lost writer had accepted are written by the next one."""
     with make(max_in_flight=3) as checkpointer:
