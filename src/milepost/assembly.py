@@ -8,7 +8,7 @@ template and fills it. What a target wants of a global tensor is intersected wit
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from milepost.paths import path_text
 from milepost.placements import narrowed
 from milepost.rebuild import dtype_of, finished
 from milepost.records import reach
-from milepost.reshard import Box, Piece, disjoint
+from milepost.reshard import Box, Piece, disjoint, whole
 from milepost.shard_tree import with_global_columns, with_shards
 from milepost.shards import ShardMap, Shards, decode_key
 from milepost.sharing import sharing_misfits
@@ -283,9 +283,14 @@ class ShardedSource:
             found = self._lookups[place] = tuple(self._shards.where(number).within(box))
         return found
 
-    def _plan_piece(self, number: int, target: torch.Tensor, wanted: Piece) -> None:
+    def _found(self, number: int, wanted: Box) -> Iterator[tuple[_Rank, int, Box, Box]]:
+        """What the files hold of a box: the rank, its tensor, where in that, and which part of the box.
+
+        Raises:
+            CorruptCheckpointError: Now or at the end: they do not hold all of it, each element once.
+        """
         volume = 0
-        found = self._held_by(number, wanted.box)
+        found = self._held_by(number, wanted)
         if not disjoint([common for _, common in found]):
             raise CorruptCheckpointError("the shard map has an element twice", key=self._key(number))
         for rank, common in found:
@@ -295,17 +300,22 @@ class ShardedSource:
             if source is None:
                 raise self._contradiction(held, f"does not hold {common} of {self._key(number)}")
             start = shifted(common.start, source.start, source.local)
-            into = Box(shifted(common.start, wanted.start, wanted.local), common.size)
-            stored = self._shards_of(held).tensor[entry]
-            if held.index.tensors.dtype[stored] != self._shards.dtype[number]:
-                raise self._contradiction(held, f"holds {self._key(number)} as another dtype")
-            held.gather.request(stored, Box(start, common.size), narrowed(target, into))
+            shards = self._shards_of(held)
+            described = shards.dtype[entry], shards.shape[entry]
+            if described != (self._shards.dtype[number], self._shards.shape[number]):
+                raise self._contradiction(held, f"holds {self._key(number)} of another dtype or shape")
+            yield held, shards.tensor[entry], Box(start, common.size), common
             volume += common.volume
-        if volume != wanted.box.volume:
+        if volume != wanted.volume:
             raise CorruptCheckpointError(
-                f"the ranks' files hold {volume} of the {wanted.box.volume} elements that are wanted",
+                f"the ranks' files hold {volume} of the {wanted.volume} elements that are wanted",
                 key=self._key(number),
             )
+
+    def _plan_piece(self, number: int, target: torch.Tensor, wanted: Piece) -> None:
+        for held, stored, box, common in self._found(number, wanted.box):
+            into = Box(shifted(common.start, wanted.start, wanted.local), common.size)
+            held.gather.request(stored, box, narrowed(target, into))
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -344,6 +354,8 @@ class ShardedSource:
         for number in numbers:
             root = shards.alias[number]
             if root not in tensors:
+                for _ in self._found(root, whole(shards.shape[root]).box):
+                    pass  # before memory is asked for: it is there
                 tensors[root] = torch.empty(
                     shards.shape[root], dtype=dtype_of(shards.dtype[root]), device="cpu"
                 )
@@ -351,8 +363,10 @@ class ShardedSource:
         self._plan(fills)
         self.fill(fills)
         gradients = set(shards.requires_grad)
+        arrays = {shards.alias[number] for number in numbers if shards.kind[number] == "ndarray"}
         moved = {
-            root: self._own.source.relocated(tensor, self._location(root)) for root, tensor in tensors.items()
+            root: tensor if root in arrays else self._own.source.relocated(tensor, self._location(root))
+            for root, tensor in tensors.items()
         }
         for number in numbers:
             root = shards.alias[number]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from milepost.errors import CorruptCheckpointError, UnsupportedFormatError
-from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_shards
+from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_leaves, check_shards
 from milepost.tree import Node, check_tree
 
 __all__ = [
@@ -434,10 +434,8 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
         ),
         "the columns of the tensors differ in length",
     )
-    unknown = set(tensors.kind) - {"tensor", "parameter", "ndarray"}
-    check(not unknown, f"unknown kind of tensor {sorted(unknown)}")
-    unknown = set(tensors.dtype) - DTYPE_BYTES.keys()
-    check(not unknown, f"unknown dtype {sorted(unknown)}")
+    problem = check_leaves(tensors, frozenset(DTYPE_BYTES))
+    check(problem is None, problem or "")
     for name in ("requires_grad", "conj", "neg"):
         numbers: list[int] = getattr(tensors, name)
         check(all(0 <= n < count for n in numbers), f"{name} names a tensor that is not there")
@@ -447,8 +445,8 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
         "a tensor that is not complex has the conjugate bit",
     )
     check(
-        all(tensors.dtype[n].startswith(("float", "bfloat", "complex")) for n in tensors.requires_grad),
-        "a tensor of a dtype that has no gradient requires one",
+        all(tensors.kind[n] != "ndarray" for n in (*tensors.conj, *tensors.neg)),
+        "a numpy array has the conjugate or negative bit",
     )
     lengths = records.length
     for number, (record, start, dtype, shape, stride) in enumerate(

@@ -22,6 +22,7 @@ from milepost.reshard import Box, Piece, intersection
 from milepost.tree import Node, TreeDecoder, TreeEncoder, UnencodableError, check_tree
 
 __all__ = [
+    "ARRAY_DTYPES",
     "MAX_SHARDS_BYTES",
     "ON_EACH_MESH",
     "SHARDS_FEATURE",
@@ -30,6 +31,7 @@ __all__ = [
     "Shards",
     "Table",
     "check_described",
+    "check_leaves",
     "check_shards",
     "decode_key",
     "decode_shard_map",
@@ -269,26 +271,52 @@ def check_shards(shards: Shards, tensors: list[tuple[str, list[int]]], dtypes: f
     return None
 
 
-class _Described(Protocol):
-    key: list[Key]
+class _Leaves(Protocol):
     dtype: list[str]
     kind: list[str]
+    requires_grad: list[int]
+
+
+def check_leaves(columns: _Leaves, dtypes: frozenset[str]) -> str | None:
+    """What is wrong with the dtypes, kinds and gradients of tensors, a rank's own or global ones."""
+    count = len(columns.dtype)
+    if not set(columns.dtype) <= dtypes:
+        return f"unknown dtype {sorted(set(columns.dtype) - dtypes)}"
+    if not set(columns.kind) <= {"tensor", "parameter", "ndarray"}:
+        return f"unknown kind of tensor {sorted(set(columns.kind))}"
+    for kind, dtype in set(zip(columns.kind, columns.dtype, strict=True)):
+        if kind == "ndarray" and dtype not in ARRAY_DTYPES:
+            return f"a numpy array of dtype {dtype}, which numpy has not"
+    if any(not 0 <= number < count for number in columns.requires_grad):
+        return "requires_grad names a tensor that is not there"
+    if any(not columns.dtype[n].startswith(("float", "bfloat", "complex")) for n in columns.requires_grad):
+        return "a tensor of a dtype that has no gradient requires one"
+    return None
+
+
+ARRAY_DTYPES = {
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+}
+"""The dtypes that torch and numpy share; arrays of others are kept as raw bytes."""
+
+
+class _Described(_Leaves, Protocol):
+    key: list[Key]
     shape: list[list[int]]
     alias: list[int]
-    requires_grad: list[int]
 
 
 def check_described(shards: _Described, dtypes: frozenset[str]) -> str | None:
     """What is wrong with the columns that an index and the map have in common."""
-    count = len(shards.key)
-    if not set(shards.dtype) <= dtypes:
-        return f"unknown dtype {sorted(set(shards.dtype) - dtypes)}"
-    if not set(shards.kind) <= {"tensor", "parameter", "ndarray"}:
-        return f"unknown kind of tensor {sorted(set(shards.kind))}"
-    if any(not 0 <= first <= number for number, first in enumerate(shards.alias)):
-        return "an alias names an entry that does not come before"
-    if any(not 0 <= number < count for number in shards.requires_grad):
-        return "requires_grad names a shard that is not there"
+    problem = check_leaves(shards, dtypes)
+    if problem:
+        return problem
+    for number, first in enumerate(shards.alias):
+        if not 0 <= first <= number:
+            return "an alias names an entry that does not come before"
+        if (shards.dtype[first], shards.shape[first]) != (shards.dtype[number], shards.shape[number]):
+            return "an alias names an entry of another dtype or shape"
     for shape in shards.shape:
         if len(shape) > 64 or any(n < 0 for n in shape) or prod(shape) > _MAX_INT // 16:
             return f"a global tensor has shape {shape}"
@@ -310,12 +338,12 @@ _encoder = TreeEncoder(_refuse)
 
 def _plain_scalar(node: Any) -> Any:
     """A numpy scalar as the plain value that is equal to it, or else as a tuple of its node."""
-    kind, data = node[1][1:2], bytes.fromhex(node[2])
-    if kind in ("i", "u", "b"):
-        return int.from_bytes(data, "little", signed=kind == "i")
+    name, data = node[1][1:], bytes.fromhex(node[2])
+    if name[:1] in ("i", "u", "b"):
+        return int.from_bytes(data, "little", signed=name[0] == "i")
     codes = {"f2": "<e", "f4": "<f", "f8": "<d"}
-    if node[1][1:] in codes:
-        return struct.unpack(codes[node[1][1:]], data)[0]
+    if name in codes and len(data) == int(name[1]):
+        return struct.unpack(codes[name], data)[0]
     return tuple(node)
 
 

@@ -137,6 +137,8 @@ class IndexedSource:
             _check_device(device)
         for record, device in zip(index.tensors.record, index.tensors.device, strict=True):
             self._located.setdefault(record, device)
+        kinds = zip(index.tensors.record, index.tensors.kind, strict=True)
+        self._of_arrays = {record for record, kind in kinds if kind == "ndarray"}
         self._builder = TensorBuilder(
             index.tensors,
             self._storage_of,
@@ -335,7 +337,7 @@ class IndexedSource:
             [self._part(record, storage.data_ptr() or None) for record, storage in sorted(memory.items())]
         )
         for record, storage in memory.items():
-            self._storages[record] = self._relocate(storage, self._located.get(record, "cpu"))
+            self._storages[record] = self._moved(record, storage)
 
     def _storage_of(self, record: int) -> torch.UntypedStorage:
         if record not in self._storages:
@@ -347,9 +349,14 @@ class IndexedSource:
             else:
                 start = self._index.records.offset[record]
                 data = torch.frombuffer(self._map[start : start + length], dtype=torch.uint8)
-                location = self._located.get(record, "cpu")
-                self._storages[record] = self._relocate(data.untyped_storage(), location)
+                self._storages[record] = self._moved(record, data.untyped_storage())
         return self._storages[record]
+
+    def _moved(self, record: int, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """The storage where it is to be; one that an array lies in stays on the CPU."""
+        if record in self._of_arrays:
+            return storage
+        return self._relocate(storage, self._located.get(record, "cpu"))
 
     def _bytes_of(self, record: int) -> bytes:
         offset, length = self._index.records.offset[record], self._index.records.length[record]

@@ -26,6 +26,7 @@ from milepost.pickle_view import tensor_fragments
 from milepost.placements import Placed, Replicated, declared_whole, local_of, placed
 from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
 from milepost.records import check_memory, partition, refuse_meta
+from milepost.shards import ARRAY_DTYPES
 from milepost.snapshot import Shares, Snapshot
 from milepost.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
 from milepost.types import RankInfo
@@ -39,11 +40,7 @@ BLOB_BYTES = 64 * 1024
 _KEPT_PLANS = 4
 _memmove = ctypes.memmove
 
-_NUMPY_KINDS = {
-    np.dtype(name)
-    for name in ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
-}
-"""The numpy dtypes that torch shares; arrays of others are kept as raw bytes."""
+_NUMPY_KINDS = set(map(np.dtype, ARRAY_DTYPES))
 
 
 @dataclass

@@ -253,6 +253,14 @@ TENSORS = [
 ]
 
 
+def test_an_array_is_of_a_dtype_that_numpy_has(forge):
+    """A tensor that is said to be a numpy array, of a dtype that numpy lacks, is refused."""
+    tensors, number = forge.index["tensors"], forge.node("weight")[1]
+    tensors["kind"][number], tensors["dtype"][number] = "ndarray", "bfloat16"
+    forge.sign()
+    refused(forge.path, match="numpy")
+
+
 @pytest.mark.parametrize(("column", "value"), TENSORS)
 def test_tensors_are_held_to_their_record(forge, column, value):
     """A tensor that reaches outside of its record, or is of no known kind, is refused."""

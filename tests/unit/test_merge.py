@@ -670,9 +670,24 @@ def test_a_save_that_was_not_published_counts_only_with_its_shard_map(tmp_path, 
 # -- malformed shards ------------------------------------------------------------------------------
 
 
-def saved_on_disk(folder):
+def odd_ones():
+    """Replicas of odd kinds: under a key that is a number of numpy's, tied ones, without gradients, arrays."""
+    tied = torch.ones(3, 2)
+    return {
+        np.float32(1.5): torch.ones(2),
+        "a": tied,
+        "b": tied,
+        "c": torch.arange(6.0).reshape(2, 3),
+        "h": torch.ones(2, dtype=torch.bfloat16),
+        "array": np.arange(4, dtype=np.float32),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+
+
+def saved_on_disk(folder, *, odd=False):
     def state(rank):
         return {
+            **({"odd": odd_ones()} if odd else {}),
             "w": part_of(X, mesh(0, 1), Shard(0)),
             "v": part_of(X.t().contiguous(), mesh(0, 1), Shard(1)),
             "m": {"s": torch.tensor(7), 3: X + 1},
@@ -680,14 +695,14 @@ def saved_on_disk(folder):
         }
 
     path = str(folder / "c")
-    save(2, state, ["m.*"], storage=LocalStorage(), path=path)
+    save(2, state, ["m.*", "odd.*"], storage=LocalStorage(), path=path)
     return path
 
 
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory):
+@pytest.fixture(scope="module", params=["plain", "odd"])
+def on_disk(tmp_path_factory, request):
     """A checkpoint of two ranks, with its shard map and the first rank's index as they were written."""
-    path = saved_on_disk(tmp_path_factory.mktemp("hostile"))
+    path = saved_on_disk(tmp_path_factory.mktemp("hostile"), odd=request.param == "odd")
     files = {name: Path(path, name).read_bytes() for name in ("shards.json", "index_0.json", "manifest.json")}
     return path, files
 
@@ -701,6 +716,7 @@ def load_or_refuse(path):
             "v": torch.zeros(3, 4),
             "m": {"s": torch.tensor(0), 3: torch.zeros(4, 3)},
             "own": torch.zeros(2),
+            "odd": odd_ones(),
         },
     ):
         try:
@@ -746,7 +762,7 @@ def test_a_malformed_shard_map_is_refused_as_it_is_decoded(on_disk, name):
     data = on_disk[1]["shards.json"]
     whole = json.loads(data)
     facts = {"attempt": whole["attempt"], "world_size": 2, "dtypes": frozenset(DTYPE_BYTES)}
-    assert len(decode_shard_map(data, "p", **facts).key) == 4
+    assert len(decode_shard_map(data, "p", **facts).key) in (4, 4 + len(odd_ones()))
     passed = 0
     for where, other in mutations(whole[name]):
         try:
@@ -799,6 +815,53 @@ def test_a_forged_shard_map_cannot_do_harm(on_disk, name):
                 check_loaded(
                     loaded, exact=name not in {*HARMLESS, "key", "shape", "dtype", "table", "tables"}
                 )
+    finally:
+        for file, data in files.items():
+            write(f"{path}/{file}", data)
+
+
+def test_shared_arrays_stay_on_the_cpu_wherever_tensors_go():
+    """As with an array of one rank's own."""
+    loaded = save(2, lambda _: {"array": np.arange(4.0), "tensor": X}, ["*"])(map_location="meta")
+    assert np.array_equal(loaded["array"], np.arange(4.0))
+    assert loaded["tensor"].is_meta
+
+
+FORGERIES = {
+    "a key with a digit less": lambda shards, at: shards["key"][at["scalar"]][-1].__setitem__(2, "0000c0"),
+    "a key of another size": lambda shards, at: shards["key"][at["scalar"]][-1].__setitem__(2, "0000c03f" * 2),
+    "a tie of other shapes": lambda shards, at: shards["alias"].__setitem__(at["c"], at["a"]),
+    "a tie of other dtypes": lambda shards, at: shards["alias"].__setitem__(at["h"], at["scalar"]),
+    "a gradient of integers": lambda shards, at: shards["requires_grad"].append(at["s"]),
+    "an array of bfloat16": lambda shards, at: shards["kind"].__setitem__(at["h"], "ndarray"),
+    "a smaller shape": lambda shards, at: shards["shape"][at["a"]].__setitem__(0, 2),
+    "a larger shape": lambda shards, at: shards["shape"][at["a"]].__setitem__(0, 4),
+    "a huge shape": lambda shards, at: shards["shape"][at["c"]].__setitem__(0, 1 << 40),
+    "a huge box": lambda shards, at: enlarge(shards, at["c"]),
+}
+"""What may be wrong with a shard map whose fields are each well-formed; `at` has the number of each key."""
+
+
+def enlarge(shards, number):
+    shards["shape"][number][0] = 1 << 40
+    table = copy.deepcopy(shards["tables"][shards["table"][number]])
+    table["size"][-2] = (1 << 40) - table["start"][-2]
+    shards["table"][number] = len(shards["tables"])
+    shards["tables"].append(table)
+
+
+@pytest.mark.parametrize("on_disk", ["odd"], indirect=True)
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_shard_map_that_contradicts_itself_or_the_files_is_refused(on_disk, forgery):
+    """A map that was changed and signed, and says what cannot be, is refused without a template as well."""
+    path, files = on_disk
+    shards = json.loads(files["shards.json"])
+    at = {key[-1] if isinstance(key[-1], str) else key[-1][0]: n for n, key in enumerate(shards["key"])}
+    FORGERIES[forgery](shards, at)
+    try:
+        sign_map(path, dump(shards))
+        with pytest.raises(CorruptCheckpointError):
+            CheckpointReader(RankInfo(0, 1)).read(path)
     finally:
         for file, data in files.items():
             write(f"{path}/{file}", data)

@@ -168,6 +168,19 @@ def test_map_location_moves_new_tensors(tmp_path):
     assert template["v"].device.type == "meta"
 
 
+def test_arrays_stay_on_the_cpu_wherever_tensors_go(tmp_path):
+    """A numpy array has no device, nor has a tensor that shares its memory one other than the array's."""
+    array = np.arange(4.0)
+    state = {"array": array, "tensor": torch.ones(2), "shared": torch.from_numpy(array)}
+    with make_sync_checkpointer() as checkpointer:
+        checkpointer.save(str(tmp_path / "c"), state)
+    loaded = load(tmp_path / "c", map_location="meta")
+    assert np.array_equal(loaded["array"], array)
+    assert loaded["tensor"].is_meta
+    loaded["shared"][0] = 7
+    assert loaded["array"][0] == 7
+
+
 def test_a_map_location_function_sees_each_memory_once(tmp_path):
     """A function is called with each storage, on the CPU, and the location that was saved."""
     base = torch.arange(10.0)
