@@ -479,6 +479,19 @@ def test_tensors_that_are_tied_on_one_rank_alone_are_not_mixed_up():
         save(2, state)
 
 
+@pytest.mark.parametrize("tied_on", [0, 1])
+def test_replicas_of_which_one_has_tied_what_another_has_not_say_so(tied_on):
+    """Replicas divide the bytes that they hold: it is said why the parts do not go together."""
+    one, big = torch.ones(100, 100), torch.ones(100, 100)
+
+    def state(rank):
+        a = part_of(one, grid(), Replicate(), Shard(0))
+        return {"a": a, "b": a if rank // 2 == tied_on else part_of(big, grid(), Replicate(), Shard(0))}
+
+    with pytest.raises(CommitError, match=r"(?s)\bb\b.*shares memory"):
+        save(4, state)
+
+
 def test_empty_parts_on_one_memory_are_not_tied():
     """Empty parts that were cut from one buffer, as optimizers do, say nothing of what is tied."""
 
@@ -671,7 +684,7 @@ def test_a_save_that_was_not_published_counts_only_with_its_shard_map(tmp_path, 
 
 
 def odd_ones():
-    """Replicas of odd kinds: under a key that is a number of numpy's, tied ones, without gradients, arrays."""
+    """Replicas of odd kinds: under a key of numpy's, tied ones, without gradients, arrays."""
     tied = torch.ones(3, 2)
     return {
         np.float32(1.5): torch.ones(2),
@@ -829,7 +842,7 @@ def test_shared_arrays_stay_on_the_cpu_wherever_tensors_go():
 
 FORGERIES = {
     "a key with a digit less": lambda shards, at: shards["key"][at["scalar"]][-1].__setitem__(2, "0000c0"),
-    "a key of another size": lambda shards, at: shards["key"][at["scalar"]][-1].__setitem__(2, "0000c03f" * 2),
+    "a key of another size": lambda shards, at: shards["key"][at["scalar"]][-1].__setitem__(2, "00" * 8),
     "a tie of other shapes": lambda shards, at: shards["alias"].__setitem__(at["c"], at["a"]),
     "a tie of other dtypes": lambda shards, at: shards["alias"].__setitem__(at["h"], at["scalar"]),
     "a gradient of integers": lambda shards, at: shards["requires_grad"].append(at["s"]),

@@ -202,6 +202,11 @@ class Merger:
                 "memory with it"
             )
 
+    def _differs_in_ties(self, row: int) -> bool:
+        """Whether ranks that have a tensor differ in what shares memory with it."""
+        groups = [group for group in self._groups.values() if row in group.rows]
+        return len({group.ties[group.rows.index(row)] for group in groups}) > 1
+
     def _not_yet_held(
         self, row: int, count: int, start: list[int], size: list[int]
     ) -> tuple[list[int], list[int], int]:
@@ -363,11 +368,14 @@ class Merger:
             volume = sum(box.volume for box in boxes)
             if volume != prod(shape) or not disjoint(boxes):
                 twice = "" if volume != prod(shape) else ", some of them twice,"
+                hint = "every rank of the tensor's mesh must save it, with one key and one mesh"
+                if self._differs_in_ties(row):
+                    hint = "the ranks differ in what shares memory with it: tie it on all of them, or on none"
                 raise CommitError(
                     f"the ranks hold {volume} elements{twice} "
                     f"of {_text(merged.key[row])}, which has {prod(shape)}: {merged.placement[row]}",
                     phase="commit",
-                    hint="every rank of the tensor's mesh must save it, with one key and one mesh",
+                    hint=hint,
                 )
 
 
