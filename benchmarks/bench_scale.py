@@ -173,7 +173,7 @@ def planning(path: str, size: int, rank: int, template: dict) -> Callable[[], ob
 
     def work() -> object:
         reader = CheckpointReader(RankInfo(rank, size // 2))
-        source, found = reader._prepared(path, template, None, True, Names(), None)
+        source, found, _ = reader._prepared(path, template, None, True, Names(), alone=True)
         assert not found.misfits
         assert not found.missing
         assert len(found.fills) == TENSORS

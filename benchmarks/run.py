@@ -1,10 +1,8 @@
-"""Runs every benchmark of this folder (bench_*.py), or those whose names are given, after naming the machine.
-
-python benchmarks/run.py [name ...]
-"""
+"""Runs the benchmarks of this folder, all or those that are named, after naming the machine."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
@@ -14,6 +12,15 @@ from pathlib import Path
 
 def main() -> int:
     """Run them one after the other; return the exit code."""
+    scripts = {
+        script.stem.removeprefix("bench_"): script
+        for script in sorted(Path(__file__).parent.glob("bench_*.py"))
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Each takes options of its own: python benchmarks/bench_sync.py --help"
+    )
+    parser.add_argument("names", nargs="*", choices=[[], *scripts], metavar="name", help=", ".join(scripts))
+    wanted = parser.parse_args().names
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -22,14 +29,10 @@ def main() -> int:
         f"{memory / 2**30:.0f} GiB, Python {platform.python_version()}, torch {torch.__version__}",
         flush=True,
     )
-    wanted = set(sys.argv[1:])
     failed = 0
-    for script in sorted(Path(__file__).parent.glob("bench_*.py")):
-        name = script.stem.removeprefix("bench_")
-        if wanted and name not in wanted:
-            continue
+    for name in wanted or scripts:
         print(f"\n== {name}", flush=True)
-        failed |= subprocess.run([sys.executable, str(script)], check=False).returncode != 0
+        failed |= subprocess.run([sys.executable, str(scripts[name])], check=False).returncode != 0
     return failed
 
 
