@@ -257,7 +257,7 @@ def bench_ranks(folder: str, worlds: list[int], rounds: int) -> bool:
             f"  {'R':>6} {'shards':>10} {'JSON':>9} {'decode':>9} {'milepost':>9} {'ratio':>6} {'memory':>9}"
             f" | commit: {'merge':>8} {'ratio':>6} {'memory':>9}"
         )
-        before: tuple[int, float] | None = None
+        before: tuple[int, float, float] | None = None
         for size in worlds:
             path = os.path.join(folder, f"{variant}-{size}")
             step("make", path, size, variant)
@@ -277,9 +277,11 @@ def bench_ranks(folder: str, worlds: list[int], rounds: int) -> bool:
                 met &= verdict("ratio at 1,024 ranks", ratio, 3)
                 met &= verdict("memory at 1,024 ranks, in MiB", found["peak"] / MIB, 1024)
             if before is not None:
-                growth = (ours / before[1]) / (size / before[0])
-                met &= verdict(f"growth from {before[0]:,} to {size:,} ranks, to linear", growth, 1.15)
-            before = (size, ours)
+                times = f"growth from {before[0]:,} to {size:,} ranks, to linear"
+                met &= verdict(times, (ours / before[1]) / (size / before[0]), 1.15)
+                growth = (merged["seconds"] / before[2]) / (size / before[0])
+                met &= verdict(f"the commit's {times}", growth, 1.25)
+            before = (size, ours, merged["seconds"])
     return met
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from math import prod
+from operator import add, le, mul
 from typing import Any, Protocol
 
 import msgspec
 
 from milepost.errors import CorruptCheckpointError
 from milepost.paths import ATTRIBUTES, Item, Path
-from milepost.reshard import Box, Piece, intersection
+from milepost.reshard import Box, Piece, disjoint, intersection
 from milepost.tree import Node, TreeDecoder, TreeEncoder, UnencodableError, check_tree
 
 __all__ = [
@@ -139,6 +141,21 @@ class Table(msgspec.Struct):
         self.rank = [self.rank[number] for number in order]
         self.start = [place for number in order for place in boxes[number].start]
         self.size = [length for number in order for length in boxes[number].size]
+
+    def volume(self, dims: int) -> int:
+        """How many elements its boxes have in all."""
+        volumes: Iterable[int] = repeat(1, len(self.rank))
+        for dim in range(dims):
+            volumes = map(mul, volumes, self.size[dim::dims])
+        return sum(volumes)
+
+    def is_disjoint(self, dims: int) -> bool:
+        """Whether no two of its boxes, which are in order, have an element in common."""
+        if dims:
+            starts = self.start[::dims]
+            if all(map(le, map(add, starts, self.size[::dims]), starts[1:])):
+                return True  # one behind the other: mostly so, and there may be very many
+        return disjoint(self.boxes(dims))
 
     def within(self, wanted: Box) -> Iterator[tuple[int, Box]]:
         """The (rank, box) of every part of a box that some file holds.

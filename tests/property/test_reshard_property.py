@@ -365,6 +365,20 @@ def test_a_table_finds_what_lies_within_a_box(case):
     assert list(table.within(wanted)) == [(rank, box) for rank, box in expected if box is not None]
 
 
+@settings(max_examples=300)
+@given(st.integers(0, 3).flatmap(lambda ndim: st.lists(boxes(ndim), max_size=6)))
+def test_a_table_knows_its_volume_and_whether_boxes_meet(held):
+    """Both are those of the single elements, for boxes side by side, one behind the other, or overlapping."""
+    held = [box for box in held if box.volume]
+    dims = len(held[0].start) if held else 1
+    numbers = [[n for box in held for n in box[part]] for part in (0, 1)]
+    table = Table([0] * len(held), *numbers)
+    table.sort(dims)
+    elements = [place for box in held for place in indices(box)]
+    assert table.volume(dims) == len(elements)
+    assert table.is_disjoint(dims) == (len(set(elements)) == len(elements))
+
+
 def test_a_table_of_a_number_names_one_rank():
     """A tensor without dimensions is read from one rank, whichever ranks hold it."""
     assert list(Table([3, 4], [], []).within(Box((), ()))) == [(3, Box((), ()))]

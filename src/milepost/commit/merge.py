@@ -12,7 +12,6 @@ from milepost.commit.hidden import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
 from milepost.manifest import DTYPE_BYTES
 from milepost.paths import path_text
-from milepost.reshard import disjoint
 from milepost.shard_tree import key_trie
 from milepost.shards import ON_EACH_MESH, Key, ShardMap, Table, check_described, decode_key
 
@@ -364,9 +363,9 @@ class Merger:
         for row, (shape, number) in enumerate(zip(merged.shape, merged.table, strict=True)):
             first_of.setdefault((number, tuple(shape)), row)
         for row in first_of.values():
-            shape, boxes = merged.shape[row], self._tables[row].boxes(len(merged.shape[row]))
-            volume = sum(box.volume for box in boxes)
-            if volume != prod(shape) or not disjoint(boxes):
+            shape, table = merged.shape[row], self._tables[row]
+            volume = table.volume(len(shape))
+            if volume != prod(shape) or not table.is_disjoint(len(shape)):
                 twice = "" if volume != prod(shape) else ", some of them twice,"
                 hint = "every rank of the tensor's mesh must save it, with one key and one mesh"
                 if self._differs_in_ties(row):
