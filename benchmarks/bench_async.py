@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from harness import MIB, _status, direct_write, drop_cache, fresh, machine
+from harness import MIB, _status, direct_write, drop_cache, fresh, machine, run_parts, verdict
 
 import milepost
 from milepost import syscalls
@@ -189,10 +189,6 @@ def report(title: str, candidates: list[Candidate], base: dict[str, list[float]]
         )
 
 
-def judge(what: str, ratio: float, limit: float) -> None:
-    print(f"  {'ok    ' if ratio <= limit else 'MISSED'} {what}: {ratio:.2f} (asked: <= {limit})")
-
-
 PEERS: dict[str, Callable[[], Candidate]] = {
     "torch _experimental": torch_experimental,
     "DCP async_save, thread": lambda: dcp("thread"),
@@ -219,16 +215,20 @@ def peer_with_many(name: str, folder: str) -> None:
     os._exit(0)
 
 
-def bench_peers(folder: str, size: int, rounds: int, peers: list[str]) -> None:
+def bench_peers(folder: str, size: int, rounds: int, peers: list[str]) -> bool:
     state = {f"layer.{i}.weight": torch.randn(size // 500 // 4) for i in range(500)}
     candidates = [ours(), *(PEERS[name]() for name in peers)]
     base = measure(candidates, state, folder, rounds)
     report(f"{size // MIB} MiB in 500 tensors", candidates, base)
     mine = candidates[0]
     pairs = zip(mine.stall, base["copy"], strict=True)
-    judge("stall, later saves, against a plain copy", statistics.median(a / b for a, b in pairs), 1.15)
+    met = verdict(
+        "stall, later saves, against a plain copy", statistics.median(a / b for a, b in pairs), 1.15
+    )
     triples = zip(mine.durable, base["copy"], base["write"], strict=True)
-    judge("durable, against copy + direct write", statistics.median(t / (c + w) for t, c, w in triples), 1.15)
+    met &= verdict(
+        "durable, against copy + direct write", statistics.median(t / (c + w) for t, c, w in triples), 1.15
+    )
     for candidate in candidates:
         candidate.close()
 
@@ -246,13 +246,16 @@ def bench_peers(folder: str, size: int, rounds: int, peers: list[str]) -> None:
         lines = done.stdout.strip().splitlines() or [f"  {name}: FAILED"]
         print(lines[-1])
     pairs = zip(candidates[0].stall, base["loop"], strict=True)
-    judge("stall, 20,000 tensors, against a plain copy loop", statistics.median(a / b for a, b in pairs), 2.0)
+    met &= verdict(
+        "stall, 20,000 tensors, against a plain copy loop", statistics.median(a / b for a, b in pairs), 2.0
+    )
     print(f"  descriptors after {rounds + 1} saves of 20,000 tensors: {opened} more than before")
     for candidate in candidates:
         candidate.close()
+    return met
 
 
-def bench_first(folder: str, size: int, rounds: int) -> None:
+def bench_first(folder: str, size: int, rounds: int) -> bool:
     """First saves: after `prepare`, and without it."""
     state = {f"layer.{i}.weight": torch.randn(size // 500 // 4) for i in range(500)}
     sources = list(state.values())
@@ -280,8 +283,8 @@ def bench_first(folder: str, size: int, rounds: int) -> None:
             fresh(os.path.join(folder, f"first-{turn}-{prepare}"))()
             (prepared if prepare else unprepared).append(stall / (copy if prepare else copy + touching))
     print("\nFirst save")
-    judge("stall after prepare, against a plain copy", statistics.median(prepared), 1.5)
-    judge("stall without, against first touch + copy", statistics.median(unprepared), 1.2)
+    met = verdict("stall after prepare, against a plain copy", statistics.median(prepared), 1.5)
+    return met & verdict("stall without, against first touch + copy", statistics.median(unprepared), 1.2)
 
 
 def touch(descriptor: int, size: int) -> None:
@@ -294,7 +297,7 @@ def touch(descriptor: int, size: int) -> None:
     target.zero_()
 
 
-def bench_memory(folder: str, size: int) -> None:
+def bench_memory(folder: str, size: int) -> bool:
     """What a save costs in memory, in this process and in the writer."""
     state = {f"layer.{i}.weight": torch.randn(size // 500 // 4) for i in range(500)}
     with milepost.make_async_checkpointer() as checkpointer:
@@ -308,12 +311,12 @@ def bench_memory(folder: str, size: int) -> None:
         writer = _status("RssAnon", pid) + _status("RssFile", pid)
         arena = sum(slot.arena.size for slot in checkpointer._stager._slots)
     print("\nMemory")
-    judge("arena, against the tensors' bytes", arena / size, 1.02)
-    judge("private memory of the trainer grew by (MiB)", grown / MIB, 64)
-    judge("lean writer beyond the arena, RssAnon + RssFile (MiB)", writer / MIB, 48)
+    met = verdict("arena, against the tensors' bytes", arena / size, 1.02)
+    met &= verdict("private memory of the trainer grew by (MiB)", grown / MIB, 64)
+    return met & verdict("lean writer beyond the arena, RssAnon + RssFile (MiB)", writer / MIB, 48)
 
 
-def bench_start(rounds: int) -> None:
+def bench_start(rounds: int) -> bool:
     """How fast a writer is ready, against a bare interpreter."""
     compileall.compile_dir(os.path.dirname(milepost.__file__), quiet=2)  # as an installed package is
     bare, ready = [], []
@@ -327,18 +330,18 @@ def bench_start(rounds: int) -> None:
         ready.append(time.perf_counter() - start)
         checkpointer.close()
     print("\nStart of the lean writer")
-    judge(
+    return verdict(
         "ready, against a bare interpreter's start and end",
         statistics.median(ready) / statistics.median(bare),
         4.0,
     )
 
 
-def bench_interference(folder: str, size: int, windows: int) -> None:
+def bench_interference(folder: str, size: int, windows: int) -> bool:
     """How much a compute-bound loop slows down while a save is written."""
     state = {f"layer.{i}.weight": torch.randn(size // 500 // 4) for i in range(500)}
     matrix = torch.randn(512, 512)
-    cores = os.cpu_count() or 1
+    cores, met = os.cpu_count() or 1, True
     print("\nInterference with a compute-bound loop (matmul 512)")
     with milepost.make_async_checkpointer() as checkpointer:
         for threads in sorted({max(cores - 1, 1), cores}):
@@ -357,18 +360,19 @@ def bench_interference(folder: str, size: int, windows: int) -> None:
             slower.sort()
             spread = f"{slower[0] * 100:.1f} to {slower[-1] * 100:.1f} %"
             if threads < cores:
-                judge(
+                met &= verdict(
                     f"slowdown with an idle core, % (median of {windows}, {spread})",
                     statistics.median(slower) * 100,
                     5,
                 )
             else:
-                judge(
+                met &= verdict(
                     f"lost compute, every core busy, s per GiB (slowdown {spread})",
                     statistics.median(lost),
                     0.25,
                 )
     torch.set_num_threads(cores)
+    return met
 
 
 def iterations(matrix: torch.Tensor, done: Callable[[], bool]) -> tuple[int, float]:
@@ -411,9 +415,7 @@ def main() -> int:
             "start": lambda: bench_start(options.rounds),
             "interference": lambda: bench_interference(folder, size // 2, max(15, options.rounds)),
         }
-        for name, run in parts.items():
-            if options.only in ("", name):
-                run()
+        run_parts(parts, options.only)
     return 0
 
 

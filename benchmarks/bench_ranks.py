@@ -27,7 +27,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from harness import MIB, Bench, direct_write, fresh, machine, warm_cache
+from harness import MIB, Bench, direct_write, fresh, machine, run_parts, verdict, warm_cache
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -256,9 +256,7 @@ def bench_replicas(folder: str, layers: int, rounds: int) -> bool:
         clean(one, four)()
         ranks.do("save", four)
         ratio = bytes_in(four) / size
-        verdict = "ok    " if ratio <= 1.02 else "MISSED"
-        print(f"  {verdict} bytes written: {ratio:.4f} x the state (asked: <= 1.02)")
-    return met & (ratio <= 1.02)
+    return met & verdict("bytes written, against the state", ratio, 1.02)
 
 
 def bench_reshard(folder: str, layers: int, rounds: int) -> bool:
@@ -369,9 +367,7 @@ def main() -> int:
             "peers4": lambda: bench_peers(folder, layers, options.rounds, 4),
             "peers8": lambda: bench_peers(folder, layers, options.rounds, 8),
         }
-        results = {name: run() for name, run in parts.items() if options.only in ("", name)}
-    missed = [name for name, met in results.items() if not met]
-    print(f"\n{'every bar met' if not missed else 'bars missed in: ' + ', '.join(missed)}")
+        run_parts(parts, options.only)
     return 0
 
 

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 import msgspec
 import torch
 import torch.distributed as dist
-from harness import MIB, fresh, machine, peak_private_bytes, warm_cache
+from harness import MIB, fresh, machine, peak_private_bytes, run_parts, verdict, warm_cache
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -283,11 +283,6 @@ def bench_ranks(folder: str, worlds: list[int], rounds: int) -> bool:
                 met &= verdict(f"the commit's {times}", growth, 1.25)
             before = (size, ours, merged["seconds"])
     return met
-
-
-def verdict(what: str, value: float, limit: float) -> bool:
-    print(f"  {'ok    ' if value <= limit else 'MISSED'} {what}: {value:.2f} (asked: <= {limit})", flush=True)
-    return value <= limit
 
 
 def step(name: str, path: str, size: int, variant: str, rounds: int = 1) -> dict:
@@ -679,9 +674,7 @@ def main() -> int:
             "division": lambda: bench_division(worlds),
             "arrivals": lambda: bench_arrivals(folder, list(map(int, options.marks.split(",")))),
         }
-        results = {name: run() for name, run in parts.items() if options.only in ("", name)}
-    missed = [name for name, met in results.items() if not met]
-    print(f"\n{'every bar met' if not missed else 'bars missed in: ' + ', '.join(missed)}")
+        run_parts(parts, options.only)
     return 0
 
 

@@ -22,6 +22,8 @@ from harness import (
     fresh,
     machine,
     peak_private_bytes,
+    run_parts,
+    verdict,
     warm_cache,
 )
 from isal import isal_zlib
@@ -215,12 +217,7 @@ def bench_memory(folder: str, size: int) -> bool:
                 str(part // MIB),
             ]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            ok = found <= 128 * MIB
-            met &= ok
-            print(
-                f"  {'ok    ' if ok else 'MISSED'} {name:10} {part // MIB:5} MiB: "
-                f"{found / MIB:6.1f} MiB (asked: <= 128)"
-            )
+            met &= verdict(f"{name} of {part // MIB} MiB, in MiB", found / MIB, 128)
     return met
 
 
@@ -246,9 +243,7 @@ def main() -> int:
             "small": lambda: bench_small(folder, options.rounds, checkpointer),
             "memory": lambda: bench_memory(folder, size),
         }
-        results = {name: run() for name, run in parts.items() if options.only in ("", name)}
-    missed = [name for name, met in results.items() if not met]
-    print(f"\n{'every bar met' if not missed else 'bars missed in: ' + ', '.join(missed)}")
+        run_parts(parts, options.only)
     return 0
 
 

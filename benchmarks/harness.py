@@ -96,6 +96,22 @@ class Bench:
         return met
 
 
+def verdict(what: str, value: float, limit: float) -> bool:
+    """Print whether a value is at most what is asked for, and return that."""
+    met = value <= limit
+    print(f"  {'ok    ' if met else 'MISSED'} {what}: {value:.4g} (asked: <= {limit})", flush=True)
+    return met
+
+
+def run_parts(parts: dict[str, Callable[[], bool]], only: str) -> None:
+    """Run all parts of a benchmark, or the one that is asked for, and say in which ones bars were missed."""
+    if only and only not in parts:
+        raise SystemExit(f"--only must be one of {', '.join(parts)}, not {only!r}")
+    results = {name: run() for name, run in parts.items() if only in ("", name)}
+    missed = [name for name, met in results.items() if not met]
+    print(f"\n{'every bar met' if not missed else 'bars missed in: ' + ', '.join(missed)}")
+
+
 def direct_write(path: str, size: int, block_bytes: int) -> None:
     """The disk's own rate: plain O_DIRECT writes of one warm buffer, one thread, then fsync."""
     view = _buffer(block_bytes)
