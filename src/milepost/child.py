@@ -224,7 +224,8 @@ class Child:
             sent = sent and self.channel.send(request, [arena, blob])
         finally:
             os.close(blob)
-        if not sent:
+        if not sent:  # its end is closed: it is about to end
+            self._gone = True
             self._lose(job)
 
     # -- listening ---------------------------------------------------------------------------------
@@ -351,7 +352,9 @@ class Child:
         error = LostWriterError(
             f"Child process terminated unexpectedly (exit code {code})",
             phase="write",
-            hint="the staged state is intact: saving again works, with a new child" if code else _GUARD_HINT,
+            hint=_GUARD_HINT
+            if code == 0
+            else "the staged state is intact: saving again works, with a new child",
         )
         output = self._output()
         if output:

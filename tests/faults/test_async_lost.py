@@ -276,6 +276,17 @@ def stop_next(checkpointer, pid):
     module.Child = child
 
 
+def test_a_writer_whose_end_is_not_known_yet_is_lost_once(tmp_path, monkeypatch):
+    """Its line is closed a moment before its end can be seen: what it cannot take a fresh one gets."""
+    with make(retries=1) as checkpointer:
+        pid = writer_pid(checkpointer)
+        monkeypatch.setattr(checkpointer._process._child.channel, "send", lambda *_: False)
+        os.kill(pid, signal.SIGSTOP)  # so that nothing else tells
+        assert error_of(checkpointer.save(str(tmp_path / "c"), state_of(1))[1]) is None
+        assert writer_pid(checkpointer) != pid
+    assert step_at(tmp_path / "c") == 1
+
+
 class Copies(CheckpointStager):
     """A stager of the user's own, which knows nothing of arenas."""
 
