@@ -19,20 +19,20 @@ import torch
 
 from milepost.barriers import common_start_id
 from milepost.channel import Channel, Init, Write, encode_path
-from milepost.child import Child, Handle, Job, Orders, WriteFuture
+from milepost.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
 from milepost.commit import attempt_id, check_target, environment_start_id, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import ClosedError, ConfigError, MilepostError, StateError, error_context
 from milepost.paths import path_text
 from milepost.shards import decode_key
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
-from milepost.staged import StagedImage, WriteAttempt, image_of
+from milepost.staged import StagedImage, image_of
 from milepost.staging import DefaultStager
 from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import TrackedFuture, gc_paused
+from milepost.utils import TrackedFuture, gc_paused, raise_unseen
 
 __all__ = [
     "CheckpointProcess",
@@ -210,16 +210,18 @@ class CheckpointProcess:
             ClosedError: The process was closed.
             Exception: A failure of an earlier write that nobody has looked at.
         """
-        number, future = self._accepted()
-        target = os.path.abspath(path)
-        if isinstance(state_dict, Future):
-            with self._lock:
-                self._awaited.add(number)
-            state_dict.add_done_callback(
-                lambda done: self._submit_later(done, number, future, path, target, kwargs)
-            )
-        else:
-            self._submit(state_dict, number, future, path, target, kwargs)
+        self._check_open()
+        future = WriteFuture(self._next_attempt(path))
+        with self._telling(path, future.attempt):
+            number = self._accept(future)
+            if isinstance(state_dict, Future):
+                with self._lock:
+                    self._awaited.add(number)
+                state_dict.add_done_callback(
+                    lambda done: self._submit_later(done, number, future, path, kwargs)
+                )
+                return future
+        self._submit(state_dict, number, future, path, kwargs)
         return future
 
     def write_again(self, lost: WriteFuture, path: str, **kwargs: Any) -> Future[None]:
@@ -231,27 +233,39 @@ class CheckpointProcess:
             kwargs: As they were.
         """
         assert lost.held is not None
-        number, future = self._accepted()
+        future = WriteFuture(lost.attempt)
+        number = self._accept(future)
         (staged, image), lost.held = lost.held, None
-        self._submit(staged, number, future, path, os.path.abspath(path), kwargs, image)
+        self._submit(staged, number, future, path, kwargs, image)
         return future
 
-    def _accepted(self) -> tuple[int, WriteFuture]:
+    def abandon(self, lost: WriteFuture, path: str, error: BaseException) -> None:
+        """Do without what a lost writer was to write: its memory is free, and the other ranks are told."""
+        if lost.held is not None:
+            lost.held = None
+            self._tell_others(path, lost.attempt, error)
+
+    def _next_attempt(self, path: str) -> WriteAttempt:
+        """Count a save to a path, whatever becomes of it: that is how the ranks find each other."""
+        target, info = os.path.abspath(path), self._rank_info
+        attempt = attempt_id(target, info.global_rank, info.global_world_size, start_id=self._start_id)
+        return WriteAttempt(target, attempt)
+
+    def _accept(self, future: WriteFuture) -> int:
         with self._lock:
             self._check_open()
             self.raise_unseen()
             self._numbers += 1
             number = self._numbers
-        future = WriteFuture()
         future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
         future.add_done_callback(self._note_failure)
-        return number, future
+        return number
 
     def _submit_later(self, done: Future[STATE_DICT], *rest: Any) -> None:
         future: WriteFuture = rest[1]
         number, _, path, *_ = rest
         try:
-            with self._giving_up(path):
+            with self._telling(path, future.attempt):
                 staged = done.result()
             self._submit(staged, *rest)
         except BaseException as error:  # noqa: BLE001 - the future carries it
@@ -268,15 +282,26 @@ class CheckpointProcess:
         number: int,
         future: WriteFuture,
         path: str,
-        target: str,
         kwargs: dict[str, Any],
         image: StagedImage | None = None,
     ) -> None:
-        lean, rank, size = self._lean, self._rank_info.global_rank, self._rank_info.global_world_size
-        with self._giving_up(path), error_context(path=path, rank=rank), gc_paused():
+        with self._telling(path, future.attempt):
+            self._hand_over(state_dict, number, future, path, kwargs, image)
+
+    def _hand_over(
+        self,
+        state_dict: STATE_DICT,
+        number: int,
+        future: WriteFuture,
+        path: str,
+        kwargs: dict[str, Any],
+        image: StagedImage | None,
+    ) -> None:
+        lean, attempt = self._lean, future.attempt
+        with error_context(path=path, rank=self._rank_info.global_rank), gc_paused():
             labels = Labels.of(kwargs) if lean else Labels()
             if lean:
-                check_target(lean.storage, target)
+                check_target(lean.storage, attempt.target)
             arguments = _pickled(kwargs) if self._wants_arguments else b""
             self._check_main(arguments)
             image = image or image_of(state_dict)
@@ -288,10 +313,6 @@ class CheckpointProcess:
                     key=path_text(decode_key(image.shares.decoded().key[0])),
                     hint="leave out checkpoint_writer_init_fn and subprocess_init_fn, or save full tensors",
                 )
-        attempt = image.attempts.get(target)
-        if attempt is None:
-            attempt = WriteAttempt(attempt_id(target, rank, size, start_id=self._start_id))
-            image.attempts[target] = attempt
         packed = Packed(
             tree=image.tree,
             tensors=msgspec.msgpack.encode(image.tensors),
@@ -305,11 +326,11 @@ class CheckpointProcess:
         if image.shares is not None:
             packed.shares, packed.agreement = image.shares.columns, image.shares.agreement
             packed.crcs = image.shares.crcs()
-        job = Job(number, future, (state_dict, image), target, attempt)
+        job = Job(number, future, (state_dict, image))
         request = Write(
             number=number,
             path=encode_path(path),
-            target=encode_path(target),
+            target=encode_path(attempt.target),
             attempt=attempt.id,
             private=not (self._start_id or environment_start_id()),
             step=labels.step,
@@ -324,28 +345,28 @@ class CheckpointProcess:
                 self._child.send(job, request, packed, image.arena.descriptor, attached)
 
     @contextmanager
-    def _giving_up(self, path: str) -> Iterator[None]:
+    def _telling(self, path: str, attempt: WriteAttempt) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            self.give_up(path, error)
+            self._tell_others(path, attempt, error)
             raise
 
     def give_up(self, path: str, error: BaseException) -> None:
-        """A save failed before it could be handed over: it counts as one, and the other ranks are told."""
-        size = self._rank_info.global_world_size
+        """A save failed before `write` was called: it counts as one, and the other ranks are told."""
+        self._tell_others(path, self._next_attempt(path), error)
+
+    def _tell_others(self, path: str, attempt: WriteAttempt, error: BaseException) -> None:
+        rank, size = self._rank_info.global_rank, self._rank_info.global_world_size
         if isinstance(error, MilepostError):
-            error.located(path=path, rank=self._rank_info.global_rank)
-        if size == 1 or not path:
+            error.located(path=path, rank=rank)
+        if size == 1 or not path or self._lean is None:
             return
-        target, rank = os.path.abspath(path), self._rank_info.global_rank
-        attempt = attempt_id(target, rank, size, start_id=self._start_id)
-        if self._lean is None:
-            return
+        timeout = self._lean.config.write_barrier_timeout_secs
         options = SaveOptions(
-            *(self._lean.storage, rank, size, attempt, self._lean.config.write_barrier_timeout_secs, Ring()),
+            *(self._lean.storage, rank, size, attempt.id, timeout, Ring()),
             private=not (self._start_id or environment_start_id()),
-            target=target,
+            target=attempt.target,
         )
         with suppress(type(error)), telling_others(path, options):
             raise error
@@ -377,10 +398,7 @@ class CheckpointProcess:
     def raise_unseen(self) -> None:
         """Raise the oldest failure of a write that nobody has looked at; each is raised once."""
         with self._lock:
-            while self._unseen:
-                future = self._unseen.pop(0)
-                if not future.seen:
-                    future.result()
+            raise_unseen(self._unseen)
 
     def close(self) -> None:
         """Finish the writes that were accepted, and end the child; it is gone on return.

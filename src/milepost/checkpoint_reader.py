@@ -37,7 +37,7 @@ from milepost.together import Meeting, Report, default_meeting, refuse
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused, is_dtensor
 
-__all__ = ["CheckpointReader"]
+__all__ = ["CheckpointReader", "load_with"]
 
 logger = logging.getLogger(__name__)
 
@@ -360,3 +360,24 @@ def _differences(path: str, found: Match, *, strict: bool = False) -> str:
             more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
             parts.append(f"{title} ({len(items)}): {'; '.join(items[:_SHOWN])}{more}")
     return f"the template and the checkpoint differ: {path}: " + ". ".join(parts)
+
+
+def load_with(
+    reader: CheckpointReader,
+    path: str,
+    state_dict: STATE_DICT | None,
+    *,
+    map_location: Any,
+    strict: bool,
+    options: dict[str, Any],
+) -> STATE_DICT:
+    """Load through a reader, ours or one that only has ``read``.
+
+    Ours refuses missing keys before it changes anything; from any other they are known only afterwards.
+    """
+    if strict and type(reader).read is CheckpointReader.read:
+        options = {**options, "strict": True}
+    loaded, missing = reader.read(path, state_dict, map_location=map_location, **options)
+    if strict and missing:
+        raise MismatchError(f"the checkpoint has missing keys: {', '.join(missing)}", path=path)
+    return loaded

@@ -13,15 +13,22 @@ from contextlib import ExitStack, suppress
 from typing import Any, Self
 
 from milepost.checkpoint_process import CheckpointProcess, WriteFuture
-from milepost.checkpoint_reader import CheckpointReader
+from milepost.checkpoint_reader import CheckpointReader, load_with
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import AsyncConfig
-from milepost.errors import ClosedError, ConfigError, LostWriterError, LowMemoryError, MismatchError
+from milepost.errors import (
+    AbortedError,
+    ClosedError,
+    ConfigError,
+    LostWriterError,
+    LowMemoryError,
+)
 from milepost.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
 from milepost.staged import staged_bytes
 from milepost.staging import CheckpointStager, StagingPlan
 from milepost.telemetry import Event, Kind, notify
 from milepost.types import STATE_DICT
+from milepost.utils import raise_unseen
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
 
@@ -186,19 +193,25 @@ class AsyncCheckpointer(Checkpointer):
 
         Raises:
             Exception: An earlier save failed and nobody has looked at that: it is raised here, once, and
-                nothing was staged; call again to save.
+                nothing was staged; call again to save. With several ranks this call counts as a save, of
+                which the others are told: go on with the next one on all ranks. What failed because another
+                rank did is a warning in the log instead.
             StateError: The state dict cannot be saved.
             TargetError: The path may not be written to or replaced.
             ConfigError: Asynchronous staging without a guard, and ``require_guard``.
         """
         self._check_open()
-        self._raise_unseen()
-        self._check_guard()
         started = time.monotonic()
         step = kwargs.get("step")
         stage_future, write_future = SaveFuture(path, step, started), SaveFuture(path, step, started)
-        its_turn = self._wait_for_turn()
-        self._raise_unseen()
+        try:
+            self._raise_unseen(aborted=False)
+            self._check_guard()
+            its_turn = self._wait_for_turn()
+            self._raise_unseen(aborted=False)
+        except BaseException as error:
+            self._give_up(path, error)
+            raise
         if not its_turn:
             stage_future.skip()
             write_future.skip()
@@ -226,14 +239,17 @@ class AsyncCheckpointer(Checkpointer):
                 logger.warning("%s: it is saved without staging", error.message)
                 self._save_without_staging(save, self._fallback, state_dict)
                 return
-            if isinstance(self._process, CheckpointProcess):
-                self._process.give_up(save.write_future.path, error)
+            self._give_up(save.write_future.path, error)
             raise
         if isinstance(save.staged, Future):
             save.staged.add_done_callback(lambda done: self._staged(save, done))
         else:
             self._staged(save, None)
         self._write(save)
+
+    def _give_up(self, path: str, error: BaseException) -> None:
+        if isinstance(self._process, CheckpointProcess):
+            self._process.give_up(path, error)
 
     def _wait_for_turn(self) -> bool:
         """Wait until another save may begin; False where it is to be skipped."""
@@ -278,16 +294,18 @@ class AsyncCheckpointer(Checkpointer):
                 error = again
             else:
                 return
-        if isinstance(done, WriteFuture):
-            done.held = None
+        if isinstance(done, WriteFuture) and error is not None:
+            self._process.abandon(done, save.write_future.path, error)
         self._finish(save, error)
 
     def _finish(self, save: Save, error: BaseException | None) -> None:
         future = save.write_future
         future.finished_at = time.monotonic()
         warn = isinstance(error, LostWriterError) and self._config.on_failure == "warn"
-        if warn:
+        future.aborted = isinstance(error, AbortedError)
+        if warn or future.aborted:
             logger.warning("%s was not saved: %s", future.path, error)
+        if warn:
             future.seen = True
         elif error is not None:
             with self._lock:
@@ -302,15 +320,16 @@ class AsyncCheckpointer(Checkpointer):
     def _save_without_staging(self, save: Save, writer: CheckpointWriter, state_dict: STATE_DICT) -> None:
         """Save while the caller waits; constant memory."""
         self._tell("low_memory", save.write_future)
-        self._wait_for_writes()
+        self._wait_for_writes(save)
         writer.write(save.write_future.path, state_dict, **save.arguments)
         self._staged(save, None)
         save.write_future.written_at = time.monotonic()
         self._finish(save, None)
 
-    def _wait_for_writes(self) -> None:
+    def _wait_for_writes(self, save: Save) -> None:
+        """Wait for the saves before this one."""
         with self._changed:
-            while len(self._saves) > 1:
+            while self._saves[0] is not save:
                 self._changed.wait(1.0)
 
     def _forget(self, save: Save) -> None:
@@ -451,30 +470,7 @@ class AsyncCheckpointer(Checkpointer):
         if self._closed:
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 
-    def _raise_unseen(self) -> None:
+    def _raise_unseen(self, *, aborted: bool = True) -> None:
+        """Raise what failed and nobody has looked at; what failed on another rank only if asked for."""
         with self._lock:
-            while self._unseen:
-                future = self._unseen.pop(0)
-                if not future.seen:
-                    future.result()
-
-
-def load_with(
-    reader: CheckpointReader,
-    path: str,
-    state_dict: STATE_DICT | None,
-    *,
-    map_location: Any,
-    strict: bool,
-    options: dict[str, Any],
-) -> STATE_DICT:
-    """Load through a reader, ours or one that only has ``read``.
-
-    Ours refuses missing keys before it changes anything; from any other they are known only afterwards.
-    """
-    if strict and type(reader).read is CheckpointReader.read:
-        options = {**options, "strict": True}
-    loaded, missing = reader.read(path, state_dict, map_location=map_location, **options)
-    if strict and missing:
-        raise MismatchError(f"the checkpoint has missing keys: {', '.join(missing)}", path=path)
-    return loaded
+            raise_unseen(self._unseen, keep=lambda future: future.aborted and not aborted)

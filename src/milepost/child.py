@@ -38,7 +38,7 @@ from milepost.channel import (
 )
 from milepost.errors import LostWriterError
 from milepost.snapshot import Packed
-from milepost.staged import StagedImage, WriteAttempt
+from milepost.staged import StagedImage
 from milepost.utils import TrackedFuture
 
 __all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]
@@ -49,15 +49,34 @@ _HOOKS = ("pre_commit", "post_commit")
 _GUARD_HINT = 'a child that imports your script must not run it: guard what it does by __name__ == "__main__"'
 
 
+@dataclass
+class WriteAttempt:
+    """What a write is on all ranks; it survives the loss of its writer.
+
+    Attributes:
+        target: The absolute path of the checkpoint.
+        id: The attempt's id.
+        met: Its barrier has been executed.
+    """
+
+    target: str
+    id: str
+    met: bool = False
+
+
 class WriteFuture(TrackedFuture[None]):
     """The future of a write.
 
     Attributes:
-        held: If its writer was lost, what that was to write: the staged state and its image. Who does not
-            write it again sets it to None; until then, its memory stays in use.
+        attempt: What it is on all ranks.
+        held: If its writer was lost, what that was to write: the staged state and its image. It is to be
+            written again or abandoned; until then, its memory stays in use.
     """
 
-    held: tuple[Any, StagedImage] | None = None
+    def __init__(self, attempt: WriteAttempt) -> None:
+        super().__init__()
+        self.attempt = attempt
+        self.held: tuple[Any, StagedImage] | None = None
 
 
 @dataclass
@@ -70,9 +89,12 @@ class Job:
     number: int
     future: WriteFuture
     held: tuple[Any, StagedImage] | None
-    target: str
-    attempt: WriteAttempt
     phase: str = ""
+
+    @property
+    def attempt(self) -> WriteAttempt:
+        """What it is on all ranks."""
+        return self.future.attempt
 
 
 @dataclass
@@ -313,8 +335,9 @@ class Child:
         if job is None:
             return
         job.phase = message.phase
+        target = job.attempt.target
         try:
-            self._orders.on_progress(job.target, message.phase, message.bytes_done, message.size_bytes)
+            self._orders.on_progress(target, message.phase, message.bytes_done, message.size_bytes)
         except Exception:
             logger.exception("what is told of the progress failed")
 
@@ -335,8 +358,6 @@ class Child:
             job = self._jobs.pop(message.number, None)
         if job is None:
             return
-        if job.held is not None:
-            job.held[1].attempts.pop(job.target, None)
         job.held = None
         if message.failure is None:
             job.future.set_result(None)

@@ -298,17 +298,22 @@ def save_snapshot(
 
 @contextmanager
 def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
-    """If something fails before this rank has begun its attempt, leave an abort mark for the other ranks."""
+    """If something fails before this rank has begun its attempt, leave an abort mark for the other ranks.
+
+    Not if its part is whole, as that of a writer that was lost later may be: the others may still commit it.
+    """
     try:
         yield
     except BaseException as error:
         if options.world_size > 1:
             try:
-                with _attempt(path, options):
-                    raise error  # noqa: TRY201 - in the attempt, which is aborted by it
+                with _attempt(path, options) as attempt:
+                    if not attempt.marked:
+                        attempt.abort(error)
+            except AbortedError:
+                pass  # then they know already
             except BaseException as told:  # noqa: BLE001 - the first error is raised below
-                if told is not error and not isinstance(told, AbortedError):  # then they know already
-                    logger.warning("could not tell the other ranks of a failure: %s", told)
+                logger.warning("could not tell the other ranks of a failure: %s", told)
         raise
 
 

@@ -24,20 +24,7 @@ from milepost.state import Parts
 from milepost.tree import Node
 from milepost.types import STATE_DICT
 
-__all__ = ["SharedRecords", "StagedImage", "WriteAttempt", "descriptor_of", "image_of", "staged_bytes"]
-
-
-@dataclass
-class WriteAttempt:
-    """An attempt that survives the loss of its writer.
-
-    Attributes:
-        id: The attempt's id.
-        met: Its barrier has been executed.
-    """
-
-    id: str
-    met: bool = False
+__all__ = ["SharedRecords", "StagedImage", "descriptor_of", "image_of", "staged_bytes"]
 
 
 @dataclass
@@ -129,7 +116,6 @@ class StagedImage:
         layout: Where the records lie.
         tensors: The tensor columns.
         objects: The bytes of the records that are no tensors.
-        attempts: What it is being written as, by path; a fresh writer goes on with it.
         shared: Records that are not in the arena.
         shares: This rank's part of global tensors; None without such.
     """
@@ -139,7 +125,6 @@ class StagedImage:
     layout: Layout
     tensors: Tensors
     objects: list[bytes]
-    attempts: dict[str, WriteAttempt] = field(default_factory=dict)
     shared: SharedRecords = field(default_factory=SharedRecords)
     shares: Shares | None = None
 

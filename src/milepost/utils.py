@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["TrackedFuture", "beside", "gc_paused", "is_dtensor", "wrap_future"]
+__all__ = ["TrackedFuture", "beside", "gc_paused", "is_dtensor", "raise_unseen", "wrap_future"]
 
 
 T = TypeVar("T")
@@ -37,6 +37,23 @@ class TrackedFuture(Future[T]):
     def failed(self) -> bool:
         """Whether it is done and has failed; does not count as a look."""
         return self.done() and not self.cancelled() and super().exception() is not None
+
+
+_Future = TypeVar("_Future", bound=TrackedFuture[Any])
+
+
+def raise_unseen(futures: list[_Future], keep: Callable[[_Future], bool] = lambda _: False) -> None:
+    """Raise the oldest failure that nobody has looked at; each is raised once.
+
+    Args:
+        futures: Those that failed, or are about to be done with that; what was raised or seen is removed.
+        keep: Which failures are not to be raised now.
+    """
+    for future in [*futures]:
+        if future.done() and (future.seen or not keep(future)):
+            futures.remove(future)
+            if not future.seen:
+                future.result()
 
 
 def wrap_future(original_result: Any) -> Future[None]:
