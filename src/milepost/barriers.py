@@ -144,6 +144,7 @@ class TCPStoreBarrier(Barrier):
         self._prefix = barrier_prefix
         self._timeout_secs = timeout_secs
         self._sequence = 0
+        self._left: list[Any] = []
         self.store = dist.TCPStore(  # type: ignore[attr-defined]
             master_address,
             int(tcpstore_port),
@@ -153,19 +154,20 @@ class TCPStoreBarrier(Barrier):
         )
 
     def execute_barrier(self) -> None:
-        """Returns when every rank has called it as many times as this one.
+        """Returns when every rank has called it.
+
+        One that failed is tried again by the next call: a rank that did not come to it is still in step.
 
         Raises:
             CommitTimeoutError: After ``timeout_secs``; names the ranks that did not arrive.
             CommitError: The store is gone: rank 0, which serves it, has ended.
         """
-        sequence = self._sequence
-        self._sequence += 1
-        key_prefix = f"{self._prefix}{sequence}"
+        key_prefix = f"{self._prefix}{self._sequence}"
         try:
-            self.store.set(f"rank{self._rank}", str(sequence))
+            self.store.set(f"rank{self._rank}", str(self._sequence))
             self._await_all(key_prefix)
             self._meet(key_prefix)
+            self._sequence += 1
         except CommitTimeoutError:
             raise
         except (dist.DistError, RuntimeError) as error:
@@ -190,6 +192,8 @@ class TCPStoreBarrier(Barrier):
         thread.start()
         thread.join(self._timeout_secs)
         if thread.is_alive():
+            self._left.append(self.store)  # the thread waits with it, and on rank 0 it serves the others
+            self.store = getattr(self.store, "clone", lambda: self.store)()
             raise CommitTimeoutError(
                 f"all ranks reached the barrier, but one has not left it within {self._timeout_secs} seconds",
                 rank=self._rank,

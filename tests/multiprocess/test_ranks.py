@@ -329,6 +329,50 @@ def test_the_stores_barrier_times_out_by_name(tmp_path):
     assert "ranks [1] did not reach the barrier within 1 seconds" in run.stdout, run.stderr
 
 
+def test_the_stores_barrier_works_again_after_one_that_failed(tmp_path):
+    """A rank that did not come to a barrier, or came too late, meets the others at the next."""
+    code = textwrap.dedent(
+        """
+        import sys, threading
+        from milepost.barriers import TCPStoreBarrier
+        from milepost.errors import CommitTimeoutError
+        made, errors = {}, []
+        def make(rank):
+            made[rank] = TCPStoreBarrier(rank, 2, "p", 60, True, int(sys.argv[1]), "127.0.0.1", 1)
+        def execute(rank):
+            try:
+                made[rank].execute_barrier()
+            except CommitTimeoutError as error:
+                errors.append(error)
+        def both(work):
+            threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+        both(make)
+        both(execute)
+        for late in (True, False):
+            execute(0)
+            if late:
+                execute(1)
+            print(len(errors), [type(error).__name__ for error in errors])
+            errors.clear()
+            both(execute)
+            both(execute)
+            assert not errors, errors
+        print("in step")
+        """
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(free_port())],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert "2 ['CommitTimeoutError', 'CommitTimeoutError']" in run.stdout, run.stderr
+    assert "in step" in run.stdout, run.stderr
+
+
 class Store(dict):
     """A store as torch's, of which only compare_set is used."""
 
