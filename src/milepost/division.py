@@ -110,7 +110,7 @@ class Division:
             aliases.append(alias)
             structure.append(
                 (
-                    *(member.path, tuple(map(type, member.path)), member.number, member.placed),
+                    *(member.path, tuple(map(_written, member.path)), member.number, member.placed),
                     *(member.requires_grad, alias, tensor.dtype, kinds[member.number]),
                 )
             )
@@ -153,6 +153,11 @@ class Division:
         for entry, root in self.tied:  # other ranks may hold them apart: each is compared
             found[entry] = found[root]
         return found
+
+
+def _written(part: Any) -> Any:
+    """What tells keys apart that are equal, such as 1 and True, or 0.0 and -0.0, in tuples as well."""
+    return type(part) if isinstance(part, str | int) else repr(part)
 
 
 def _crcs_of(jobs: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:

@@ -151,6 +151,12 @@ def _place(
             same.append(slice(None))
             names.append("Replicate()")
         elif shard_dim is not None and not placement.is_partial():
+            if coordinate is not None and mesh.get_local_rank(dim) != index:
+                raise StateError(
+                    f"a DTensor lies on a mesh whose ranks do not ascend ({mesh.mesh.tolist()}): it does not "
+                    "say whether its rows go by the place in the mesh or by the rank in the group",
+                    hint="make the mesh with ascending ranks in each dimension that divides a tensor",
+                )
             factor = int(getattr(placement, "split_factor", 1))
             splits[shard_dim].append(Split(parts, index, factor))
             same.append(index)

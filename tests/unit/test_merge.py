@@ -591,10 +591,12 @@ def chunk(tensor, parts, index):
 # -- states that do not go together ----------------------------------------------------------------
 
 
-def test_ranks_that_hold_the_same_rows_twice_do_not_commit():
+def test_ranks_that_hold_the_same_rows_twice_do_not_commit(monkeypatch):
     """As many elements as the tensor has are not enough: none may be held twice, and so none be missing."""
+    monkeypatch.setattr(DeviceMesh, "get_coordinate", lambda _: [0])  # each takes itself for the first
+    monkeypatch.setattr(DeviceMesh, "get_local_rank", lambda *_: 0)
     with pytest.raises(CommitError, match="some of them twice, of w"):
-        save(2, lambda rank: {"w": part_of(X, mesh(*((0, 1), (1, 0))[rank]), Shard(0))})
+        save(2, lambda _: {"w": part_of(X, mesh(0, 1), Shard(0))})
 
 
 def test_what_a_rank_has_of_its_own_is_not_replaced_by_anothers_tensor():
@@ -628,16 +630,19 @@ def test_a_list_that_only_another_rank_holds_keeps_its_places():
 
 
 def test_memory_is_shared_only_where_the_placement_is_the_same():
-    """Two DTensors over one local tensor whose meshes have another order are two tensors."""
+    """Two DTensors over one local tensor that are divided along different dimensions are two tensors."""
 
     def state(rank):
-        local = torch.arange(6.0).reshape(2, 3) + rank
-        orders = {"x": mesh(0, 1), "y": mesh(1, 0)}
-        return {key: DTensor.from_local(local, m, [Shard(0)], run_check=False) for key, m in orders.items()}
+        local = torch.arange(9.0).reshape(3, 3) + rank
+        return {
+            key: DTensor.from_local(local, mesh(0, 1), [Shard(dim)], run_check=False)
+            for dim, key in enumerate("xy")
+        }
 
     loaded = save(2, state)()
-    assert torch.equal(loaded["x"].roll(2, 0), loaded["y"])
-    assert not torch.equal(loaded["x"], loaded["y"])
+    locals_ = [torch.arange(9.0).reshape(3, 3) + rank for rank in (0, 1)]
+    assert torch.equal(loaded["x"], torch.cat(locals_, 0))
+    assert torch.equal(loaded["y"], torch.cat(locals_, 1))
 
 
 def test_tensors_of_part_meshes_are_divided_alike_whatever_else_a_mesh_holds():
@@ -678,6 +683,28 @@ def test_a_save_that_was_not_published_counts_only_with_its_shard_map(tmp_path, 
         (hidden / "shards.json").write_bytes(data.replace(b"replicated", b"replicateD"))
     reader = CheckpointReader(RankInfo(0, 1))
     assert torch.equal(reader.read(str(path))[0]["m"], X + (not damaged))
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (True, 2)), (0.0, -0.0)])
+def test_a_division_is_not_kept_for_keys_that_are_only_equal(before, after):
+    """What one writer planned for a key is not used for another one that is equal to it."""
+    storage = MemoryStorage()
+    storage.make_folder("/run")
+    writers = [
+        CheckpointWriter(
+            CheckpointWriterConfig(start_id="s", replicated=["*"]), RankInfo(rank, 2), storage=storage
+        )
+        for rank in (0, 1)
+    ]
+    for key, path in ((before, "/run/a"), (after, "/run/b")):
+        for writer in writers:
+            writer.write(path, {key: BIG.clone()})
+    for writer in writers:
+        writer.close()
+    loaded = CheckpointReader(RankInfo(0, 1), storage=storage).read("/run/b", {after: torch.zeros(300, 200)})[
+        0
+    ]
+    assert torch.equal(loaded[after], BIG)
 
 
 # -- malformed shards ------------------------------------------------------------------------------

@@ -91,6 +91,21 @@ def test_partial_values_are_refused_by_key(be, storage, operation):
         CheckpointReader(RankInfo(0, 2), storage=storage).read(path, together=False)
 
 
+def test_a_mesh_whose_ranks_do_not_ascend_is_refused_by_key(be, storage):
+    """Collectives go by the rank in the group, placements by the place in the mesh: rows would be swapped."""
+    be(0, 2)
+    value = wrapped(X[:2], Shard(0), ranks=(1, 0))
+    with pytest.raises(StateError, match="do not ascend") as caught:
+        write(storage, {"w": value}, 0, 2, new_path())
+    assert caught.value.key == "w"
+    path = new_path()
+    write(storage, {"w": X}, 0, 1, path)
+    reader = CheckpointReader(RankInfo(0, 2), storage=storage)
+    with pytest.raises(MismatchError, match="do not ascend"):
+        reader.read(path, {"w": value}, together=False)
+    write(storage, {"w": wrapped(X, Replicate(), ranks=(1, 0))}, 0, 2, new_path())  # nothing to swap
+
+
 def test_a_template_with_partial_values_does_not_fit(be, storage):
     """A DTensor with partial values cannot be loaded into; its key is named, nothing is changed."""
     path = new_path()
