@@ -347,6 +347,17 @@ def test_wrong_usage_is_exit_code_2():
     assert "show" in invoke("shw").stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [["show"], ["verify", "step-5"], ["ls"], ["doctor"], ["doctor", "--repair"]], ids=" ".join
+)
+def test_an_empty_path_is_wrong_usage(run, monkeypatch, arguments):
+    """An empty path, as of a variable that is not set, does not stand for the current folder: exit code 2."""
+    monkeypatch.chdir(run)
+    result = invoke(*arguments, "")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "a path is empty" in result.stderr
+
+
 def test_a_later_format_is_exit_code_4(run):
     """A checkpoint that a later version wrote is exit code 4, with the way out."""
     from milepost.manifest import decode_manifest, encode_manifest

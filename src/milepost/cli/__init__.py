@@ -25,6 +25,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+
+def _given(path: Any) -> Any:
+    """Refuse an empty path, as of a variable that is not set: it would stand for the current folder."""
+    if "" in (path if isinstance(path, list) else [path]):
+        raise typer.BadParameter("a path is empty; for the current folder give a dot")
+    return path
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Bytes = Annotated[bool, typer.Option("--bytes", help="Print sizes as exact numbers of bytes.")]
@@ -49,7 +57,9 @@ def _common(
 
 @app.command(epilog=EPILOG)
 def show(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint's folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", callback=_given, help="A checkpoint's folder.")
+    ],
     depth: Annotated[int | None, typer.Option(min=0, help="Show only so many levels of nesting.")] = None,
     only: Annotated[
         str | None,
@@ -69,7 +79,9 @@ def show(
 
 @app.command(epilog=EPILOG)
 def verify(
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT", help="Checkpoints' folders.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CKPT", callback=_given, help="Checkpoints' folders.")
+    ],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -82,7 +94,9 @@ def verify(
 
 @app.command("ls", epilog=EPILOG)
 def list_(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder in which checkpoints lie.")] = ".",
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", callback=_given, help="The folder in which checkpoints lie.")
+    ] = ".",
     exact: Bytes = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -99,7 +113,9 @@ def list_(
 
 @app.command(epilog=EPILOG)
 def doctor(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or a folder of checkpoints.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", callback=_given, help="A checkpoint, or a folder of checkpoints.")
+    ],
     mend: Annotated[
         bool,
         typer.Option("--repair", help="Publish what is complete, and remove what dead saves have left."),
