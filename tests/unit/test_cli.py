@@ -17,7 +17,10 @@ import torch
 from typer.testing import CliRunner
 
 import milepost
+from milepost.checkpoint_writer import CheckpointWriter
 from milepost.cli import app
+from milepost.config import CheckpointWriterConfig
+from milepost.types import RankInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 MILEPOST = [str(Path(sys.executable).with_name("milepost"))]
@@ -178,6 +181,18 @@ def test_show_depth_and_filter(run):
     pattern = json.loads(invoke("show", run / "step-5", "--filter", "order[?]", "--json").stdout)
     assert [value["path"] for value in pattern["values"]] == [f"order[{number}]" for number in range(10)]
     assert json.loads(invoke("show", run / "step-5", "--filter", "odel.w*", "--json").stdout)["values"] == []
+
+
+def test_show_counts_each_tensor_once(tmp_path):
+    """What ranks hold between them counts as one tensor, as does what is there under two keys."""
+    config = CheckpointWriterConfig(start_id="start", replicated=["model.*", "tied"])
+    for rank in range(2):
+        weight, own = torch.ones(4, 4), torch.zeros(2)
+        state = {"model": {"weight": weight, "bias": torch.ones(8)}, "tied": weight, "own": [own, own]}
+        writer = CheckpointWriter(config, RankInfo(rank, 2))
+        writer.write(str(tmp_path / "step"), state)
+        writer.close()
+    assert "content   3 tensors for rank 0, " in invoke("show", tmp_path / "step").stdout
 
 
 def test_show_of_a_rank_that_is_not_there(run):

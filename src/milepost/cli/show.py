@@ -16,6 +16,7 @@ from milepost.outline import Line, outline, plain_value, text_of
 from milepost.shard_tree import with_global_columns, with_shards
 from milepost.shards import ShardMap, Shards
 from milepost.storage import default_storage
+from milepost.tree import paths_of
 
 _MOST_CHARACTERS = 100
 _MOST_ITEMS = 8
@@ -205,7 +206,10 @@ def _print_head(
     if manifest.world_size > 1:
         session.line(f"by rank   {_by_rank(manifest, exact=exact)}")
     of_rank = f" for rank {index.rank}" if manifest.world_size > 1 else ""
-    tensors = len(index.tensors.record)
+    record = index.tensors.record  # below 0 in global tensors, and the same in those that share memory
+    tensors = len(
+        {record[number] if record[number] < 0 else number for number in paths_of(index.tree, "tensor")}
+    )
     session.line(
         f"content   {tensors:,} tensor{'s' if tensors != 1 else ''}{of_rank}, {size(content, exact=exact)}"
     )
