@@ -419,6 +419,17 @@ def test_a_closed_pipe_ends_quietly(run, arguments):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "2>&-"])
+def test_closed_streams_are_no_error(run, closed):
+    """With stdout or stderr closed a command does its work, and its exit code tells the outcome."""
+    for arguments, code in ((["verify", run / "step-5"], 0), (["ls", run], 0), (["show", run / "none"], 3)):
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", *MILEPOST, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == code
+        assert "Traceback" not in result.stderr
+        assert "error: " not in result.stdout
+
+
 @pytest.mark.parametrize("arguments", [["show"], ["show", "--json"], ["show", "--filter", "*"], ["verify"]])
 def test_hostile_keys_never_reach_the_terminal(run, arguments):
     """Control characters in keys, values and metadata are printed as escapes."""

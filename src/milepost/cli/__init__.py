@@ -6,6 +6,7 @@ it needs, so that ``milepost --help`` is there at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -136,8 +137,10 @@ def doctor(
 
 def main() -> Any:
     """Run the command line; the entry point of the ``milepost`` script."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     with reported():
         return app()
