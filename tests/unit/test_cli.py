@@ -119,10 +119,10 @@ def test_each_command_and_exit_code_is_documented():
     for name in names:
         assert f"## `milepost {name} --help`" in document
     in_help = re.findall(
-        r"(\d+) (?:all|a|wrong|there|it|interrupted)", " ".join(invoke("--help").stdout.split())
+        r"(\d+) (?:all|a|wrong|there|it|interrupted|whoever)", " ".join(invoke("--help").stdout.split())
     )
     in_document = re.findall(r"^\| (\d+) \|", document, re.MULTILINE)
-    assert in_help == in_document == ["0", "1", "2", "3", "4", "130"]
+    assert in_help == in_document == ["0", "1", "2", "3", "4", "130", "141"]
 
 
 # ---------------------------------------------------------------------------- show
@@ -408,15 +408,25 @@ def test_an_interrupt_ends_cleanly(run):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("arguments", [["show", "--json"], ["ls"]], ids=["long", "short"])
+@pytest.mark.parametrize("arguments", [["show", "--json"], ["ls"], ["verify"]], ids=["long", "short", "bad"])
 def test_a_closed_pipe_ends_quietly(run, arguments):
-    """When the reader of the output goes away, the command ends without a traceback."""
+    """When the reader of the output goes away, a command ends without a word, and not as if all were well."""
+    damage(run / "step-5")
     reading, writing = os.pipe()
     os.close(reading)
     command = [*MILEPOST, *arguments, str(run if "ls" in arguments else run / "step-5")]
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_closed_pipe_for_messages_keeps_the_exit_code(run):
+    """Where messages cannot be told either, the exit code still does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*MILEPOST, "show", str(run / "nothing")]
+    assert subprocess.run(command, stdout=writing, stderr=writing, check=False).returncode == 3
+    os.close(writing)
 
 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "2>&-"])

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DAMAGED", "EPILOG", "FAILED", "INTERRUPTED", "NOT_FOUND", "OK", "Session", "plain", "reported"]
 
-OK, DAMAGED, USAGE, NOT_FOUND, FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, DAMAGED, USAGE, NOT_FOUND, FAILED, INTERRUPTED, UNREAD = 0, 1, 2, 3, 4, 130, 141
 EPILOG = (
     "Exit codes: 0 all is well; 1 a checkpoint is damaged or incomplete; 2 wrong usage; 3 there is no "
-    "such checkpoint or folder; 4 it could not be read, or a later version wrote it; 130 interrupted."
+    "such checkpoint or folder; 4 it could not be read, or a later version wrote it; 130 interrupted; "
+    "141 whoever read the output has gone away."
 )
 _ESCAPE_BELOW_BMP, _ESCAPE_BELOW_BYTE = 0x10000, 0x100
 
@@ -155,9 +156,9 @@ def reported(*, debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output has seen enough. Nothing may be flushed into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(OK) from None
+        # The reader of our output has seen enough: end as if SIGPIPE had, for the rest was not looked at.
+        _discard_output()
+        raise SystemExit(UNREAD) from None
     except Exception as error:
         from milepost.errors import MilepostError
 
@@ -185,5 +186,14 @@ def exit_code_of(error: Exception) -> int:
 
 
 def _end(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    try:
+        print(message, file=sys.stderr)
+    except BrokenPipeError:
+        _discard_output()
     raise SystemExit(code)
+
+
+def _discard_output() -> None:
+    """Have nothing flushed into a pipe at exit that nobody reads."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
