@@ -278,7 +278,7 @@ def _target(parent: str, stem: str, attempt: str, note: Note | None, names: list
 def _published(folder: Folder, found: Finding, entry: Entry) -> Finding:
     names = list_names(folder)
     found = replace(found, state="damaged", published=True)
-    if entry.state != "damaged" and MANIFEST_NAME not in names:
+    if entry.state == "committed" and MANIFEST_NAME not in names:
         return replace(found, state="whole", loads=True, problem=entry.problem)
     try:
         manifest = read_manifest(folder)

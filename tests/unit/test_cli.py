@@ -381,9 +381,20 @@ def test_a_later_format_is_exit_code_4(run):
     manifest = decode_manifest(path.read_bytes(), "")
     manifest.version = (2, 0)
     path.write_bytes(encode_manifest(manifest))
-    result = invoke("verify", run / "step-5")
+    for command in ("verify", "show"):
+        result = invoke(command, run / "step-5")
+        assert result.exit_code == 4
+        assert "pip install -U milepost" in result.stderr
+    (run / "step-10").rename(run / ".step-15.job-1.partial")
+    shutil.copy(path, run / ".step-15.job-1.partial")
+    listed = json.loads(invoke("ls", run, "--json").stdout)
+    assert [entry["state"] for entry in listed] == ["unreadable"] * 2
+    result = invoke("ls", run)
     assert result.exit_code == 4
-    assert "pip install -U milepost" in result.stderr
+    assert "unreadable" in result.stdout
+    assert "later" in result.stdout
+    os.truncate(path, 10)
+    assert invoke("ls", run).exit_code == 1
 
 
 def test_debug_shows_the_traceback(run):

@@ -102,7 +102,7 @@ def list_(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the checkpoints in a folder: step, size, and state (committed, partial or damaged).
+    """List the checkpoints in a folder: step, size, and state (committed, partial, damaged or unreadable).
 
     The state comes from the manifests and the sizes of the files; `milepost verify` reads the bytes.
     """

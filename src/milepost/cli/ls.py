@@ -7,17 +7,17 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from milepost.cli.output import DAMAGED, OK, USAGE, Session, moment, size
+from milepost.cli.output import DAMAGED, FAILED, OK, USAGE, Session, moment, size
 from milepost.commit import scan
 from milepost.commit.listing import entry_at
 from milepost.errors import CheckpointNotFoundError
 from milepost.storage import default_storage
 
-_STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red"}
+_STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red", "unreadable": "red"}
 
 
 def run(session: Session, folder: str, *, exact: bool, as_json: bool) -> int:
-    """List the checkpoints in a folder; return 1 if one is damaged (a partial may be under way).
+    """List the checkpoints in a folder; return the exit code, in which a partial does not count.
 
     A checkpoint's own path is wrong usage: to say that it holds none would be true, and misleading.
     """
@@ -52,7 +52,8 @@ def run(session: Session, folder: str, *, exact: bool, as_json: bool) -> int:
             for entry in entries
         ]
         session.table(("name", "step", "size", "state", "saved", ""), rows)
-    return DAMAGED if any(entry.state == "damaged" for entry in entries) else OK
+    states = {entry.state for entry in entries}
+    return DAMAGED if "damaged" in states else FAILED if "unreadable" in states else OK
 
 
 def _near(folder: str) -> str | None:

@@ -35,6 +35,7 @@ from milepost.errors import (
     CorruptCheckpointError,
     LoadError,
     StorageError,
+    UnsupportedFormatError,
 )
 from milepost.manifest import MANIFEST_NAME, Manifest
 from milepost.storage import Folder, Storage
@@ -55,7 +56,7 @@ class Entry:
         path: The folder that holds it now.
         state: "committed": it was committed, and all its files are there with their sizes (no bytes are
             compared). "partial": a save that is under way or died, or what one has not cleared yet.
-            "damaged": it does not load.
+            "damaged": it does not load. "unreadable": a later version wrote it.
         step: The training step, if it was given.
         size_bytes: Bytes of its files.
         time: When it was saved (or last changed), seconds since the epoch.
@@ -65,7 +66,7 @@ class Entry:
 
     name: str
     path: str
-    state: Literal["committed", "partial", "damaged"]
+    state: Literal["committed", "partial", "damaged", "unreadable"]
     step: int | None = None
     size_bytes: int = 0
     time: float = 0.0
@@ -103,8 +104,7 @@ def _visible_entry(folder: Folder, name: str) -> Entry | None:
         try:
             manifest = read_manifest(folder)
         except LoadError as error:
-            size, moment = _measure(folder, names)
-            return Entry(name, folder.path, "damaged", size_bytes=size, time=moment, problem=error.message)
+            return _unread_entry(folder, name, names, error)
         if manifest is not None:
             return _manifest_entry(folder, name, manifest)
     data = [entry for entry in names if data_rank(entry) is not None]
@@ -120,6 +120,15 @@ def _visible_entry(folder: Folder, name: str) -> Entry | None:
     return Entry(
         name, folder.path, "committed", size_bytes=size, time=moment, world_size=len(data),
         problem="files of plain torch.save, without a manifest",
+    )  # fmt: skip
+
+
+def _unread_entry(folder: Folder, name: str, names: list[str], error: LoadError) -> Entry:
+    size, moment = _measure(folder, names)
+    later = isinstance(error, UnsupportedFormatError)
+    return Entry(
+        name, folder.path, "unreadable" if later else "damaged",
+        size_bytes=size, time=moment, problem=error.message,
     )  # fmt: skip
 
 
@@ -142,9 +151,12 @@ def _hidden_entry(folder: Folder, stem: str, attempt: str) -> Entry | None:
     note = read_note(folder)
     name = note.name if note is not None and note.attempt == attempt else stem
     size, moment = _measure(folder, names)
-    manifest = None
-    with suppress(LoadError):
+    try:
         manifest = read_manifest(folder)
+    except UnsupportedFormatError as error:
+        return _unread_entry(folder, name, names, error)
+    except LoadError:
+        manifest = None
     if manifest is not None and manifest.attempt != attempt:
         problem = "replaced by a later save, which has not cleared it yet"
         return Entry(name, folder.path, "partial", manifest.step, size, moment, manifest.world_size, problem)
