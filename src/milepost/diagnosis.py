@@ -19,6 +19,7 @@ from milepost.commit import Entry, locate, scan
 from milepost.commit.claim import is_abandoned
 from milepost.commit.hidden import (
     NOTE_NAME,
+    REPLACED,
     Hidden,
     Note,
     belongs,
@@ -62,10 +63,10 @@ from milepost.outline import outline
 from milepost.storage import Folder, Storage
 from milepost.verify import Progress, verify
 
-__all__ = ["Damage", "Diagnosis", "Finding", "RankState", "Watch", "diagnose"]
+__all__ = ["LATE_SECONDS", "Damage", "Diagnosis", "Finding", "RankState", "Watch", "diagnose"]
 
 _TRIES = 5
-_LATE_SECONDS = 300.0
+LATE_SECONDS = 300.0
 """So long after its last change an attempt waits for ranks that have not begun, as those that have arrived
 need not stay."""
 _CUT_STEM = re.compile(r".+~[0-9a-f]{16}", re.DOTALL)
@@ -311,10 +312,12 @@ def _hidden(
         return replace(found, state="replaced", loads=whole is not None and free, compared="sizes")
     if not is_listed:  # nothing of ours is in it
         data = any(data_rank(name) is not None for name in names)
-        if names and not (data and published is not None and published.attempt == attempt):
-            return None
-        return replace(found, state="replaced") if names else replace(found, problem="it is empty")
-    fresh = time.time() - found.time < _LATE_SECONDS
+        exchanged = published is not None and published.attempt == attempt
+        if names:
+            return replace(found, state="replaced") if data and exchanged else None
+        former = exchanged or found.path.endswith(REPLACED)
+        return replace(found, state="replaced" if former else "incomplete", problem="it is empty")
+    fresh = time.time() - found.time < LATE_SECONDS
     alive = _is_alive(storage, found.path, attempt, names, fresh=fresh)
     found = replace(found, alive=alive)
     whole = checked_manifest(folder, attempt, names, deep=True)

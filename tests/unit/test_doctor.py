@@ -209,12 +209,13 @@ def test_ranks_that_may_still_come_are_waited_for(run):
     path = f"{run}/step-5"
     (attempt,) = partial(path, (1,), 2)
     attempt._release()
-    result = invoke(path, "--repair")
-    assert result.exit_code == 1
-    assert f"not repaired {path}: it cannot be told yet whether somebody works on it" in result.stdout
-    result = invoke(path)
-    assert result.exit_code == 0
-    assert "other ranks may still come" in result.stdout
+    before = tree(STORAGE, run)
+    for arguments in ([run], [path], [path, "--repair"], [run, "--repair"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 0
+        assert result.stdout.startswith("step-5: incomplete: rank 0 never began; arrived: 1\n")
+        assert "other ranks may still come" in result.stdout
+    assert tree(STORAGE, run) == before
     die(attempt)
     assert invoke(path).exit_code == 1
     assert invoke(path, "--repair").exit_code == 0
@@ -637,6 +638,22 @@ def test_plain_files_that_were_exchanged_out_are_cleared(run):
         file.write(b"old")
     assert "left over" in invoke(path).stdout
     assert f"removed {slot}" in invoke(path, "--repair").stdout
+    assert os.listdir(run) == ["step"]
+
+
+@pytest.mark.parametrize(("attempt", "suffix"), [("one", "partial"), ("other", "replaced")])
+def test_what_was_replaced_and_is_empty_already_is_left_over(run, attempt, suffix):
+    """A save that is killed when it has emptied what it replaced leaves no damage, but a folder to remove."""
+    path = f"{run}/step"
+    save(STORAGE, path, 1, attempt="one")
+    slot = f"{run}/.step.{attempt}.{suffix}"
+    os.mkdir(slot)
+    result = invoke(run)
+    assert result.exit_code == 0
+    assert "step: left over: a former checkpoint, replaced by a later save (it is empty)\n" in result.stdout
+    os.truncate(f"{path}/checkpoint_0.pt", 1)
+    assert "puts this one back" not in invoke(run).stdout
+    assert f"removed {slot}" in invoke(run, "--repair").stdout
     assert os.listdir(run) == ["step"]
 
 

@@ -14,7 +14,7 @@ from milepost.cli.verify import _bar
 from milepost.commit import clean_up, roll_forward
 from milepost.commit.hidden import is_own, names_of, numbers
 from milepost.commit.listing import causes, ranks_named
-from milepost.diagnosis import Damage, Diagnosis, Finding, RankState, Watch, diagnose
+from milepost.diagnosis import LATE_SECONDS, Damage, Diagnosis, Finding, RankState, Watch, diagnose
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.manifest import MANIFEST_NAME
 from milepost.storage import Storage, default_storage
@@ -88,7 +88,8 @@ def repair(storage: Storage, diagnosis: Diagnosis) -> list[Action]:
         if finding.target is not None:
             by_target.setdefault(finding.target, []).append(finding)
     for target, findings in by_target.items():
-        if not all(finding.published and not finding.leftovers for finding in findings):
+        settled = all(finding.published and not finding.leftovers for finding in findings)
+        if not settled and not any(map(_is_awaited, findings)):
             refusal = _refusal(findings)
             try:
                 actions += (
@@ -99,16 +100,28 @@ def repair(storage: Storage, diagnosis: Diagnosis) -> list[Action]:
     return actions
 
 
+def _is_awaited(finding: Finding) -> bool:
+    """Whether ranks that have not begun may still come."""
+    return (
+        finding.state == "incomplete" and finding.alive is None and time.time() - finding.time < LATE_SECONDS
+    )
+
+
+def _is_former(finding: Finding) -> bool:
+    """Whether it may be the last whole checkpoint. Of one that is empty the problem says so."""
+    return finding.state in _FORMER and not finding.problem
+
+
 def _refusal(findings: list[Finding]) -> str | None:
     """Why recovery is not let loose on a path, if so."""
     for finding in findings:
         if finding.state == "incomplete" and finding.alive is None:
-            return f"it cannot be told yet whether somebody works on it: {_shown(finding.path)}"
+            return f"it cannot be told whether somebody works on it: {_shown(finding.path)}"
         if not finding.published and any(damage.file != MANIFEST_NAME for damage in finding.damage):
             return f"a save that seemed complete is damaged; delete it yourself: {_shown(finding.path)}"
     damaged = any(finding.published and finding.state in ("damaged", "unreadable") for finding in findings)
     heir = any(finding.state == "complete" and finding.alive is False for finding in findings)
-    if damaged and not heir and any(finding.state in _FORMER for finding in findings):
+    if damaged and not heir and any(map(_is_former, findings)):
         return "the checkpoint there cannot be read whole, so what it replaced is kept"
     return None
 
@@ -222,7 +235,7 @@ def words(finding: Finding, now: float) -> str:
     elif finding.state == "incomplete":
         living = finding.alive and not finding.aborted
         text = ": ".join(["under way" if living else text, "; ".join(_told(finding, now))])
-    elif finding.problem and finding.state in ("whole", "unreadable"):
+    elif finding.problem and finding.state in ("whole", "unreadable", "replaced"):
         text += f" ({finding.problem})"
     if finding.leftovers:
         text += f" ({_plural(len(finding.leftovers), 'passing file')} of its save still in it)"
@@ -306,7 +319,7 @@ def advice(finding: Finding, found: Diagnosis) -> str | None:
         later = "its owners publish it" if finding.alive else f"the next save to it, or {mend}, publishes it"
         return f"a load of its path reads it where it is; {later}"
     others = [other for other in found.findings if other.target == finding.target and other.published]
-    if finding.state in _FORMER and any(other.state in ("damaged", "unreadable") for other in others):
+    if _is_former(finding) and any(other.state in ("damaged", "unreadable") for other in others):
         return f"what took its place cannot be read whole: move that away, and {mend} puts this one back"
     if finding.state == "replaced" and finding.loads:
         return f"nothing is at its path, so it loads from here; {mend} puts it back"
