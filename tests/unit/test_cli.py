@@ -200,6 +200,9 @@ def test_show_of_a_rank_that_is_not_there(run):
     result = invoke("show", run / "step-5", "--rank", 1)
     assert (result.exit_code, result.stdout) == (3, "")
     assert "ranks 0 to 0" in result.stderr
+    result = invoke("show", run / "step-5", "--rank", 1, "--json")
+    assert result.exit_code == 3
+    assert "ranks 0 to 0" in json.loads(result.stdout)["error"]
 
 
 def test_show_refuses_a_damaged_index(run):
@@ -352,6 +355,20 @@ def test_what_is_not_there_is_exit_code_3_with_a_suggestion(run):
     result = invoke("ls", str(run)[:-1])
     assert result.exit_code == 3
     assert f"did you mean {run}?" in result.stderr
+    result = invoke("ls", run / "step-5" / "manifest.json")
+    assert result.exit_code == 3
+    assert f"this is a file, and not a folder: {run}/step-5/manifest.json" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "ls", "doctor"])
+def test_json_tells_errors_as_well(run, command):
+    """With --json what keeps a command from its work is told on stdout too, alike in all of them."""
+    path = str(run / "step" / "nothing")
+    result = invoke(command, path, "--json")
+    data = json.loads(result.stdout)
+    found = data[0] if command == "verify" else data
+    assert (result.exit_code, found["path"], found["ok"]) == (3, path, False)
+    assert result.stderr.splitlines()[0].startswith(f"error: {found['error']}")
 
 
 def test_wrong_usage_is_exit_code_2():

@@ -72,7 +72,7 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Show what a checkpoint holds: its values with shapes, dtypes and sizes, who wrote it and when."""
-    with reported(debug=debug), Session() as session:
+    with reported(debug=debug, path=checkpoint if as_json else None), Session() as session:
         from milepost.cli.show import run
 
         session.exit_code = run(session, checkpoint, depth, only, rank, exact=exact, as_json=as_json)
@@ -106,7 +106,7 @@ def list_(
 
     The state comes from the manifests and the sizes of the files; `milepost verify` reads the bytes.
     """
-    with reported(debug=debug), Session() as session:
+    with reported(debug=debug, path=folder if as_json else None), Session() as session:
         from milepost.cli.ls import run
 
         session.exit_code = run(session, folder, exact=exact, as_json=as_json)
@@ -129,7 +129,7 @@ def doctor(
 
     Without --repair nothing is changed. With it, nothing is touched that a save still works on.
     """
-    with reported(debug=debug), Session() as session:
+    with reported(debug=debug, path=path if as_json else None), Session() as session:
         from milepost.cli.doctor import run
 
         session.exit_code = run(session, path, mend=mend, deep=deep, as_json=as_json)

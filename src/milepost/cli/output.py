@@ -125,7 +125,11 @@ class Session:
 
     def json(self, value: Any) -> None:
         """Print a value as JSON."""
-        print(json.dumps(jsonable(value), indent=2, allow_nan=False))
+        _print_json(value)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(jsonable(value), indent=2, allow_nan=False))
 
 
 def _text(parts: Sequence[str | tuple[str, str]]) -> Text:
@@ -149,8 +153,13 @@ def _console(stream: Any) -> Console:
 
 
 @contextmanager
-def reported(*, debug: bool = False) -> Iterator[None]:
-    """End the program with a clear line and the right exit code if anything is raised."""
+def reported(*, debug: bool = False, path: str | None = None) -> Iterator[None]:
+    """End the program with a clear line and the right exit code if anything is raised.
+
+    Args:
+        debug: Show the traceback as well.
+        path: Of what this is to be told as JSON on stdout, too.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -166,7 +175,8 @@ def reported(*, debug: bool = False) -> Iterator[None]:
             raise
         if debug:
             traceback.print_exc()
-        _end(f"error: {explain(error)}", exit_code_of(error))
+        told = {"path": path, "ok": False, "error": getattr(error, "message", str(error))}
+        _end(f"error: {explain(error)}", exit_code_of(error), told if path is not None else None)
 
 
 def explain(error: Exception) -> str:
@@ -185,10 +195,13 @@ def exit_code_of(error: Exception) -> int:
     return FAILED
 
 
-def _end(message: str, code: int) -> None:
+def _end(message: str, code: int, data: object = None) -> None:
     try:
         print(message, file=sys.stderr)
-    except BrokenPipeError:
+        if data is not None:
+            _print_json(data)
+            sys.stdout.flush()
+    except OSError:
         _discard_output()
     raise SystemExit(code)
 

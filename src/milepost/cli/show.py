@@ -6,11 +6,11 @@ import re
 from contextlib import closing
 from typing import Any
 
-from milepost.cli.output import NOT_FOUND, OK, Session, moment, plain, size
+from milepost.cli.output import OK, Session, moment, plain, size
 from milepost.commit import Located, locate
 from milepost.commit.hidden import data_rank
 from milepost.commit.marks import read_shard_map
-from milepost.errors import CorruptCheckpointError
+from milepost.errors import CheckpointNotFoundError, CorruptCheckpointError
 from milepost.manifest import Index, Manifest, decode_index, digest
 from milepost.outline import Line, outline, plain_value, text_of
 from milepost.shard_tree import with_global_columns, with_shards
@@ -35,8 +35,8 @@ def run(
         if manifest is None:
             return _show_plain(session, path, located, exact=exact, as_json=as_json)
         if rank >= manifest.world_size:
-            session.message("error: ", path, f" has ranks 0 to {manifest.world_size - 1}, and no rank {rank}")
-            return NOT_FOUND
+            ranks = f"ranks 0 to {manifest.world_size - 1}"
+            raise CheckpointNotFoundError(f"{path} has {ranks}, and no rank {rank}", path=path)
         index = _index(located, manifest, rank)
         shards = read_shard_map(located.folder, manifest)
     lines = outline(index) if shards is None else _outline_with(shards, index)
