@@ -7,12 +7,13 @@ it needs, so that ``milepost --help`` is there at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
 import typer
 
-from milepost.cli.output import EPILOG, Session, reported
+from milepost.cli.output import EPILOG, UNREAD, Session, reported
 
 __all__ = ["app", "main"]
 
@@ -25,14 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-def _given(path: Any) -> Any:
-    """Refuse an empty path, as of a variable that is not set: it would stand for the current folder."""
-    if "" in (path if isinstance(path, list) else [path]):
-        raise typer.BadParameter("a path is empty; for the current folder give a dot")
-    return path
-
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -58,9 +51,7 @@ def _common(
 
 @app.command(epilog=EPILOG)
 def show(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", callback=_given, help="A checkpoint's folder.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint's folder.")],
     depth: Annotated[int | None, typer.Option(min=0, help="Show only so many levels of nesting.")] = None,
     only: Annotated[
         str | None,
@@ -72,7 +63,7 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Show what a checkpoint holds: its values with shapes, dtypes and sizes, who wrote it and when."""
-    with reported(debug=debug, path=checkpoint if as_json else None), Session() as session:
+    with reported(checkpoint, debug=debug, as_json=as_json), Session() as session:
         from milepost.cli.show import run
 
         session.exit_code = run(session, checkpoint, depth, only, rank, exact=exact, as_json=as_json)
@@ -80,14 +71,12 @@ def show(
 
 @app.command(epilog=EPILOG)
 def verify(
-    checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CKPT", callback=_given, help="Checkpoints' folders.")
-    ],
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT", help="Checkpoints' folders.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compare every byte of checkpoints with its checksum, and name the damaged tensors of each file."""
-    with reported(debug=debug), Session() as session:
+    with reported(*checkpoints, debug=debug), Session() as session:
         from milepost.cli.verify import run
 
         session.exit_code = run(session, checkpoints, as_json=as_json)
@@ -95,9 +84,7 @@ def verify(
 
 @app.command("ls", epilog=EPILOG)
 def list_(
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", callback=_given, help="The folder in which checkpoints lie.")
-    ] = ".",
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder in which checkpoints lie.")] = ".",
     exact: Bytes = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -106,7 +93,7 @@ def list_(
 
     The state comes from the manifests and the sizes of the files; `milepost verify` reads the bytes.
     """
-    with reported(debug=debug, path=folder if as_json else None), Session() as session:
+    with reported(folder, debug=debug, as_json=as_json), Session() as session:
         from milepost.cli.ls import run
 
         session.exit_code = run(session, folder, exact=exact, as_json=as_json)
@@ -114,9 +101,7 @@ def list_(
 
 @app.command(epilog=EPILOG)
 def doctor(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", callback=_given, help="A checkpoint, or a folder of checkpoints.")
-    ],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or a folder of checkpoints.")],
     mend: Annotated[
         bool,
         typer.Option("--repair", help="Publish what is complete, and remove what dead saves have left."),
@@ -129,7 +114,7 @@ def doctor(
 
     Without --repair nothing is changed. With it, nothing is touched that a save still works on.
     """
-    with reported(debug=debug, path=path if as_json else None), Session() as session:
+    with reported(path, debug=debug, as_json=as_json), Session() as session:
         from milepost.cli.doctor import run
 
         session.exit_code = run(session, path, mend=mend, deep=deep, as_json=as_json)
@@ -142,5 +127,6 @@ def main() -> Any:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
         if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGPIPE, lambda *_: os._exit(UNREAD))  # the reader of the output has gone away
     with reported():
         return app()

@@ -88,23 +88,16 @@ def repair(storage: Storage, diagnosis: Diagnosis) -> list[Action]:
         if finding.target is not None:
             by_target.setdefault(finding.target, []).append(finding)
     for target, findings in by_target.items():
-        settled = all(finding.published and not finding.leftovers for finding in findings)
-        if not settled and not any(map(_is_awaited, findings)):
+        if not all(finding.published and not finding.leftovers for finding in findings):
             refusal = _refusal(findings)
             try:
-                actions += (
-                    [Action("failed", target, refusal)] if refusal else _mend(storage, target, findings)
-                )
+                if refusal is None:
+                    actions += _mend(storage, target, findings)
+                elif refusal:
+                    actions.append(Action("failed", target, refusal))
             except MilepostError as error:
                 actions.append(Action("failed", target, error.message))
     return actions
-
-
-def _is_awaited(finding: Finding) -> bool:
-    """Whether ranks that have not begun may still come."""
-    return (
-        finding.state == "incomplete" and finding.alive is None and time.time() - finding.time < LATE_SECONDS
-    )
 
 
 def _is_former(finding: Finding) -> bool:
@@ -113,10 +106,11 @@ def _is_former(finding: Finding) -> bool:
 
 
 def _refusal(findings: list[Finding]) -> str | None:
-    """Why recovery is not let loose on a path, if so."""
+    """Why recovery is not let loose on a path, if so; "" while ranks may still come."""
     for finding in findings:
         if finding.state == "incomplete" and finding.alive is None:
-            return f"it cannot be told whether somebody works on it: {_shown(finding.path)}"
+            late = time.time() - finding.time >= LATE_SECONDS
+            return f"it cannot be told whether somebody works on it: {_shown(finding.path)}" if late else ""
         if not finding.published and any(damage.file != MANIFEST_NAME for damage in finding.damage):
             return f"a save that seemed complete is damaged; delete it yourself: {_shown(finding.path)}"
     damaged = any(finding.published and finding.state in ("damaged", "unreadable") for finding in findings)

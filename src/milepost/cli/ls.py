@@ -26,8 +26,7 @@ def run(session: Session, folder: str, *, exact: bool, as_json: bool) -> int:
         entries = scan(storage, folder)
     except CheckpointNotFoundError as error:
         if os.path.isfile(folder):
-            what = f"this is a file, and not a folder: {os.path.abspath(folder)}"
-            raise CheckpointNotFoundError(what, path=folder) from None
+            raise CheckpointNotFoundError(f"this is a file, and not a folder: {folder}") from None
         error.hint = error.hint or _near(folder)
         raise
     path = os.path.abspath(folder)

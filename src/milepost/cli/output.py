@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 import traceback
@@ -123,13 +122,10 @@ class Session:
             first.rstrip()
             self.out.print(first, soft_wrap=True)
 
-    def json(self, value: Any) -> None:
+    @staticmethod
+    def json(value: Any) -> None:
         """Print a value as JSON."""
-        _print_json(value)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(jsonable(value), indent=2, allow_nan=False))
+        print(json.dumps(jsonable(value), indent=2, allow_nan=False), flush=True)
 
 
 def _text(parts: Sequence[str | tuple[str, str]]) -> Text:
@@ -143,31 +139,24 @@ def _text(parts: Sequence[str | tuple[str, str]]) -> Text:
 
 
 def _console(stream: Any) -> Console:
-    from rich import console
-
-    class Console(console.Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # `reported` deals with it
+    from rich.console import Console
 
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
-def reported(*, debug: bool = False, path: str | None = None) -> Iterator[None]:
+def reported(*paths: str, debug: bool = False, as_json: bool = False) -> Iterator[None]:
     """End the program with a clear line and the right exit code if anything is raised.
 
-    Args:
-        debug: Show the traceback as well.
-        path: Of what this is to be told as JSON on stdout, too.
+    With `as_json` an error is told on stdout, too. An empty path, as of a variable that is not set, is wrong:
+    it would stand for the current folder.
     """
+    if "" in paths:
+        raise typer.BadParameter("a path is empty; for the current folder give a dot")
     try:
         yield
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has seen enough: end as if SIGPIPE had, for the rest was not looked at.
-        _discard_output()
-        raise SystemExit(UNREAD) from None
     except Exception as error:
         from milepost.errors import MilepostError
 
@@ -175,8 +164,9 @@ def reported(*, debug: bool = False, path: str | None = None) -> Iterator[None]:
             raise
         if debug:
             traceback.print_exc()
-        told = {"path": path, "ok": False, "error": getattr(error, "message", str(error))}
-        _end(f"error: {explain(error)}", exit_code_of(error), told if path is not None else None)
+        if as_json:
+            Session.json({"path": paths[0], "ok": False, "error": getattr(error, "message", str(error))})
+        _end(f"error: {explain(error)}", exit_code_of(error))
 
 
 def explain(error: Exception) -> str:
@@ -195,18 +185,6 @@ def exit_code_of(error: Exception) -> int:
     return FAILED
 
 
-def _end(message: str, code: int, data: object = None) -> None:
-    try:
-        print(message, file=sys.stderr)
-        if data is not None:
-            _print_json(data)
-            sys.stdout.flush()
-    except OSError:
-        _discard_output()
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
     raise SystemExit(code)
-
-
-def _discard_output() -> None:
-    """Have nothing flushed into a pipe at exit that nobody reads."""
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -207,9 +207,7 @@ def _print_head(
         session.line(f"by rank   {_by_rank(manifest, exact=exact)}")
     of_rank = f" for rank {index.rank}" if manifest.world_size > 1 else ""
     record = index.tensors.record  # below 0 in global tensors, and the same in those that share memory
-    tensors = len(
-        {record[number] if record[number] < 0 else number for number in paths_of(index.tree, "tensor")}
-    )
+    tensors = len({n if record[n] >= 0 else record[n] for n in paths_of(index.tree, "tensor")})
     session.line(
         f"content   {tensors:,} tensor{'s' if tensors != 1 else ''}{of_rank}, {size(content, exact=exact)}"
     )

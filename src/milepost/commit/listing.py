@@ -124,12 +124,9 @@ def _visible_entry(folder: Folder, name: str) -> Entry | None:
 
 
 def _unread_entry(folder: Folder, name: str, names: list[str], error: LoadError) -> Entry:
-    size, moment = _measure(folder, names)
-    later = isinstance(error, UnsupportedFormatError)
-    return Entry(
-        name, folder.path, "unreadable" if later else "damaged",
-        size_bytes=size, time=moment, problem=error.message,
-    )  # fmt: skip
+    is_later = isinstance(error, UnsupportedFormatError)
+    facts = (None, *_measure(folder, names), None, error.message)
+    return Entry(name, folder.path, "unreadable" if is_later else "damaged", *facts)
 
 
 def _manifest_entry(folder: Folder, name: str, manifest: Manifest) -> Entry:
