@@ -415,8 +415,7 @@ def main() -> int:
             "start": lambda: bench_start(options.rounds),
             "interference": lambda: bench_interference(folder, size // 2, max(15, options.rounds)),
         }
-        run_parts(parts, options.only)
-    return 0
+        return 0 if run_parts(parts, options.only) else 1
 
 
 if __name__ == "__main__":

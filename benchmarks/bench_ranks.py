@@ -367,8 +367,7 @@ def main() -> int:
             "peers4": lambda: bench_peers(folder, layers, options.rounds, 4),
             "peers8": lambda: bench_peers(folder, layers, options.rounds, 8),
         }
-        run_parts(parts, options.only)
-    return 0
+        return 0 if run_parts(parts, options.only) else 1
 
 
 if __name__ == "__main__":

@@ -249,15 +249,16 @@ def merge(path: str, size: int) -> dict[str, float]:
 
 def bench_ranks(folder: str, worlds: list[int], rounds: int) -> bool:
     met = True
-    for variant, text in (("worst", "no two of one shape"), ("real", f"{len(REAL_SHAPES)} shapes")):
+    real = f"{len(REAL_SHAPES)} shapes, so tables are shared: the JSON is compact, and the baseline small"
+    for variant, text in (("worst", "no two of one shape"), ("real", real)):
         print(
-            f"\nPlanning a load of R ranks' {TENSORS:,} sharded tensors ({text}) on R/2 ranks, "
-            f"one rank's part (medians of {rounds}; ratio to decoding the same JSON)\n"
+            f"\nPlanning a load of R ranks' {TENSORS:,} sharded tensors on R/2 ranks, "
+            f"one rank's part;\n{text} (medians of {rounds}; ratio to decoding the same JSON)\n"
             f"and what the last rank's commit reads and merges (ratio to reading and decoding all indexes)\n"
             f"  {'R':>6} {'shards':>10} {'JSON':>9} {'decode':>9} {'milepost':>9} {'ratio':>6} {'memory':>9}"
             f" | commit: {'merge':>8} {'ratio':>6} {'memory':>9}"
         )
-        before: tuple[int, float, float] | None = None
+        before: tuple[int, float, float, int] | None = None
         for size in worlds:
             path = os.path.join(folder, f"{variant}-{size}")
             step("make", path, size, variant)
@@ -281,7 +282,9 @@ def bench_ranks(folder: str, worlds: list[int], rounds: int) -> bool:
                 met &= verdict(times, (ours / before[1]) / (size / before[0]), 1.15)
                 growth = (merged["seconds"] / before[2]) / (size / before[0])
                 met &= verdict(f"the commit's {times}", growth, 1.25)
-            before = (size, ours, merged["seconds"])
+                growth = (found["peak"] / before[3]) / (size / before[0])
+                met &= verdict(f"memory's {times}", growth, 1.15)
+            before = (size, ours, merged["seconds"], max(found["peak"], 1))
     return met
 
 
@@ -674,8 +677,7 @@ def main() -> int:
             "division": lambda: bench_division(worlds),
             "arrivals": lambda: bench_arrivals(folder, list(map(int, options.marks.split(",")))),
         }
-        run_parts(parts, options.only)
-    return 0
+        return 0 if run_parts(parts, options.only) else 1
 
 
 if __name__ == "__main__":

@@ -243,8 +243,7 @@ def main() -> int:
             "small": lambda: bench_small(folder, options.rounds, checkpointer),
             "memory": lambda: bench_memory(folder, size),
         }
-        run_parts(parts, options.only)
-    return 0
+        return 0 if run_parts(parts, options.only) else 1
 
 
 if __name__ == "__main__":

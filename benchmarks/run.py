@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Run them one after the other; return the exit code."""
+    """Run them one after the other; return 1 if one of them failed or missed a bar, else 0."""
     scripts = {
         script.stem.removeprefix("bench_"): script
         for script in sorted(Path(__file__).parent.glob("bench_*.py"))

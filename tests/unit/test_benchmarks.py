@@ -33,13 +33,14 @@ def test_every_benchmark_is_here():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ALL)
 def test_a_benchmark_runs(tmp_path, name):
-    """It ends by itself without an error, and prints what it found."""
+    """It ends by itself, prints what it found, and its exit code is 1 if bars were missed, else 0."""
     script = FOLDER / f"bench_{name.split()[0]}.py"
     folder = [] if name == "cli_start" else ["--folder", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(script), *ALL[name], *folder], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ("bars missed in: " in done.stdout), done.stderr
+    assert ("bars missed in: " in done.stdout) == ("MISSED" in done.stdout)
     assert "Traceback" not in done.stdout + done.stderr
     assert any(word in done.stdout for word in ("asked", " x ", "ratio")), done.stdout
 
