@@ -9,7 +9,7 @@ from typing import Any
 
 from milepost.errors import ConfigError
 from milepost.paths import Item, Path, path_text
-from milepost.tree import Node, TreeDecoder
+from milepost.tree import HOLE, Node, TreeDecoder
 
 __all__ = ["Names", "matcher", "nodes_by_path"]
 
@@ -122,7 +122,8 @@ def _children(node: Node) -> Iterator[tuple[Any, Node]]:
             yield _decoder.decode(key), child
     elif node[0] in ("list", "tuple"):
         for position, child in enumerate(node[1]):
-            yield Item(position), child
+            if child is not HOLE:
+                yield Item(position), child
 
 
 def _leaf_paths(node: Node, path: Path, used: set[str]) -> Iterator[Path]:

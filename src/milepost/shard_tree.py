@@ -13,7 +13,7 @@ from milepost.manifest import Tensors
 from milepost.paths import path_text
 from milepost.reshard import steps_of
 from milepost.shards import ATTRIBUTES_STEP, Key, ShardMap, decode_key, step_of
-from milepost.tree import Node
+from milepost.tree import HOLE, Node
 
 __all__ = ["key_trie", "with_global_columns", "with_shards"]
 
@@ -130,17 +130,15 @@ class _Merge:
         return node
 
     def _made(self, trie: _Trie | int) -> Node:
-        """The node of what only other ranks hold. Of a list they may hold more than tensors: that is None."""
+        """The node of what only other ranks hold. Of a list they may hold more than tensors."""
         if isinstance(trie, int):
             return ["tensor", self.first + trie]
         steps = {part: msgspec.json.decode(part) for part in trie}
         if all(isinstance(step, list) and step[0] == "item" for step in steps.values()):
             places = {step[1]: trie[part] for part, step in steps.items()}
             if max(places) < _MAX_LIST:
-                return [
-                    "list",
-                    [self._made(places[n]) if n in places else ["none"] for n in range(max(places) + 1)],
-                ]
+                count = max(places) + 1
+                return ["list", [self._made(places[n]) if n in places else HOLE for n in range(count)], HOLE]
         entries = [
             (["str", step] if isinstance(step, str) else step, self._made(trie[part]))
             for part, step in steps.items()

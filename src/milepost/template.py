@@ -22,7 +22,7 @@ from milepost.placements import local_of, placed
 from milepost.rebuild import dtype_of
 from milepost.records import end_of, reach
 from milepost.reshard import Piece, whole
-from milepost.tree import Node
+from milepost.tree import HOLE, Node
 from milepost.utils import is_dtensor
 
 __all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]
@@ -151,7 +151,7 @@ class _Matcher:
                 return self._dict(target, node, path)
         elif tag in _LISTS:
             kind: Any = _LISTS[tag]
-            if type(target) is kind:
+            if type(target) is kind or (type(target) is tuple and node[-1] is HOLE):
                 return self._list(target, node, path)
         elif tag in _NUMBERS:
             if isinstance(target, numbers.Number | np.generic):
@@ -184,14 +184,9 @@ class _Matcher:
                 found = saved.get(key)
             if found is None and self._names.renames and self._names.reach_into(value, where, self._saved):
                 found = ("dict", [])  # all that is below has other names
-            if found is not None:
-                part = self._value(value, found, where)
-                if part is not None:
-                    parts.append((key, part))
-            elif self._names.may_lack(value, where):
-                self._match.allowed.append(path_text(where))
-            else:
-                self._match.missing.append(path_text(where))
+            part = self._entry(value, found, where)
+            if part is not None:
+                parts.append((key, part))
         self._unexpected += [
             ((*path, key), value)
             for key, value in saved.items()
@@ -205,6 +200,14 @@ class _Matcher:
 
         return put
 
+    def _entry(self, value: Any, node: Node | None, path: Path) -> Callable[[], Any] | None:
+        """Match what a container holds, if it was saved; the result is as that of `_value`."""
+        if node is not None and node is not HOLE:
+            return self._value(value, node, path)
+        lacks = self._match.allowed if self._names.may_lack(value, path) else self._match.missing
+        lacks.append(path_text(path))
+        return None
+
     def _renamed(self, path: Path) -> Node | None:
         """What was saved under the name that a path of the template had then."""
         new = path_text(path)
@@ -216,12 +219,14 @@ class _Matcher:
 
     def _list(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
         saved = node[1]
+        if node[-1] is HOLE:
+            saved = [*saved, *[HOLE] * (len(target) - len(saved))]
         if len(target) != len(saved):
             if _holds_tensor(target) or _names_tensor(node):
                 return self._misfit(path, f"{len(target)} items", f"{len(saved)} items")
             return self._new(node)
         parts = [
-            self._value(value, child, (*path, Item(i)))
+            self._entry(value, child, (*path, Item(i)))
             for i, (value, child) in enumerate(zip(target, saved, strict=True))
         ]
 

@@ -29,6 +29,7 @@ from milepost.errors import CorruptCheckpointError
 from milepost.paths import ATTRIBUTES, Item, Path, path_text
 
 __all__ = [
+    "HOLE",
     "MAX_DEPTH",
     "Node",
     "TreeDecoder",
@@ -40,6 +41,10 @@ __all__ = [
 
 Node = Any
 """A node as above: a tuple or list."""
+
+HOLE: Node = ("none", "not known")
+"""Where another rank had a value that is not known here; never in a file, and None for a decoder. A list of
+which others may have had more has it as its last element: ``["list", [...], HOLE]``."""
 
 MAX_DEPTH = 200
 """Containers may be nested this deep."""

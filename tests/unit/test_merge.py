@@ -629,6 +629,37 @@ def test_a_list_that_only_another_rank_holds_keeps_its_places():
     assert load(1, 2)["l"][0] == 5
 
 
+def stages(kind=list):
+    """Each of two ranks saves a list of its own that holds a tensor; returns how to load it."""
+    return save(2, lambda rank: {f"s{rank}": kind([100 + rank, part_of(X, mesh(rank), Replicate()), "last"])})
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_what_another_rank_had_in_a_list_beside_its_tensors_is_missing(kind):
+    """Items that are another rank's own are missing and keep the template's value; strict refuses them."""
+    load = stages(kind)
+    template = {"s1": kind([7, torch.zeros(4, 3), "mine"])}
+    with pytest.raises(MismatchError, match=r"missing keys \(2\): s1\[0\]; s1\[2\]\. "):
+        load(0, 1, template, strict=True)
+    assert not template["s1"][1].any()
+    load(0, 1, template, strict=True, allow_missing=["s1[0]", "s1[2]"])
+    assert type(template["s1"]) is kind
+    assert (template["s1"][0], template["s1"][2]) == (7, "mine")
+    assert torch.equal(template["s1"][1], X)
+    with pytest.raises(MismatchError, match="s1: expected 1 items, found 2"):
+        load(0, 1, {"s1": kind([torch.zeros(4, 3)])})
+
+
+def test_nothing_is_renamed_from_a_place_that_is_not_known():
+    """What another rank had in its list beside its tensors has no old name, and is not left over either."""
+    load = stages()
+    template = {"x": 7, "t": torch.zeros(4, 3)}
+    with pytest.raises(MismatchError) as caught:
+        load(0, 1, template, rename={"s1[0]": "x", "s1[1]": "t"}, strict=True)
+    assert "missing keys (1): x" in str(caught.value)
+    assert "s1" not in str(caught.value)
+
+
 def test_memory_is_shared_only_where_the_placement_is_the_same():
     """Two DTensors over one local tensor that are divided along different dimensions are two tensors."""
 
