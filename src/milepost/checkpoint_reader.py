@@ -111,7 +111,8 @@ class CheckpointReader:
             allow_missing: Patterns (``*`` is any text) of paths that need not have been saved; what is let
                 pass is named in the log, and is not among the missing keys.
             rename: From the path at which something was saved to the one that it has in the template, such
-                as ``{"model.old.*": "model.new.*"}``; what is renamed is named in the log.
+                as ``{"model.old.*": "model.new.*"}``; what is renamed is named in the log, and so are
+                renames that fit nothing.
             together: False to load on this rank alone although there is a process group.
             kwargs: Accepted for compatibility with ``torch.load`` and ignored.
 
@@ -339,7 +340,7 @@ def _has_dtensor(value: Any) -> bool:
 
 def _tell(path: str, found: Match) -> None:
     """Name in the log what differs, what was let pass and what was renamed."""
-    if found.missing or found.unexpected:
+    if found.missing or found.unexpected or found.unused:
         logger.warning("%s", _differences(path, found))
     if found.allowed:
         logger.warning("%s lacks what is allowed to be missing: %s", path, "; ".join(found.allowed))
@@ -355,6 +356,7 @@ def _differences(path: str, found: Match, *, strict: bool = False) -> str:
         ("does not fit", found.misfits),
         ("missing keys" if strict else "missing keys in the checkpoint", found.missing),
         ("unexpected keys in the checkpoint", found.unexpected),
+        ("renames that fit nothing", found.unused),
     ):
         if items:
             more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""

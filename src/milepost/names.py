@@ -31,6 +31,7 @@ class Names:
     Args:
         rename: From the path that a value had when it was saved to the one it has in the template, such as
             ``{"model.encoder.*": "model.backbone.*"}``. One ``*`` in each of both stands for the same text.
+            What was not saved under the old name is looked for under the new one.
         allow_missing: Patterns of paths that need not have been saved, as for `matcher`.
 
     Raises:
@@ -55,22 +56,38 @@ class Names:
         self.renames = {new: old for old, new in rename.items()}
         if len(self.renames) != len(rename):
             raise ConfigError(f"rename gives two saved paths one new name: {rename!r}")
+        self._unused = dict(self.renames)
         self._allowed = list(allow_missing)
         self._allows = matcher(self._allowed)
 
     def old_names(self, path: str) -> Iterator[str]:
         """The paths at which the value that the template has at `path` may have been saved."""
+        return (old for _, old in self._old_names(path))
+
+    def _old_names(self, path: str) -> Iterator[tuple[str, str]]:
         for new, old in self.renames.items():
             head, star, tail = new.partition("*")
             if not star:
                 if path == new:
-                    yield old
+                    yield new, old
             elif path.startswith(head) and path.endswith(tail) and len(path) > len(head) + len(tail):
-                yield old.replace("*", path[len(head) : len(path) - len(tail)])
+                yield new, old.replace("*", path[len(head) : len(path) - len(tail)])
+
+    def old_name(self, path: str, saved: Mapping[str, Node]) -> str | None:
+        """The path at which the value that the template has at `path` was saved, if it was renamed."""
+        for new, old in self._old_names(path):
+            if old in saved:
+                self._unused.pop(new, None)
+                return old
+        return None
+
+    def unused(self) -> list[str]:
+        """The renames that `old_name` has never found a use for, as text."""
+        return [f"{old} -> {new}" for new, old in self._unused.items()]
 
     def reach_into(self, value: Any, path: Path, saved: Mapping[str, Node]) -> bool:
-        """Whether something in a dict of the template was saved under another name."""
-        return isinstance(value, dict) and any(
+        """Whether something in a dict or list of the template was saved under another name."""
+        return bool(self.renames) and any(
             old in saved for inner in _inner_paths(value, path) for old in self.old_names(path_text(inner))
         )
 
@@ -106,8 +123,10 @@ def _inner_paths(value: Any, path: Path, *, leaves: bool = False) -> Iterator[Pa
             if not leaves:
                 yield (*path, key)
             yield from _inner_paths(inner, (*path, key), leaves=leaves)
-    elif isinstance(value, list | tuple) and value and leaves:
+    elif isinstance(value, list | tuple) and value:
         for position, inner in enumerate(value):
+            if not leaves:
+                yield (*path, Item(position))
             yield from _inner_paths(inner, (*path, Item(position)), leaves=leaves)
     elif leaves:
         yield path

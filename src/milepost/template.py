@@ -70,6 +70,7 @@ class Match:
         misfits: What does not fit, a sentence each; nothing may be written while there are any.
         allowed: Topmost paths that were not saved, and need not have been.
         renamed: The saved path and the template's, for each value that was renamed.
+        unused: Renames that fit nothing, as text.
         finish: Puts all other values in place; to be called when the tensors are filled.
     """
 
@@ -79,6 +80,7 @@ class Match:
     misfits: list[str] = field(default_factory=list)
     allowed: list[str] = field(default_factory=list)
     renamed: list[tuple[str, str]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     finish: Callable[[], Any] = lambda: None
 
 
@@ -115,6 +117,7 @@ class _Matcher:
         self._match = Match()
         self._filled: list[torch.Tensor] = []
         self._saved: dict[str, Node] = {}
+        self._moved: set[Path] = set()
         self._unexpected: list[tuple[Path, Node]] = []
 
     def run(self, template: Any, node: Node) -> Match:
@@ -122,6 +125,7 @@ class _Matcher:
             self._saved = nodes_by_path(node)
         put = self._value(template, node, ())
         self._match.unexpected = self._names.left_over(self._unexpected, self._match.renamed)
+        self._match.unused = self._names.unused()
 
         def finish() -> Any:
             torch.autograd.graph.increment_version(self._filled)
@@ -142,6 +146,8 @@ class _Matcher:
         None where the parent is to hold what it holds already.
         """
         tag = node[0]
+        if node is HOLE:
+            return None
         if target is None:
             return self._new(node)
         if tag == "tensor":
@@ -179,12 +185,7 @@ class _Matcher:
         parts = []
         for key, value in target.items():
             where = (*path, key)
-            found = self._renamed(where) if self._names.renames else None
-            if found is None:
-                found = saved.get(key)
-            if found is None and self._names.renames and self._names.reach_into(value, where, self._saved):
-                found = ("dict", [])  # all that is below has other names
-            part = self._entry(value, found, where)
+            part = self._value(value, self._node(value, saved.get(key, HOLE), where), where)
             if part is not None:
                 parts.append((key, part))
         self._unexpected += [
@@ -200,35 +201,44 @@ class _Matcher:
 
         return put
 
-    def _entry(self, value: Any, node: Node | None, path: Path) -> Callable[[], Any] | None:
-        """Match what a container holds, if it was saved; the result is as that of `_value`."""
-        if node is not None and node is not HOLE:
-            return self._value(value, node, path)
-        lacks = self._match.allowed if self._names.may_lack(value, path) else self._match.missing
-        lacks.append(path_text(path))
-        return None
+    def _node(self, value: Any, node: Node, path: Path) -> Node:
+        """The node of what a container holds; HOLE if it was not saved, which is told of then."""
+        if self._names.renames:
+            node = self._renamed(value, node, path)
+        if node is HOLE:
+            lacks = self._match.allowed if self._names.may_lack(value, path) else self._match.missing
+            lacks.append(path_text(path))
+        return node
 
-    def _renamed(self, path: Path) -> Node | None:
-        """What was saved under the name that a path of the template had then."""
+    def _renamed(self, value: Any, node: Node, path: Path) -> Node:
+        """The node of what may have had another name when it was saved."""
         new = path_text(path)
-        for old in self._names.old_names(new):
-            if old in self._saved:
-                self._match.renamed.append((old, new))
-                return self._saved[old]
-        return None
+        old = self._names.old_name(new, self._saved)
+        if old is not None:
+            self._match.renamed.append((old, new))
+            self._moved.add(path)
+            return self._saved[old]
+        if node is HOLE and any(path[:depth] in self._moved for depth in range(1, len(path))):
+            node = self._saved.get(new, HOLE)
+        if node is HOLE and self._names.reach_into(value, path, self._saved):
+            # All that is below has other names.
+            node = ("dict", []) if isinstance(value, dict) else ("list", [], HOLE)
+        return node
 
     def _list(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
         saved = node[1]
-        if node[-1] is HOLE:
+        if node[-1] is HOLE or (
+            len(target) > len(saved) and self._names.reach_into(target, path, self._saved)
+        ):
             saved = [*saved, *[HOLE] * (len(target) - len(saved))]
         if len(target) != len(saved):
             if _holds_tensor(target) or _names_tensor(node):
                 return self._misfit(path, f"{len(target)} items", f"{len(saved)} items")
             return self._new(node)
-        parts = [
-            self._entry(value, child, (*path, Item(i)))
-            for i, (value, child) in enumerate(zip(target, saved, strict=True))
-        ]
+        parts = []
+        for position, (value, child) in enumerate(zip(target, saved, strict=True)):
+            where = (*path, Item(position))
+            parts.append(self._value(value, self._node(value, child, where), where))
 
         def items() -> list[Any]:
             return [value if part is None else part() for part, value in zip(parts, target, strict=True)]

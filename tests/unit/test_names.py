@@ -173,6 +173,59 @@ def test_what_is_left_of_a_renamed_branch_is_unexpected(saved, caplog):
     assert "unexpected keys in the checkpoint (1): old.b" in caplog.text
 
 
+def test_items_of_lists_are_renamed(saved, caplog):
+    """A rename reaches items of lists as it does entries of dicts, from one list to another, or to a dict."""
+    load = saved({"l": [ones(), 2 * ones(), 3], "old": [{"w": 4 * ones()}, {"w": 5 * ones()}]})
+    template = {
+        "l": [zeros(), zeros(), 0],
+        "new": ({"w": zeros()}, {"v": zeros()}),
+        "number": 0,
+    }
+    names = {"l[0]": "l[1]", "l[1]": "l[0]", "l[2]": "number", "old[0]*": "new[0]*", "old[1].w": "new[1].v"}
+    with caplog.at_level(logging.WARNING):
+        load(template, rename=names, strict=True)
+    assert [int(value[0]) for value in template["l"][:2]] == [2, 1]
+    assert template["number"] == template["l"][2] == 3
+    assert [int(template["new"][0]["w"][0]), int(template["new"][1]["v"][0])] == [4, 5]
+    assert "unexpected" not in caplog.text
+
+
+def test_a_list_may_grow_by_renamed_items(saved):
+    """What the template has behind the end of a saved list may have had another name, or else is missing."""
+    load = saved({"l": [ones()], "extra": 2 * ones()})
+    template = {"l": [zeros(), zeros(), zeros()]}
+    assert load(template, rename={"extra": "l[2]"})[1] == ["l[1]"]
+    assert [int(value[0]) for value in template["l"]] == [1, 0, 2]
+    with pytest.raises(MismatchError, match="l: expected 3 items, found 1"):
+        load({"l": [zeros(), zeros(), zeros()]}, rename={"extra": "m[2]"})
+
+
+@pytest.mark.parametrize("rename", [{"old.*": "new.*"}, {"old": "new"}])
+def test_a_renamed_dict_does_not_hide_one_that_had_the_new_name(saved, rename):
+    """Where both names were saved, what the old one lacks comes from the new one, however deep."""
+    load = saved(
+        {"old": {"l": {"w": ones(), "m": {"x": 2}}}, "new": {"l": {"b": 3, "w": 4, "m": {"y": [5]}}}}
+    )
+    template = {"new": {"l": {"w": zeros(), "b": 0, "m": {"x": 0, "y": [0], "z": 7}}}}
+    _, missing = load(template, rename=rename)
+    assert missing == ["new.l.m.z"]
+    assert template["new"]["l"]["w"][0] == 1
+    assert [template["new"]["l"]["b"], template["new"]["l"]["m"]] == [3, {"x": 2, "y": [5], "z": 7}]
+
+
+def test_a_rename_that_fits_nothing_is_told_of(saved, caplog):
+    """One that gave nothing a new name is in the log, once, or in the error; others are not."""
+    load = saved({"model": {"w": ones()}, "x": ones()})
+    rename = {"model.encodr.*": "model.v*", "model.w": "model.u", "lr": "rate"}
+    with caplog.at_level(logging.WARNING):
+        load({"model": {"u": zeros()}, "x": zeros()}, rename=rename)
+    text = "renames that fit nothing (2): model.encodr.* -> model.v*; lr -> rate"
+    assert caplog.text.count(text) == 1
+    with pytest.raises(MismatchError, match="renames that fit nothing") as caught:
+        load({"model": {"v": zeros()}, "x": zeros()}, rename=rename, strict=True)
+    assert "model.encodr.* -> model.v*; model.w -> model.u; lr -> rate" in str(caught.value)
+
+
 # -- allow_missing ---------------------------------------------------------------------------------
 
 
