@@ -26,10 +26,10 @@ from milepost.records import reach
 from milepost.reshard import Box, Piece, disjoint, whole
 from milepost.shard_tree import with_global_columns, with_shards
 from milepost.shards import ShardMap, Shards, decode_key
-from milepost.sharing import sharing_misfits
+from milepost.sharing import raw_bytes, sharing_misfits
 from milepost.sources import IndexedSource
 from milepost.storage import OpenFile
-from milepost.template import Fill, Match, match
+from milepost.template import Fill, Match, copy_into, match
 from milepost.types import STATE_DICT
 
 __all__ = ["ShardedSource"]
@@ -124,22 +124,19 @@ class ShardedSource:
 
     def match(self, template: STATE_DICT, names: Names | None = None) -> Match:
         """Compare with the template, and open everything that is read from; nothing is changed."""
-        found = match(template, self.tree, self._columns, self._own.source.decode, names, self._foreign)
-        found.misfits += sharing_misfits(
-            found.fills, self._columns, self.tree, self._same_bytes, self._fit_together
-        )
+        decode, together = self._own.source.decode, self._fit_together
+        found = match(template, self.tree, self._columns, decode, names, self._foreign, together)
+        found.misfits += sharing_misfits(found.fills, self._columns, self.tree, self._same_bytes, together)
         if not found.misfits:
             self._plan(found.fills)
         return found
 
     def _fit_together(self, *fills: Fill) -> bool:
-        """Whether targets that share memory can hold what was saved for each of them: tried in other memory.
+        """Whether targets that share memory, among them or in one, can hold what was saved: tried elsewhere.
 
         How global tensors shared memory in part, as a view does, is not written down.
         """
         targets = [fill.target for fill in fills]
-        if not all(target.is_cpu and not target.is_conj() and not target.is_neg() for target in targets):
-            return False
         start = min(target.data_ptr() for target in targets)
         end = max(target.data_ptr() + reach(target) * target.element_size() for target in targets)
         memory = torch.zeros(end - start, dtype=torch.uint8, device="cpu").untyped_storage()
@@ -151,14 +148,17 @@ class ShardedSource:
             values.append(torch.empty(target.shape, dtype=target.dtype, device="cpu"))
             views.append(torch.empty(0, dtype=target.dtype, device="cpu"))
             views[-1].set_(memory, offset, target.shape, target.stride())
+            if target.is_conj():
+                views[-1] = views[-1].conj()
+            if target.is_neg():
+                views[-1] = torch._neg_view(views[-1])  # noqa: SLF001 - there is no public way
             self._plan([Fill(values[-1], fill.number, fill.parts())])
         self.fill(())
         self._filling = False
         for view, value in zip(views, values, strict=True):
-            view.copy_(value)
+            copy_into(view, value)
         return all(
-            torch.equal(*(item.contiguous().view(-1).view(torch.uint8) for item in pair))
-            for pair in zip(views, values, strict=True)
+            torch.equal(raw_bytes(view), raw_bytes(value)) for view, value in zip(views, values, strict=True)
         )
 
     def _same_bytes(self, first: int, second: int) -> bool:

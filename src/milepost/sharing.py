@@ -13,7 +13,7 @@ from milepost.manifest import Tensors
 from milepost.template import Fill, is_dense
 from milepost.tree import Node, paths_of
 
-__all__ = ["sharing_misfits"]
+__all__ = ["raw_bytes", "sharing_misfits"]
 
 
 def sharing_misfits(
@@ -107,3 +107,8 @@ def _turned(fill: Fill, tensors: Tensors) -> tuple[bool, bool]:
 def _has_steps(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
     steps = zip(tensor.shape, tensor.stride(), stride, strict=True)
     return all(n == 1 or step == other for n, step, other in steps)
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor's values, in the order of its elements."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)

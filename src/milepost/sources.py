@@ -23,7 +23,7 @@ from milepost.names import Names
 from milepost.placements import narrowed
 from milepost.rebuild import TensorBuilder
 from milepost.reshard import Box
-from milepost.sharing import sharing_misfits
+from milepost.sharing import raw_bytes, sharing_misfits
 from milepost.state import StateEncoder
 from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
@@ -69,8 +69,7 @@ class PlainSource:
         tree, tensors, saved = self._taken.tree, self._taken.plan.tensors, self._taken.walk.tensors
 
         def same_bytes(first: int, second: int) -> bool:
-            a, b = (saved[n].detach().resolve_conj().resolve_neg().flatten() for n in (first, second))
-            return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            return torch.equal(raw_bytes(saved[first]), raw_bytes(saved[second]))
 
         found = match(template, tree, tensors, self._taken.decode, names)
         found.misfits += sharing_misfits(found.fills, tensors, tree, same_bytes)

@@ -91,6 +91,7 @@ def match(
     decode: Callable[[Node], Any],
     names: Names | None = None,
     foreign: Container[int] = (),
+    folds: Callable[[Fill], bool] = lambda _: False,
 ) -> Match:
     """Compare a template with a saved tree; neither is changed.
 
@@ -102,15 +103,21 @@ def match(
         decode: Builds the values that are new to the template, and objects.
         names: What was renamed since it was saved, and what need not have been saved.
         foreign: Identities of nodes that the template need not have.
+        folds: Whether elements that share memory can hold what was saved for them, where strides cannot tell.
     """
-    return _Matcher(tensors, decode, names or Names(), foreign).run(template, node)
+    return _Matcher(tensors, decode, names or Names(), foreign, folds).run(template, node)
 
 
 class _Matcher:
     def __init__(
-        self, tensors: Tensors, decode: Callable[[Node], Any], names: Names, foreign: Container[int]
+        self,
+        tensors: Tensors,
+        decode: Callable[[Node], Any],
+        names: Names,
+        foreign: Container[int],
+        folds: Callable[[Fill], bool],
     ) -> None:
-        self._foreign = foreign
+        self._foreign, self._folds = foreign, folds
         self._tensors = tensors
         self._decode = decode
         self._names = names
@@ -285,13 +292,10 @@ class _Matcher:
             )
         if _lacks_memory(destination):
             return self._misfit(path, f"a tensor with memory to fill, not {_kind(target)}", "a dense tensor")
-        if _overlaps(destination) and not _same_steps(destination, columns.stride[number]):
-            return self._misfit(
-                path,
-                f"elements that share memory (strides {tuple(destination.stride())})",
-                f"strides {tuple(columns.stride[number])}",
-            )
-        self._match.fills.append(Fill(destination, number))
+        fill, steps = Fill(destination, number), columns.stride[number]
+        if _overlaps(destination) and not _same_steps(destination, steps) and not self._folds(fill):
+            return self._folded(path, destination, f"strides {tuple(steps)}")
+        self._match.fills.append(fill)
         if isinstance(target, torch.Tensor):
             self._filled.append(target)
         return None
@@ -310,11 +314,17 @@ class _Matcher:
         except StateError as error:
             return self._misfit(path, f"a DTensor that can be filled: {error.message}", "a tensor")
         local = local_of(target).detach()
-        if local.layout is not torch.strided or local.is_meta or _lacks_memory(local) or _overlaps(local):
+        if local.layout is not torch.strided or local.is_meta or _lacks_memory(local):
             return self._misfit(path, f"a dense tensor to fill, not {_kind(local)}", "a dense tensor")
-        self._match.fills.append(Fill(local, number, pieces))
+        fill = Fill(local, number, pieces)
+        if _overlaps(local) and not self._folds(fill):
+            return self._folded(path, local, "a tensor whose parts do not agree there")
+        self._match.fills.append(fill)
         self._filled.append(local)
         return None
+
+    def _folded(self, path: Path, target: torch.Tensor, found: str) -> Callable[[], Any]:
+        return self._misfit(path, f"elements that share memory (strides {tuple(target.stride())})", found)
 
     def _raw_array(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
         value = self._decode(node)  # now, as in `_new`
@@ -427,7 +437,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy between tensors of one shape; where the target's elements share memory, so must the source's."""
+    """Copy between tensors of one shape; those of the source must agree where the target's share memory."""
     with torch.no_grad():
         for dim, (n, step) in enumerate(zip(target.shape, target.stride(), strict=True)):
             if step == 0 and n > 1:
@@ -438,9 +448,8 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
         places = torch.zeros(1, dtype=torch.int64, device="cpu")
         for n, step in zip(target.shape, target.stride(), strict=True):
             places = (places[:, None] + torch.arange(n, device="cpu") * step).reshape(-1)
-        places = torch.unique(places).to(target.device)
         if not (target.is_complex() or target.is_neg() or source.is_neg()):
             integers = _INTEGERS[target.element_size()]  # torch cannot index every dtype
             target, source = target.view(integers), source.view(integers)
         flat = target.as_strided((reach(target),), (1,))
-        flat[places] = source.as_strided((reach(source),), (1,)).to(target.device)[places]
+        flat[places.to(target.device)] = source.to(target.device).reshape(-1)

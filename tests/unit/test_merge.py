@@ -375,6 +375,92 @@ def test_replicas_that_share_memory_in_part_come_back_into_such_a_template():
     assert not template["w"].any()
 
 
+NUMBERS = torch.arange(20_000.0).reshape(2, 10_000) * (1 + 2j)
+
+FOLDED = {
+    "expanded": lambda values: values[:1, :6].expand(3, 6),
+    "number": lambda values: values[0, 1].expand(3, 4),
+    "windows": lambda values: values.view(-1)[:12].unfold(0, 3, 2),
+    "expanded windows": lambda values: values.view(-1)[:6].unfold(0, 3, 1)[None].expand(2, 4, 3),
+    "array": lambda values: values.view(-1)[:12].unfold(0, 3, 1).numpy(),
+    "real": lambda values: values.real[:, :1].expand(2, 5),
+    "conjugate": lambda values: values.conj()[1:, :6].expand(4, 6),
+    "negative": lambda values: values.conj().imag.view(-1)[:12].unfold(0, 3, 1),
+    "divided": lambda values: values[1:].expand(9, 10_000),
+    "divided windows": lambda values: values.view(-1)[:12_000].unfold(0, 9_000, 300),
+}
+
+
+def plain(value):
+    return torch.as_tensor(value).resolve_conj().resolve_neg()
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_replicas_whose_elements_share_memory_fill_such_a_template(name):
+    """Expanded tensors and windows are filled, but only if what was saved agrees where they share memory."""
+    fold = FOLDED[name]
+    load = save(2, lambda _: {"x": fold(NUMBERS.clone()), "w": X}, ["*"])
+    template = {"x": fold(torch.zeros_like(NUMBERS)), "w": torch.zeros_like(X)}
+    load(1, 2, template, strict=True)
+    wanted = plain(fold(NUMBERS))
+    assert torch.equal(plain(template["x"]), wanted)
+    assert torch.equal(template["w"], X)
+    other = wanted.clone()
+    other[(-1, *[0] * (other.ndim - 1))] += 1
+    load = save(2, lambda _: {"x": other.numpy() if name == "array" else other, "w": X}, ["*"])
+    template = {"x": fold(torch.zeros_like(NUMBERS)), "w": torch.zeros_like(X)}
+    with pytest.raises(MismatchError, match="x: expected elements that share memory"):
+        load(1, 2, template)
+    assert not plain(template["x"]).any()
+    assert not template["w"].any()
+
+
+def test_parts_of_dtensors_whose_elements_share_memory_are_filled():
+    """A DTensor whose local tensor is expanded comes back into such a one, whoever saved its parts."""
+
+    def expanded(row, ranks, layout, times=2):
+        return DTensor.from_local(row.expand(times, 6), mesh(*ranks), [layout], run_check=False)
+
+    def state(rank, row):
+        layouts = {"x": ([0, 1], Replicate()), "s": ([0, 1], Shard(0)), "own": ([rank], Replicate())}
+        return {key: expanded(row, *layout) for key, layout in layouts.items()}
+
+    row = torch.arange(6.0)
+    load = save(2, lambda rank: state(rank, row) | {"own": row.expand(2, 6).contiguous()})
+    apart = save(2, lambda rank: {"s": expanded(row + rank, [0, 1], Shard(0))})
+    placements._known.clear()
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        template = state(1, torch.zeros(6))
+        load(1, 2, template, strict=True, together=False)
+        for value in template.values():
+            assert torch.equal(value._local_tensor, row.expand(2, 6))
+        template = {"s": expanded(torch.zeros(6), [1], Shard(0), 4)}
+        with pytest.raises(MismatchError, match="s: expected elements that share memory"):
+            apart(1, 2, template, together=False)
+        assert not template["s"]._local_tensor.any()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_replicas_that_share_memory_as_conjugates_come_back_into_such_a_template():
+    """A tensor and its conjugate on one memory are filled together, unless other values were saved."""
+
+    def state(values):
+        return {"x": values, "y": values.conj(), "i": values.conj().imag}
+
+    load = save(2, lambda _: state(NUMBERS.clone()), ["*"])
+    template = state(torch.zeros_like(NUMBERS))
+    load(1, 2, template, strict=True)
+    for key, value in state(NUMBERS).items():
+        assert torch.equal(plain(template[key]), plain(value))
+    load = save(2, lambda _: state(NUMBERS.clone()) | {"y": NUMBERS}, ["*"])
+    template = state(torch.zeros_like(NUMBERS))
+    with pytest.raises(MismatchError, match="y: expected the values of x, with which it shares memory"):
+        load(1, 2, template)
+    assert not template["x"].any()
+
+
 def test_parts_of_tied_tensors_that_differ_do_not_go_into_one_memory():
     """A template that ties DTensors which want other parts of a tied tensor is refused, and untouched."""
     whole = torch.arange(16.0).reshape(4, 4)

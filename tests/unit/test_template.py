@@ -469,6 +469,19 @@ def test_tied_templates_refuse_different_values(tmp_path, plain):
     assert not tied.any()
 
 
+def test_tied_expanded_tensors_of_plain_torch_save(tmp_path):
+    """One number that stands for a whole tensor fills tied templates, if it was saved as the same for all."""
+    (tmp_path / "c").mkdir()
+    numbers = {key: torch.tensor(number) for key, number in (("a", 1.0), ("b", 1.0), ("c", 2.0))}
+    state = {key: number.expand(3, 4) for key, number in numbers.items()}
+    torch.save(state, tmp_path / "c" / "checkpoint_0.pt")
+    tied = torch.tensor(0.0).expand(3, 4)
+    with pytest.raises(MismatchError, match="c: expected the values of a, with which it shares memory"):
+        read(tmp_path / "c", {"a": tied, "c": tied})
+    read(tmp_path / "c", {"a": tied, "b": tied})
+    assert torch.equal(tied, torch.ones(3, 4))
+
+
 def test_columns_of_one_matrix_are_filled_apart(tmp_path):
     """Targets whose elements lie between one another's share no memory: each gets its own values."""
     path = save(tmp_path / "c", {"a": torch.zeros(40, 3), "b": torch.ones(40, 5)})
