@@ -122,6 +122,12 @@ class ShardedSource:
         self._make(range(len(self._shards.key)))
         return self._own.source.whole(self.tree)
 
+    def open_all(self) -> None:
+        """Open every file that holds a part of a global tensor: `whole` reads from all of them."""
+        for number in {table: number for number, table in enumerate(self._shards.table)}.values():
+            for rank in self._shards.where(number).rank:
+                self._rank(rank)
+
     def match(self, template: STATE_DICT, names: Names | None = None) -> Match:
         """Compare with the template, and open everything that is read from; nothing is changed."""
         decode, together = self._own.source.decode, self._fit_together

@@ -169,16 +169,26 @@ class CheckpointReader:
         *,
         alone: bool,
     ) -> tuple[PlainSource | IndexedSource | ShardedSource, Match | None, str]:
-        """Open what is to be read, and compare it with the template; also the checkpoint's identity."""
-        source, identity = self._source(path, state_dict, map_location, verify, alone=alone)
-        if state_dict is None:
-            return source, None, identity
-        try:
-            with gc_paused():
-                return source, source.match(state_dict, names), identity
-        except BaseException:
-            source.__exit__(None, None, None)
-            raise
+        """Open what is to be read, and compare it with the template; also the checkpoint's identity.
+
+        A save that replaces it may take a file away meanwhile: then look again.
+        """
+        for final in (*[False] * _TRIES, True):
+            located, source = locate(self._storage, path), None
+            try:
+                source = self._opened(located, state_dict, map_location, verify, alone=alone)
+                with gc_paused():
+                    found = source.match(state_dict, names) if state_dict is not None else None
+                    if found is None and isinstance(source, ShardedSource):
+                        source.open_all()
+                return source, found, located.identity
+            except BaseException as error:
+                if source is not None:
+                    source.__exit__(None, None, None)
+                located.folder.close()
+                if final or not isinstance(error, EntryNotFoundError | CheckpointNotFoundError):
+                    raise
+        raise AssertionError("unreachable")
 
     def _judge(self, path: str, found: Match, report: Report, meeting: Meeting | None) -> bool:
         """Refuse what does not fit, on all ranks alike; afterwards `found` is what all ranks found.
@@ -218,23 +228,6 @@ class CheckpointReader:
             error.targets_modified = source.filling
             raise
         loaded.append(state_dict)
-
-    def _source(
-        self, path: str, template: STATE_DICT | None, map_location: Any, verify: Verify, *, alone: bool
-    ) -> tuple[PlainSource | IndexedSource | ShardedSource, str]:
-        """Open what is to be read. A save that replaces it may take a file away meanwhile: look again."""
-        for final in (*[False] * _TRIES, True):
-            located = locate(self._storage, path)
-            try:
-                return self._opened(located, template, map_location, verify, alone=alone), located.identity
-            except (EntryNotFoundError, CheckpointNotFoundError):
-                located.folder.close()
-                if final:
-                    raise
-            except BaseException:
-                located.folder.close()
-                raise
-        raise AssertionError("unreachable")
 
     def _opened(
         self, located: Located, template: STATE_DICT | None, map_location: Any, verify: Verify, *, alone: bool

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from milepost import placements
+from milepost import checkpoint_reader, placements
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.commit import merge
@@ -825,6 +825,29 @@ def test_a_division_is_not_kept_for_keys_that_are_only_equal(before, after):
 
 
 # -- malformed shards ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["_opened", "_open_rank", "_judge"])
+@pytest.mark.parametrize("with_template", [True, False])
+def test_a_save_may_replace_what_is_being_loaded(tmp_path, monkeypatch, moment, with_template):
+    """All of the old one is loaded, if its files were open by then, or else all of the new one."""
+
+    def write(values):
+        return save(2, lambda _: {"b": values}, ["b"], storage=LocalStorage(), path=str(tmp_path / "c"))
+
+    load = write(BIG)
+    owner = checkpoint_reader if moment == "_open_rank" else CheckpointReader
+    original, calls = getattr(owner, moment), []
+
+    def replaced_before(*args, **arguments):
+        calls.append(args)
+        if len(calls) == (2 if moment == "_open_rank" else 1):  # the first file is this rank's own
+            write(-BIG)
+        return original(*args, **arguments)
+
+    monkeypatch.setattr(owner, moment, replaced_before)
+    loaded = load(0, 1, {"b": torch.zeros_like(BIG)} if with_template else None)
+    assert torch.equal(loaded["b"], BIG if moment == "_judge" else -BIG)
 
 
 def odd_ones():

@@ -144,16 +144,19 @@ def read_shards(folder: Folder, manifest: Manifest) -> bytes:
 
     Raises:
         CorruptCheckpointError: It is not what the manifest says.
+        EntryNotFoundError: It is not there, nor are all marks: a later save may be clearing the folder.
     """
     assert manifest.shards is not None
     path = os.path.join(folder.path, SHARDS_NAME)
     try:
         data: bytes | None = folder.read(SHARDS_NAME, MAX_SHARDS_BYTES)
     except EntryNotFoundError:
-        if MANIFEST_NAME in list_names(folder):
+        names, assembled = list_names(folder), None
+        if MANIFEST_NAME not in names:
+            assembled = assemble(folder, manifest.attempt, ranks_in(names), live=False)
+        if assembled is None:
             raise
-        assembled = assemble(folder, manifest.attempt, ranks_in(list_names(folder)), live=False)
-        data = assembled[1] if assembled else None
+        data = assembled[1]
     if data is None or digest(SHARDS_NAME, data) != manifest.shards:
         raise CorruptCheckpointError(
             f"the shard map does not have the SHA-256 of the manifest: {path}", path=path
