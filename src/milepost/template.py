@@ -438,7 +438,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy between tensors of one shape; those of the source must agree where the target's share memory."""
-    with torch.no_grad():
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
         for dim, (n, step) in enumerate(zip(target.shape, target.stride(), strict=True)):
             if step == 0 and n > 1:
                 target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)

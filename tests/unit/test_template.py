@@ -469,6 +469,24 @@ def test_tied_templates_refuse_different_values(tmp_path, plain):
     assert not tied.any()
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_inference_tensors_are_filled(tmp_path, plain):
+    """Tensors made in inference mode are filled, in it and outside, whatever their strides."""
+    state = {"a": torch.rand(3, 4), "b": torch.rand(3, 4), "c": torch.rand(4).expand(3, 4)}
+    path = tmp_path / "c"
+    if plain:
+        path.mkdir()
+        torch.save(state, path / "checkpoint_0.pt")
+    else:
+        save(path, state)
+    for inside in (False, True):
+        with torch.inference_mode():
+            template = {"a": torch.zeros(3, 4), "b": torch.zeros(4, 3).t(), "c": torch.zeros(4).expand(3, 4)}
+        with torch.inference_mode(inside):
+            read(path, template)
+            assert all(torch.equal(template[key], value) for key, value in state.items())
+
+
 def test_tied_expanded_tensors_of_plain_torch_save(tmp_path):
     """One number that stands for a whole tensor fills tied templates, if it was saved as the same for all."""
     (tmp_path / "c").mkdir()
