@@ -8,7 +8,7 @@ template and fills it. What a target wants of a global tensor is intersected wit
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ from milepost.sharing import raw_bytes, sharing_misfits
 from milepost.sources import IndexedSource
 from milepost.storage import OpenFile
 from milepost.template import Fill, Match, copy_into, match
+from milepost.tree import Node, paths_of
 from milepost.types import STATE_DICT
 
 __all__ = ["ShardedSource"]
@@ -130,8 +131,8 @@ class ShardedSource:
 
     def match(self, template: STATE_DICT, names: Names | None = None) -> Match:
         """Compare with the template, and open everything that is read from; nothing is changed."""
-        decode, together = self._own.source.decode, self._fit_together
-        found = match(template, self.tree, self._columns, decode, names, self._foreign, together)
+        together = self._fit_together
+        found = match(template, self.tree, self._columns, self._decode, names, self._foreign, together)
         found.misfits += sharing_misfits(found.fills, self._columns, self.tree, self._same_bytes, together)
         if not found.misfits:
             self._plan(found.fills)
@@ -367,7 +368,9 @@ class ShardedSource:
                 )
                 fills.append(Fill(tensors[root], self._first + root))
         self._plan(fills)
+        filling = self._filling
         self.fill(fills)
+        self._filling = filling
         gradients = set(shards.requires_grad)
         arrays = {shards.alias[number] for number in numbers if shards.kind[number] == "ndarray"}
         moved = {
@@ -390,12 +393,18 @@ class ShardedSource:
         return self._own.index.tensors.device[self._shards_of(self._own).tensor[entry]]
 
     def _value_of(self, number: int) -> Any:
-        number -= self._first
-        if number not in self._values:
-            filling = self._filling
-            self._make([number])
-            self._filling = filling
-        return self._values[number]
+        self._make_missing([number])
+        return self._values[number - self._first]
+
+    def _make_missing(self, numbers: Iterable[int]) -> None:
+        missing = {number - self._first for number in numbers if number >= self._first} - self._values.keys()
+        if missing:
+            self._make(sorted(missing))
+
+    def _decode(self, node: Node) -> Any:
+        """The value of a node; the global tensors in it are made in one go."""
+        self._make_missing(paths_of(node, "tensor"))
+        return self._own.source.decode(node)
 
 
 def _containing(pieces: Sequence[Piece], box: Box) -> Piece | None:

@@ -206,12 +206,14 @@ class IndexedSource:
     def match(self, template: STATE_DICT, names: Names | None = None) -> Match:
         """Compare with the template; objects are read here, all else later."""
         tree, tensors = self._index.tree, self._index.tensors
-        found = match(template, tree, tensors, self._builder.decode, names)
+        found = match(template, tree, tensors, self.decode, names)
         found.misfits += sharing_misfits(found.fills, tensors, tree, self.same_bytes)
         return found
 
     def decode(self, node: Node) -> Any:
-        """The value of a node."""
+        """The value of a node; what it holds of tensors is read in one go."""
+        known = len(self._index.tensors.record)
+        self.read_aside([number for number in paths_of(node, "tensor") if number < known])
         return self._builder.decode(node)
 
     def relocated(self, tensor: torch.Tensor, location: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from milepost import checkpoint_reader, placements
+from milepost import checkpoint_reader, placements, sources
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.commit import merge
@@ -825,6 +825,26 @@ def test_a_division_is_not_kept_for_keys_that_are_only_equal(before, after):
 
 
 # -- malformed shards ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_branch_that_the_template_leaves_open_is_read_in_one_go(monkeypatch, own):
+    """None for a whole model does not read tensor by tensor, be they a rank's own or all ranks'."""
+    calls = []
+
+    def counted(file, parts, **arguments):
+        calls.extend([len(parts)] if parts else [])
+        return original(file, parts, **arguments)
+
+    original = sources.read_parts
+    state = {"model": {str(n): {"w": torch.full((3,), float(n)), "t": [X + n]} for n in range(20)}}
+    load = save(1 if own else 2, lambda _: state, ["*"])
+    monkeypatch.setattr(sources, "read_parts", counted)
+    template = {"model": None}
+    load(0, 1, template)
+    assert len(calls) <= 2
+    assert all(torch.equal(part["t"][0], X + int(key)) for key, part in template["model"].items())
+    assert all(torch.equal(part["w"], torch.full((3,), float(k))) for k, part in template["model"].items())
 
 
 @pytest.mark.parametrize("moment", ["_opened", "_open_rank", "_judge"])
