@@ -38,7 +38,11 @@ __all__ = ["ShardedSource"]
 _KEPT_LOOKUPS = 256
 
 _OPEN_SHARE = 8
-"""One in so many of the files that a process may have open are kept open here; each may take two."""
+"""One in so many of the files that a process may have open are kept open here; each may take two.
+
+The rest are opened again when they are read. If a save has replaced the checkpoint by then, the load fails,
+and targets may have changed; a higher ``ulimit -n`` keeps all of them open.
+"""
 
 
 @dataclass
