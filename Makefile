@@ -35,7 +35,7 @@ demo: $(STAMP) ## train, kill the trainer in the middle of a save, resume, compa
 demo-distributed: $(STAMP) ## train on 4 ranks, kill them, go on on 2, kill them, go on on one
 	$(BIN)/python examples/demo_distributed.py
 
-test: $(STAMP) ## everything that proves a promise
+test: $(STAMP) ## what proves the promises, but for the long runs (test-slow)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 ifneq ($(HAVE_GAZETTEER),)
 	$(GAZETTEER) test self NAME=Milepost
