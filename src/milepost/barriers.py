@@ -25,6 +25,7 @@ __all__ = [
     "BarrierConfig",
     "DistBarrier",
     "TCPStoreBarrier",
+    "barrier_store",
     "common_start_id",
     "create_barrier_from_config",
     "register_barrier",
@@ -74,12 +75,18 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
     return barrier
 
 
+def barrier_store(barrier: object) -> Any:
+    """The ``torch.distributed`` store of a barrier, if it has one; others may call something else so."""
+    store = getattr(barrier, "store", None)
+    return store if isinstance(store, dist.Store) else None  # type: ignore[attr-defined]
+
+
 def common_start_id(barrier: object) -> str | None:
     """An id that all ranks of this job have in common, from the barrier's store or the default group's.
 
     The first rank puts it there, and no rank waits for another. None where there is no store.
     """
-    store: Any = getattr(barrier, "store", None)
+    store = barrier_store(barrier)
     if store is None and dist.is_available() and dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
     if store is None:

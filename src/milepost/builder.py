@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from milepost.barriers import create_barrier_from_config
+from milepost.barriers import barrier_store, create_barrier_from_config
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, WriterHook
@@ -153,7 +153,7 @@ def _reader(config: CheckpointerConfig, rank_info: RankInfo, barrier: object) ->
     """A reader whose ranks agree at the barrier's store, where there is one."""
     return CheckpointReader(
         rank_info,
-        store=getattr(barrier, "store", None),
+        store=barrier_store(barrier),
         timeout_seconds=config.writer_config.write_barrier_timeout_secs,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import reduce
 from operator import or_
@@ -277,5 +277,6 @@ def default_meeting(rank: int, world_size: int, store: Any, timeout_seconds: flo
     if store is None:
         return None
     # A connection of its own: a barrier that waits at the same store in another thread would block this one.
-    clone = getattr(store, "clone", None)
-    return Meeting(store if clone is None else clone(), rank, world_size, timeout_seconds)
+    with suppress(AttributeError, RuntimeError):  # one that was written in Python may have none to give
+        store = store.clone()
+    return Meeting(store, rank, world_size, timeout_seconds)

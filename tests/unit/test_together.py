@@ -1,0 +1,97 @@
+"""Where ranks meet to load: one verdict, ranks that miss loads, stores of every kind. Ranks are threads."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from milepost import RankInfo, builder
+from milepost.barriers import Barrier, common_start_id
+from milepost.config import CheckpointerConfig
+from milepost.together import Report, default_meeting
+
+
+def together(*works):
+    """What each rank's work returned or raised; each is run in a thread of its own."""
+    results = [None] * len(works)
+
+    def run(rank):
+        try:
+            results[rank] = works[rank]()
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+class PythonStore(dist.Store):
+    """A store written in Python, with what a load needs and no more: there is no clone."""
+
+    def __init__(self):
+        super().__init__()
+        self.data, self.changed = {}, threading.Condition()
+
+    def set(self, key, value):
+        with self.changed:
+            self.data[key] = value if isinstance(value, bytes) else value.encode()
+            self.changed.notify_all()
+
+    def get(self, key):
+        self.wait([key])
+        return self.data[key]
+
+    def add(self, key, number):
+        with self.changed:
+            self.data[key] = str(int(self.data.get(key, b"0")) + number).encode()
+            return int(self.data[key])
+
+    def compare_set(self, key, expected, desired):
+        with self.changed:
+            if self.data.get(key, b"").decode() == expected:
+                self.set(key, desired)
+            return self.data[key]
+
+    def check(self, keys):
+        return all(key in self.data for key in keys)
+
+    def wait(self, keys, timeout=timedelta(seconds=5)):
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.check(keys), timeout.total_seconds()):
+                raise RuntimeError("timeout")
+
+
+def test_ranks_meet_at_a_store_written_in_python():
+    """A store that cannot be cloned is used itself."""
+    store = PythonStore()
+    meetings = [default_meeting(rank, 2, store, 60) for rank in range(2)]
+    reports = [Report("a", missing=["x"]), Report("a", missing=["y"])]
+    verdicts = together(*(lambda rank=rank: meetings[rank].hold(reports[rank]) for rank in range(2)))
+    assert [verdict.missing for verdict in verdicts] == [["x", "y"]] * 2
+
+
+class Mine(Barrier):
+    """A barrier of a user's, whose `store` is something else than a store of torch's."""
+
+    def __init__(self):
+        self.store = "redis://host"
+
+    def execute_barrier(self):
+        pass
+
+
+def test_a_store_of_a_barrier_that_is_none_of_torchs_is_left_alone(tmp_path):
+    """What a user's barrier calls its store is used neither to save nor to load if it is another thing."""
+    assert common_start_id(Mine()) is None
+    torch.save({"w": torch.ones(4)}, tmp_path / "checkpoint_0.pt")
+    reader = builder._reader(CheckpointerConfig(), RankInfo(0, 2), Mine())
+    loaded, missing = reader.read(str(tmp_path), {"w": torch.zeros(4)})
+    assert loaded["w"].tolist() == [1] * 4
+    assert missing == []
