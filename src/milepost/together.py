@@ -201,7 +201,11 @@ class Meeting:
             report.error = describe(error)
             self.tell(report)
             raise
-        refuse(self.hold(report), modified=modifies)
+        try:
+            refuse(self.hold(report), modified=modifies)
+        except PeerLoadError as error:  # of a store that failed, too
+            error.targets_modified = modifies
+            raise
 
     @contextmanager
     def telling(self, path: str) -> Iterator[None]:

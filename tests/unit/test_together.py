@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from milepost import RankInfo, builder
 from milepost.barriers import Barrier, common_start_id
 from milepost.config import CheckpointerConfig
-from milepost.together import Report, default_meeting
+from milepost.errors import PeerLoadError
+from milepost.together import Meeting, Report, default_meeting
 
 
 def together(*works):
@@ -68,6 +70,13 @@ class PythonStore(dist.Store):
                 raise RuntimeError("timeout")
 
 
+class BrokenStore(PythonStore):
+    """A store whose host has died."""
+
+    def set(self, key, value):
+        raise RuntimeError("Broken pipe")
+
+
 def test_ranks_meet_at_a_store_written_in_python():
     """A store that cannot be cloned is used itself."""
     store = PythonStore()
@@ -75,6 +84,15 @@ def test_ranks_meet_at_a_store_written_in_python():
     reports = [Report("a", missing=["x"]), Report("a", missing=["y"])]
     verdicts = together(*(lambda rank=rank: meetings[rank].hold(reports[rank]) for rank in range(2)))
     assert [verdict.missing for verdict in verdicts] == [["x", "y"]] * 2
+
+
+def test_a_store_that_fails_when_targets_were_written_to_says_so():
+    """If the store fails in the meeting after the work, the error says whether targets were modified."""
+    for modifies in (True, False):
+        meeting = Meeting(BrokenStore(), 0, 2, 60)
+        with pytest.raises(PeerLoadError, match="on a load failed: Broken pipe") as caught:
+            meeting.agree(Report("a"), lambda: None, modifies=modifies)
+        assert caught.value.targets_modified is modifies
 
 
 class Mine(Barrier):
