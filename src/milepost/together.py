@@ -6,13 +6,14 @@ answer for all. A store is used from the thread that loads only.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from milepost.errors import MilepostError, PeerLoadError
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
 
 logger = logging.getLogger(__name__)
+
+_Kind = TypeVar("_Kind")
 
 _GRACE_SECONDS = 5
 """How much longer than rank 0 the others wait, to hear from it who did not come."""
@@ -125,7 +128,7 @@ class Meeting:
         """
         try:
             prefix = self._enter()
-            self._store.set(f"{prefix}/{self._rank}", msgspec.json.encode(report))
+            self._store.set(f"{prefix}/{self._rank}", _encoded(report))
             return self._judge(prefix) if self._rank == 0 else self._hear(prefix)
         except RuntimeError as error:
             raise PeerLoadError(
@@ -151,20 +154,20 @@ class Meeting:
         """As rank 0: put the verdict where all ranks find it."""
         keys = [f"{prefix}/{rank}" for rank in range(self._world_size)]
         if self._await(keys, self._seconds):
-            verdict = Verdict.of([msgspec.json.decode(self._store.get(key), type=Report) for key in keys])
+            verdict = Verdict.of([_decoded(self._store.get(key), Report) for key in keys])
         else:
             verdict = self._without(self._absent(prefix))
-        self._store.set(f"{prefix}/verdict", msgspec.json.encode(verdict))
+        self._store.set(f"{prefix}/verdict", _encoded(verdict))
         return verdict
 
     def _hear(self, prefix: str) -> Verdict:
         """As another rank: the verdict of rank 0, which says at its own deadline who did not come."""
         key = f"{prefix}/verdict"
         if self._await([key], self._seconds + _GRACE_SECONDS):
-            return msgspec.json.decode(self._store.get(key), type=Verdict)
+            return _decoded(self._store.get(key), Verdict)
         absent = self._absent(prefix) or [0]
         gone = Report("", error=f"it gave up after {self._seconds:g} seconds, in which not all ranks came")
-        self._store.set(f"{prefix}/{self._rank}", msgspec.json.encode(gone))
+        self._store.set(f"{prefix}/{self._rank}", _encoded(gone))
         return self._without(absent)
 
     def _await(self, keys: list[str], seconds: float) -> bool:
@@ -239,6 +242,15 @@ def refuse(verdict: Verdict, *, modified: bool) -> None:
     )
     error.targets_modified = modified
     raise error
+
+
+def _encoded(value: Report | Verdict) -> str:
+    """As JSON in ASCII: paths and keys may hold lone surrogates, which have no UTF-8."""
+    return json.dumps(msgspec.to_builtins(value))
+
+
+def _decoded(data: bytes, kind: type[_Kind]) -> _Kind:
+    return msgspec.convert(json.loads(data), kind)
 
 
 def _common(lists: list[list[str]]) -> list[str]:

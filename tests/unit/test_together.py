@@ -86,6 +86,27 @@ def test_ranks_meet_at_a_store_written_in_python():
     assert [verdict.missing for verdict in verdicts] == [["x", "y"]] * 2
 
 
+@pytest.fixture
+def meet():
+    """Meetings of a number of ranks at one store; a load is a new one, as in the reader."""
+    store = dist.HashStore()
+    return lambda rank, world=2, seconds=60: Meeting(store, rank, world, seconds)
+
+
+def test_text_that_no_encoding_takes_comes_through(meet):
+    """Keys, paths and errors may hold lone surrogates (file names that are not UTF-8): others get them so."""
+    reports = [
+        Report("/\udcff", "/\udcff:1", missing=["\ud800"]),
+        Report("/\udcff", "/\udcff:1", strict=True),
+    ]
+    verdicts = together(*(lambda rank=rank: meet(rank).hold(reports[rank]) for rank in range(2)))
+    assert [verdict.missing for verdict in verdicts] == [["\ud800"]] * 2
+    assert [verdict.failed for verdict in verdicts] == [[], []]
+    reports = [Report("a"), Report("a", error="no such file: /\udcff")]
+    verdict, _ = together(*(lambda rank=rank: meet(rank).hold(reports[rank]) for rank in range(2)))
+    assert verdict.failed == [(1, "no such file: /\udcff")]
+
+
 def test_a_store_that_fails_when_targets_were_written_to_says_so():
     """If the store fails in the meeting after the work, the error says whether targets were modified."""
     for modifies in (True, False):
