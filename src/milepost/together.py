@@ -157,18 +157,18 @@ class Meeting:
             verdict = Verdict.of([_decoded(self._store.get(key), Report) for key in keys])
         else:
             verdict = self._without(self._absent(prefix))
-        self._store.set(f"{prefix}/verdict", _encoded(verdict))
-        return verdict
+        return self._decided(prefix, verdict)
 
     def _hear(self, prefix: str) -> Verdict:
         """As another rank: the verdict of rank 0, which says at its own deadline who did not come."""
         key = f"{prefix}/verdict"
         if self._await([key], self._seconds + _GRACE_SECONDS):
             return _decoded(self._store.get(key), Verdict)
-        absent = self._absent(prefix) or [0]
-        gone = Report("", error=f"it gave up after {self._seconds:g} seconds, in which not all ranks came")
-        self._store.set(f"{prefix}/{self._rank}", _encoded(gone))
-        return self._without(absent)
+        return self._decided(prefix, self._without(self._absent(prefix) or [0]))
+
+    def _decided(self, prefix: str, verdict: Verdict) -> Verdict:
+        """The one verdict of a meeting: this one, if there is none yet."""
+        return _decoded(self._store.compare_set(f"{prefix}/verdict", "", _encoded(verdict)), Verdict)
 
     def _await(self, keys: list[str], seconds: float) -> bool:
         try:

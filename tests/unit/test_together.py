@@ -13,7 +13,7 @@ from milepost import RankInfo, builder
 from milepost.barriers import Barrier, common_start_id
 from milepost.config import CheckpointerConfig
 from milepost.errors import PeerLoadError
-from milepost.together import Meeting, Report, default_meeting
+from milepost.together import Meeting, Report, Verdict, default_meeting
 
 
 def together(*works):
@@ -114,6 +114,49 @@ def test_a_store_that_fails_when_targets_were_written_to_says_so():
         with pytest.raises(PeerLoadError, match="on a load failed: Broken pipe") as caught:
             meeting.agree(Report("a"), lambda: None, modifies=modifies)
         assert caught.value.targets_modified is modifies
+
+
+def begun(meet, seconds):
+    """The meetings of two ranks that have agreed to load; the first rank has time, the second `seconds`."""
+    meetings = [meet(0), meet(1)]
+    together(*(lambda meeting=meeting: meeting.hold(Report("a")) for meeting in meetings))
+    meetings[1]._seconds = seconds
+    return meetings
+
+
+def test_a_rank_that_gives_up_as_the_others_agree_agrees(meet, monkeypatch):
+    """If the verdict comes just when a rank's time is up, that is what this rank returns, too."""
+    monkeypatch.setattr("milepost.together._GRACE_SECONDS", 0)
+    first, second = begun(meet, 0.01)
+    verdicts = []
+    look = second._absent
+
+    def late(prefix):
+        verdicts.append(first.hold(Report("a")))
+        return look(prefix)
+
+    second._absent = late
+    verdicts.append(second.hold(Report("a")))
+    assert verdicts == [Verdict(), Verdict()]
+
+
+def test_a_rank_that_has_given_up_is_not_taken_to_agree(meet, monkeypatch):
+    """If a rank gives up while rank 0 reads the reports, both say so, though rank 0 has read one of it."""
+    monkeypatch.setattr("milepost.together._GRACE_SECONDS", 0)
+    first, second = begun(meet, 0.01)
+    verdicts = []
+    thread = threading.Thread(target=lambda: verdicts.append(second.hold(Report("a"))))
+    judge = Verdict.of
+
+    def slow(reports):
+        thread.join()  # the other rank has given up
+        return judge(reports)
+
+    monkeypatch.setattr(Verdict, "of", slow)
+    thread.start()
+    verdicts.append(first.hold(Report("a")))
+    assert verdicts[0] == verdicts[1]
+    assert [rank for rank, _ in verdicts[0].failed] == [0]
 
 
 class Mine(Barrier):
