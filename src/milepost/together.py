@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch.distributed as dist
 
+from milepost.commit import environment_start_id
 from milepost.errors import MilepostError, PeerLoadError
 
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
@@ -64,6 +66,7 @@ class Verdict(msgspec.Struct):
         strict: Whether any rank refuses missing keys.
         first: Whether any rank wants all to be verified first.
         failed: The ranks that cannot load, with their errors.
+        void: Nothing: rank 0 died, and has been started again. All begin again.
     """
 
     missing: list[str] = []
@@ -72,6 +75,7 @@ class Verdict(msgspec.Struct):
     strict: bool = False
     first: bool = False
     failed: list[tuple[int, str]] = []
+    void: bool = False
 
     @classmethod
     def of(cls, reports: list[Report]) -> Verdict:
@@ -103,8 +107,9 @@ class Verdict(msgspec.Struct):
 class Meeting:
     """Where the ranks of a job meet during one load.
 
-    Each rank counts its meetings in the store. One that missed some begins its load at the one at which
-    rank 0 is now; what a rank has put that has given up is withdrawn.
+    Rank 0 numbers the loads. The others wait until it has opened one, and put nothing there before, so what a
+    rank has put is never taken for part of another load. Who comes when a load is under way
+    takes part in it, if it is not settled that they missed it, else in the next.
 
     Args:
         store: A ``torch.distributed`` store that all ranks share.
@@ -116,7 +121,9 @@ class Meeting:
     def __init__(self, store: Any, rank: int, world_size: int, timeout_seconds: float) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._seconds = timeout_seconds
-        self._begun = False
+        self._base = "/".join(filter(None, ("milepost/load", environment_start_id(), str(world_size))))
+        self._load = self._held = 0
+        self._deadline = 0.0
 
     def hold(self, report: Report) -> Verdict:
         """Returns the verdict on all ranks' reports, the same on each that comes in time.
@@ -127,9 +134,7 @@ class Meeting:
             PeerLoadError: The store cannot be reached.
         """
         try:
-            prefix = self._enter()
-            self._store.set(f"{prefix}/{self._rank}", _encoded(report))
-            return self._judge(prefix) if self._rank == 0 else self._hear(prefix)
+            return self._hold(report)
         except RuntimeError as error:
             raise PeerLoadError(
                 f"the store at which the ranks agree on a load failed: {str(error).splitlines()[0]}",
@@ -138,22 +143,46 @@ class Meeting:
                 hint="the process that hosts it may have died; to load without the others: together=False",
             ) from error
 
-    def _enter(self) -> str:
-        """The prefix of the keys of this rank's next meeting."""
-        base = f"milepost/load/{self._world_size}"
-        number = self._store.add(f"{base}/{self._rank}", 1)
-        # Only at the beginning of a load: who is late in the middle of one is to hear that.
-        begins, self._begun = not self._begun, True
-        if self._rank and begins and self._store.check([f"{base}/{number}/verdict"]):
-            latest = self._store.add(f"{base}/0", 0)
-            latest += self._store.check([f"{base}/{latest}/verdict"])
-            number = self._store.add(f"{base}/{self._rank}", latest - number)
-        return f"{base}/{number}"
+    def _hold(self, report: Report) -> Verdict:
+        self._deadline = time.monotonic() + self._seconds + (_GRACE_SECONDS if self._rank else 0)
+        if not self._held:
+            self._load = self._joined() if self._rank else self._opened()
+            if not self._load:
+                return self._without([0])
+        prefix = f"{self._base}/{self._load}/{self._held}"
+        self._held += 1
+        self._store.set(f"{prefix}/{self._rank}", _encoded(report))
+        verdict = self._hear(prefix) if self._rank else self._judge(prefix)
+        if not verdict.void:
+            return verdict
+        self._held = 0
+        return self._hold(report)
+
+    def _opened(self) -> int:
+        """As rank 0: the number of the next load."""
+        count = f"{self._base}/0"
+        last = self._store.add(count, 0)
+        prefix = f"{self._base}/{last}/0"
+        if last and self._decided(prefix, Verdict(void=True)).void:
+            self._store.set(f"{prefix}/0", "")  # an earlier life left it open: who waits there begins again
+        return int(self._store.add(count, 1))
+
+    def _joined(self) -> int:
+        """As another rank: the number of the load to take part in, or 0 if rank 0 does not open it."""
+        count = f"{self._base}/{self._rank}"
+        last = self._store.add(count, 0)
+        number = max(last + 1, self._store.add(f"{self._base}/0", 0))
+        if self._store.check([f"{self._base}/{number}/0/verdict"]):
+            number += 1
+        if not self._await([f"{self._base}/{number}/0/0"]):
+            return 0
+        self._store.add(count, number - last)
+        return int(number)
 
     def _judge(self, prefix: str) -> Verdict:
         """As rank 0: put the verdict where all ranks find it."""
         keys = [f"{prefix}/{rank}" for rank in range(self._world_size)]
-        if self._await(keys, self._seconds):
+        if self._await(keys):
             verdict = Verdict.of([_decoded(self._store.get(key), Report) for key in keys])
         else:
             verdict = self._without(self._absent(prefix))
@@ -162,7 +191,7 @@ class Meeting:
     def _hear(self, prefix: str) -> Verdict:
         """As another rank: the verdict of rank 0, which says at its own deadline who did not come."""
         key = f"{prefix}/verdict"
-        if self._await([key], self._seconds + _GRACE_SECONDS):
+        if self._await([key]):
             return _decoded(self._store.get(key), Verdict)
         return self._decided(prefix, self._without(self._absent(prefix) or [0]))
 
@@ -170,9 +199,11 @@ class Meeting:
         """The one verdict of a meeting: this one, if there is none yet."""
         return _decoded(self._store.compare_set(f"{prefix}/verdict", "", _encoded(verdict)), Verdict)
 
-    def _await(self, keys: list[str], seconds: float) -> bool:
+    def _await(self, keys: list[str]) -> bool:
+        """Whether there are these keys before the deadline."""
+        left = max(self._deadline - time.monotonic(), 0.01)  # no time at all would mean no limit
         try:
-            self._store.wait(keys, timedelta(seconds=seconds))
+            self._store.wait(keys, timedelta(seconds=left))
         except RuntimeError:  # a timeout, or the store is gone: the check tells
             return bool(self._store.check(keys))
         return True

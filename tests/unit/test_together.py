@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from milepost import RankInfo, builder
 from milepost.barriers import Barrier, common_start_id
 from milepost.config import CheckpointerConfig
 from milepost.errors import PeerLoadError
-from milepost.together import Meeting, Report, Verdict, default_meeting
+from milepost.together import Meeting, Report, Verdict, default_meeting, refuse
 
 
 def together(*works):
@@ -23,7 +24,7 @@ def together(*works):
     def run(rank):
         try:
             results[rank] = works[rank]()
-        except Exception as error:
+        except BaseException as error:
             results[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(works))]
@@ -32,6 +33,57 @@ def together(*works):
     for thread in threads:
         thread.join()
     return results
+
+
+class Killed(BaseException):
+    """The end of a rank that is killed."""
+
+
+class WatchedStore:
+    """A store that tells when a rank waits there, and kills the rank at an operation."""
+
+    def __init__(self, store, kill_at=None):
+        self.store, self.kill_at, self.operations, self.waits = store, kill_at, 0, threading.Event()
+
+    def __getattr__(self, name):
+        self.operations += 1
+        if self.operations == self.kill_at:
+            raise Killed
+        if name == "wait":
+            self.waits.set()
+        return getattr(self.store, name)
+
+
+def load(meeting):
+    """A load, as the reader does it."""
+    refuse(meeting.hold(Report("a")), modified=False)
+    meeting.agree(Report("a"), lambda: None, modifies=True)
+    return "loaded"
+
+
+def loads(stores, seconds):
+    """What becomes of a load on each rank that has a store."""
+    world = len(stores)
+    meetings = [
+        Meeting(store, rank, world, seconds) for rank, store in enumerate(stores) if store is not None
+    ]
+    return together(*(partial(load, meeting) for meeting in meetings))
+
+
+def all_load(store, world, first):
+    """What becomes of a load to which all come: some ranks first, the others when those wait for them."""
+    stores = [WatchedStore(store) for _ in range(world)]
+
+    def come(rank):
+        if rank not in first:
+            for other in first:
+                stores[other].waits.wait()
+        try:
+            return load(Meeting(stores[rank], rank, world, 60))
+        finally:
+            stores[rank].waits.set()
+
+    return together(*(lambda rank=rank: come(rank) for rank in range(world)))
 
 
 class PythonStore(dist.Store):
@@ -157,6 +209,46 @@ def test_a_rank_that_has_given_up_is_not_taken_to_agree(meet, monkeypatch):
     verdicts.append(first.hold(Report("a")))
     assert verdicts[0] == verdicts[1]
     assert [rank for rank, _ in verdicts[0].failed] == [0]
+
+
+MISSES = [
+    *((2, [[who]]) for who in range(2)),
+    *((2, [[one], [other]]) for one in range(2) for other in range(2)),
+    *((3, [[who]]) for who in range(3)),
+    *((3, [[one], [other]]) for one in range(3) for other in range(3)),
+    (3, [[0, 1], [2]]),
+    (3, [[0], [0], [0], [1, 2], [1]]),
+]
+"""Numbers of ranks, and for each of some loads the ranks that miss it."""
+
+
+@pytest.mark.parametrize("first", ["rank 0", "the others"])
+@pytest.mark.parametrize(("world", "misses"), MISSES)
+def test_ranks_are_in_step_after_loads_that_some_missed(monkeypatch, world, misses, first):
+    """Whoever missed whatever loads, and whoever comes first to the next, all take part in that."""
+    monkeypatch.setattr("milepost.together._GRACE_SECONDS", 0)
+    store = dist.HashStore()
+    for absent in misses:
+        for result in loads([None if rank in absent else store for rank in range(world)], 0.01):
+            assert isinstance(result, PeerLoadError)
+    for _ in range(2):
+        come = [0] if first == "rank 0" else range(1, world)
+        assert all_load(store, world, come) == ["loaded"] * world
+
+
+@pytest.mark.parametrize("first", ["rank 0", "the others"])
+def test_ranks_that_were_killed_are_in_step_when_started_again(monkeypatch, first):
+    """At a store that outlives them, what killed ranks have left at any operation is not taken for new."""
+    monkeypatch.setattr("milepost.together._GRACE_SECONDS", 0)
+    last, killed = 0, True
+    while killed:
+        last, killed = last + 1, False
+        for other in range(1, 20):
+            store = dist.HashStore()
+            results = loads([WatchedStore(store, last), WatchedStore(store, other)], 0.01)
+            killed = killed or isinstance(results[0], Killed)
+            assert all_load(store, 2, [0] if first == "rank 0" else [1]) == ["loaded"] * 2
+    assert last > 10
 
 
 class Mine(Barrier):
