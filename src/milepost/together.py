@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _Kind = TypeVar("_Kind")
 
 _GRACE_SECONDS = 5
-"""How much longer than rank 0 the others wait, to hear from it who did not come."""
+"""How much longer others wait than rank 0, which says who did not come; how long that stays if it fails."""
 
 
 class Report(msgspec.Struct):
@@ -107,9 +107,10 @@ class Verdict(msgspec.Struct):
 class Meeting:
     """Where the ranks of a job meet during one load.
 
-    Rank 0 numbers the loads. The others wait until it has opened one, and put nothing there before, so what a
-    rank has put is never taken for part of another load. Who comes when a load is under way
-    takes part in it, if it is not settled that they missed it, else in the next.
+    Rank 0 numbers the loads. The others wait until it has opened one before they put anything there, but for
+    why they cannot load; so what a rank has put that has left or died is not taken for part of a
+    later load. A rank that missed loads takes part in the one that is under way, or in the next if that has
+    been given up already.
 
     Args:
         store: A ``torch.distributed`` store that all ranks share.
@@ -128,7 +129,8 @@ class Meeting:
     def hold(self, report: Report) -> Verdict:
         """Returns the verdict on all ranks' reports, the same on each that comes in time.
 
-        Ranks that do not come within the timeout have failed, says the verdict.
+        Ranks that do not come within the timeout have failed, says the verdict. A rank that reports an error
+        does not wait: the others hear of it when they come.
 
         Raises:
             PeerLoadError: The store cannot be reached.
@@ -146,13 +148,15 @@ class Meeting:
     def _hold(self, report: Report) -> Verdict:
         self._deadline = time.monotonic() + self._seconds + (_GRACE_SECONDS if self._rank else 0)
         if not self._held:
-            self._load = self._joined() if self._rank else self._opened()
+            self._load = self._joined(failed=report.error is not None) if self._rank else self._opened()
             if not self._load:
                 return self._without([0])
         prefix = f"{self._base}/{self._load}/{self._held}"
         self._held += 1
         self._store.set(f"{prefix}/{self._rank}", _encoded(report))
-        verdict = self._hear(prefix) if self._rank else self._judge(prefix)
+        if self._rank and report.error is not None:
+            return Verdict(failed=[(self._rank, report.error)])
+        verdict = self._hear(prefix) if self._rank else self._judge(prefix, report.error)
         if not verdict.void:
             return verdict
         self._held = 0
@@ -163,25 +167,39 @@ class Meeting:
         count = f"{self._base}/0"
         last = self._store.add(count, 0)
         prefix = f"{self._base}/{last}/0"
-        if last and self._decided(prefix, Verdict(void=True)).void:
-            self._store.set(f"{prefix}/0", "")  # an earlier life left it open: who waits there begins again
+        verdict = self._decided(prefix, Verdict(void=True)) if last else Verdict()
+        if verdict.void:  # an earlier life of this rank left it open: who waits there begins again
+            self._store.set(f"{prefix}/0", "")
+        elif 0 in dict(verdict.failed):  # it did not wait: all are to hear of that before the next
+            self._await(self._keys(prefix))
         return int(self._store.add(count, 1))
 
-    def _joined(self) -> int:
+    def _joined(self, *, failed: bool) -> int:
         """As another rank: the number of the load to take part in, or 0 if rank 0 does not open it."""
-        count = f"{self._base}/{self._rank}"
-        last = self._store.add(count, 0)
-        number = max(last + 1, self._store.add(f"{self._base}/0", 0))
-        if self._store.check([f"{self._base}/{number}/0/verdict"]):
-            number += 1
-        if not self._await([f"{self._base}/{number}/0/0"]):
+        count, opened = f"{self._base}/{self._rank}", f"{self._base}/0"
+        number = last = self._store.add(count, 0)
+        # Where this rank failed and did not wait, all are to hear of that before the next; if they never do,
+        # what it has to say now takes its place.
+        if not last or last < self._store.add(opened, 0) or self._await([f"{self._base}/{last}/0/verdict"]):
+            number = max(last + 1, self._store.add(opened, 0))
+            key = f"{self._base}/{number}/0/verdict"
+            if self._store.check([key]):  # rank 0 has failed, or this one has missed it
+                verdict = _decoded(self._store.get(key), Verdict)
+                number += verdict.void or self._rank in dict(verdict.failed)
+        if not failed and not self._await([f"{self._base}/{number}/0/0"]):
             return 0
         self._store.add(count, number - last)
         return int(number)
 
-    def _judge(self, prefix: str) -> Verdict:
+    def _judge(self, prefix: str, error: str | None) -> Verdict:
         """As rank 0: put the verdict where all ranks find it."""
-        keys = [f"{prefix}/{rank}" for rank in range(self._world_size)]
+        keys = self._keys(prefix)
+        if error is not None:
+            verdict = self._decided(prefix, Verdict(failed=[(0, error)]))
+            # The store may end with this process: those who are about to come are to hear first.
+            self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+            self._await(keys)
+            return verdict
         if self._await(keys):
             verdict = Verdict.of([_decoded(self._store.get(key), Report) for key in keys])
         else:
@@ -208,8 +226,11 @@ class Meeting:
             return bool(self._store.check(keys))
         return True
 
+    def _keys(self, prefix: str) -> list[str]:
+        return [f"{prefix}/{rank}" for rank in range(self._world_size)]
+
     def _absent(self, prefix: str) -> list[int]:
-        return [rank for rank in range(self._world_size) if not self._store.check([f"{prefix}/{rank}"])]
+        return [rank for rank, key in enumerate(self._keys(prefix)) if not self._store.check([key])]
 
     def _without(self, ranks: list[int]) -> Verdict:
         reason = (
@@ -251,7 +272,7 @@ class Meeting:
             raise
 
     def tell(self, report: Report) -> None:
-        """Tell the others why this rank cannot load, which they hear at this meeting."""
+        """Tell the others why this rank cannot load, which they hear when they come to this meeting."""
         try:
             self.hold(report)
         except Exception as error:  # noqa: BLE001 - the reason for not loading is raised, not this

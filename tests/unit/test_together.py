@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from datetime import timedelta
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -222,6 +223,14 @@ MISSES = [
 """Numbers of ranks, and for each of some loads the ranks that miss it."""
 
 
+STEPS = [
+    *product(map("".join, product("LF-", repeat=2)), repeat=2),
+    *((one,) for one in map("".join, product("LF-", repeat=3))),
+    *((one, one, one) for one in ("-F", "F-", "-FL", "L-F", "F-L", "-FF", "F-F")),
+]
+"""For each of some loads what each rank does: it loads, it fails, or it is not there."""
+
+
 @pytest.mark.parametrize("first", ["rank 0", "the others"])
 @pytest.mark.parametrize(("world", "misses"), MISSES)
 def test_ranks_are_in_step_after_loads_that_some_missed(monkeypatch, world, misses, first):
@@ -249,6 +258,77 @@ def test_ranks_that_were_killed_are_in_step_when_started_again(monkeypatch, firs
             killed = killed or isinstance(results[0], Killed)
             assert all_load(store, 2, [0] if first == "rank 0" else [1]) == ["loaded"] * 2
     assert last > 10
+
+
+def try_all(meet, rank, broken):
+    """As a job that loads the newest of three checkpoints that can be read; returns which that was."""
+    for name in "abc":
+        try:
+            meeting = meet(rank)
+            with meeting.telling(name):
+                if name in broken:
+                    raise OSError(name)
+            refuse(meeting.hold(Report(name, name)), modified=False)
+            meeting.agree(Report(name), lambda: None, modifies=True)
+        except (OSError, PeerLoadError):
+            continue
+        return name
+    return None
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_that_fails_waits_for_nobody(meet, monkeypatch, rank):
+    """A rank that cannot load raises at once, and the others hear of it when they come, however late."""
+    monkeypatch.setattr(
+        "milepost.together._GRACE_SECONDS", 0
+    )  # that rank 0 leaves those who are about to come
+    with pytest.raises(OSError, match="broken"), meet(rank, 3).telling("a"):
+        raise OSError("broken")
+    others = [other for other in range(3) if other != rank]
+    verdicts = together(*(partial(meet(other, 3).hold, Report("a")) for other in others))
+    assert [verdict.failed for verdict in verdicts] == [[(rank, "OSError: broken")]] * 2
+    assert together(*(partial(load, meet(other, 3)) for other in range(3))) == ["loaded"] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_at_its_work_waits_for_nobody(meet, monkeypatch, rank):
+    """A rank that fails while it reads raises at once, and the other hears of it when it has read."""
+    monkeypatch.setattr("milepost.together._GRACE_SECONDS", 0)
+
+    def fail():
+        raise OSError("broken")
+
+    meetings = begun(meet, 60)
+    with pytest.raises(OSError, match="broken"):
+        meetings[rank].agree(Report("a"), fail, modifies=True)
+    with pytest.raises(PeerLoadError, match=f"rank {rank} could not load: OSError: broken"):
+        meetings[1 - rank].agree(Report("a"), lambda: None, modifies=True)
+    assert together(*(partial(load, meet(other)) for other in range(2))) == ["loaded"] * 2
+
+
+@pytest.mark.parametrize("broken", list(product(["", "a", "b", "ab"], repeat=2)), ids=str)
+def test_a_failure_is_heard_by_others_at_the_same_load(meet, broken):
+    """Ranks that try one checkpoint after the other load the same one, whoever fails and does not wait."""
+    found = together(*(partial(try_all, meet, rank, broken[rank]) for rank in range(2)))
+    assert found == [min(set("abc") - set("".join(broken)))] * 2
+
+
+@pytest.mark.parametrize("steps", STEPS, ids="-".join)
+def test_ranks_are_in_step_one_load_after_some_failed_or_missed_it(monkeypatch, steps):
+    """Whatever loads some ranks miss and others fail at, not waiting: one more load, and all are in step."""
+    monkeypatch.setattr("milepost.together._GRACE_SECONDS", 0)
+    store, world = dist.HashStore(), len(steps[0])
+
+    def step(rank, what):
+        meeting = Meeting(store, rank, world, 0.02)
+        if what == "L":
+            load(meeting)
+        elif what == "F":
+            meeting.tell(Report("a", error="broken"))
+
+    for whats in (*steps, "L" * world):
+        together(*(partial(step, rank, what) for rank, what in enumerate(whats)))
+    assert loads([store] * world, 60) == ["loaded"] * world
 
 
 class Mine(Barrier):
