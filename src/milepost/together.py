@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 _Kind = TypeVar("_Kind")
 
+_MEETINGS = 3
+"""The most that a load has: all fits, all is verified, all is read."""
+
 _GRACE_SECONDS = 5
 """How much longer others wait than rank 0, which says who did not come; how long that stays if it fails."""
 
@@ -151,6 +154,7 @@ class Meeting:
             self._load = self._joined(failed=report.error is not None) if self._rank else self._opened()
             if not self._load:
                 return self._without([0])
+            self._forget(self._load - 2)
         prefix = f"{self._base}/{self._load}/{self._held}"
         self._held += 1
         self._store.set(f"{prefix}/{self._rank}", _encoded(report))
@@ -161,6 +165,13 @@ class Meeting:
             return verdict
         self._held = 0
         return self._hold(report)
+
+    def _forget(self, load: int) -> None:
+        """Delete what this rank put at a load that all have left."""
+        names = [str(self._rank)] if self._rank else ["0", "verdict"]
+        with suppress(AttributeError, RuntimeError):  # some stores cannot
+            for key in (f"{self._base}/{load}/{held}/{name}" for held in range(_MEETINGS) for name in names):
+                self._store.delete_key(key)
 
     def _opened(self) -> int:
         """As rank 0: the number of the next load."""

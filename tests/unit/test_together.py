@@ -331,6 +331,15 @@ def test_ranks_are_in_step_one_load_after_some_failed_or_missed_it(monkeypatch, 
     assert loads([store] * world, 60) == ["loaded"] * world
 
 
+def test_a_store_does_not_grow_with_every_load():
+    """What is two loads old is taken from the store, where keys can be deleted."""
+    store, sizes = dist.HashStore(), []
+    for _ in range(6):
+        assert loads([store] * 3, 60) == ["loaded"] * 3
+        sizes.append(store.num_keys())
+    assert len(set(sizes[2:])) == 1
+
+
 class Mine(Barrier):
     """A barrier of a user's, whose `store` is something else than a store of torch's."""
 
