@@ -126,8 +126,7 @@ class Meeting:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._seconds = timeout_seconds
         self._base = "/".join(filter(None, ("milepost/load", environment_start_id(), str(world_size))))
-        self._load = self._held = 0
-        self._deadline = 0.0
+        self._load, self._held, self._deadline = 0, 0, 0.0
 
     def hold(self, report: Report) -> Verdict:
         """Returns the verdict on all ranks' reports, the same on each that comes in time.

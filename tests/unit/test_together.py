@@ -326,8 +326,8 @@ def test_ranks_are_in_step_one_load_after_some_failed_or_missed_it(monkeypatch, 
         elif what == "F":
             meeting.tell(Report("a", error="broken"))
 
-    for whats in (*steps, "L" * world):
-        together(*(partial(step, rank, what) for rank, what in enumerate(whats)))
+    for doings in (*steps, "L" * world):
+        together(*(partial(step, rank, what) for rank, what in enumerate(doings)))
     assert loads([store] * world, 60) == ["loaded"] * world
 
 
