@@ -22,7 +22,7 @@ from milepost.channel import Channel, Init, Write, encode_path
 from milepost.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
 from milepost.commit import attempt_id, check_target, environment_start_id, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
-from milepost.errors import ClosedError, ConfigError, MilepostError, StateError, error_context
+from milepost.errors import AbortedError, ClosedError, ConfigError, MilepostError, StateError, error_context
 from milepost.paths import path_text
 from milepost.shards import decode_key
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
@@ -208,7 +208,8 @@ class CheckpointProcess:
 
         Raises:
             ClosedError: The process was closed.
-            Exception: A failure of an earlier write that nobody has looked at.
+            Exception: A failure of an earlier write that nobody has looked at. With several ranks this call
+                counts as a write, of which the others are told.
         """
         self._check_open()
         future = WriteFuture(self._next_attempt(path))
@@ -254,7 +255,7 @@ class CheckpointProcess:
     def _accept(self, future: WriteFuture) -> int:
         with self._lock:
             self._check_open()
-            self.raise_unseen()
+            raise_unseen(self._unseen, AbortedError)  # of what another rank failed in, `close` tells
             self._numbers += 1
             number = self._numbers
         future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
@@ -391,7 +392,7 @@ class CheckpointProcess:
     # -- failures ----------------------------------------------------------------------------------
 
     def _note_failure(self, future: Future[None]) -> None:
-        if isinstance(future, TrackedFuture) and not future.cancelled() and future.failed():
+        if isinstance(future, TrackedFuture) and future.failure() is not None:
             with self._lock:
                 self._unseen.append(future)
 

@@ -302,8 +302,7 @@ class AsyncCheckpointer(Checkpointer):
         future = save.write_future
         future.finished_at = time.monotonic()
         warn = isinstance(error, LostWriterError) and self._config.on_failure == "warn"
-        future.aborted = isinstance(error, AbortedError)
-        if warn or future.aborted:
+        if warn or isinstance(error, AbortedError):
             logger.warning("%s was not saved: %s", future.path, error)
         if warn:
             future.seen = True
@@ -473,4 +472,4 @@ class AsyncCheckpointer(Checkpointer):
     def _raise_unseen(self, *, aborted: bool = True) -> None:
         """Raise what failed and nobody has looked at; what failed on another rank only if asked for."""
         with self._lock:
-            raise_unseen(self._unseen, keep=lambda future: future.aborted and not aborted)
+            raise_unseen(self._unseen, () if aborted else AbortedError)

@@ -31,7 +31,6 @@ class SaveFuture(TrackedFuture[None]):
         path: The checkpoint's path, as it was given.
         step: The step that was given.
         skipped: Nothing was saved, as too many saves were under way.
-        aborted: It failed as another rank did.
         started_at: When `save` was called: seconds, as ``time.monotonic``.
         finished_at: When the part was done, or None.
         written_at: When the data file was durable, as far as the writer told; of the write alone.
@@ -45,7 +44,7 @@ class SaveFuture(TrackedFuture[None]):
         self.set_running_or_notify_cancel()
         self.path = path
         self.step = step
-        self.skipped = self.aborted = False
+        self.skipped = False
         self.started_at = started_at
         self.finished_at: float | None = None
         self.written_at: float | None = None

@@ -95,9 +95,10 @@ class Verdict(msgspec.Struct):
             if report.error is not None:
                 verdict.failed.append((rank, report.error))
             elif report.identity != reports[0].identity and reports[0].error is None:
-                verdict.failed.append(
-                    (rank, f"it loads another checkpoint ({report.path}) than rank 0 ({reports[0].path})")
-                )
+                reason = f"it loads another checkpoint ({report.path}) than rank 0 ({reports[0].path})"
+                if report.path == reports[0].path:
+                    reason = f"a save replaced {report.path} while the ranks opened it: load again"
+                verdict.failed.append((rank, reason))
         verdict.misfits = [
             misfit
             if len(ranks) == len(reports)

@@ -34,15 +34,17 @@ class TrackedFuture(Future[T]):
         finally:
             self.seen = self.seen or self.done()
 
-    def failed(self) -> bool:
-        """Whether it is done and has failed; does not count as a look."""
-        return self.done() and not self.cancelled() and super().exception() is not None
+    def failure(self) -> BaseException | None:
+        """What it has failed with, if it is done and has; does not count as a look."""
+        return super().exception() if self.done() and not self.cancelled() else None
 
 
 _Future = TypeVar("_Future", bound=TrackedFuture[Any])
 
 
-def raise_unseen(futures: list[_Future], keep: Callable[[_Future], bool] = lambda _: False) -> None:
+def raise_unseen(
+    futures: list[_Future], keep: type[BaseException] | tuple[type[BaseException], ...] = ()
+) -> None:
     """Raise the oldest failure that nobody has looked at; each is raised once.
 
     Args:
@@ -50,7 +52,7 @@ def raise_unseen(futures: list[_Future], keep: Callable[[_Future], bool] = lambd
         keep: Which failures are not to be raised now.
     """
     for future in [*futures]:
-        if future.done() and (future.seen or not keep(future)):
+        if future.done() and (future.seen or not isinstance(future.failure(), keep)):
             futures.remove(future)
             if not future.seen:
                 future.result()

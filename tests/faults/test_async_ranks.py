@@ -93,6 +93,32 @@ def test_writes_are_counted_when_they_are_called(tmp_path):
     assert saved_at(path) in ((1, 1), (2, 2))
 
 
+def test_writes_of_processes_of_ones_own_stay_in_step_as_well(tmp_path):
+    """Without a checkpointer or a look at any future, two ranks do not go on aborting each other."""
+    path = str(tmp_path / "latest")
+    writers = [process(rank, commit_hook=Full()) for rank in (0, 1)]
+    raised = []
+
+    def write(rank, number, **kwargs):
+        try:
+            written = writers[rank].write(state(number), path, **kwargs)
+        except OSError:
+            raised.append((rank, number))
+            return
+        wait_until(written.done)
+
+    write(1, 1, full=True)
+    write(0, 1)
+    for number in range(2, 5):
+        write(1, number)
+        write(0, number)
+        assert saved_at(path) == (None if number == 2 else (number, number))
+    assert raised == [(1, 2)]
+    writers[1].close()
+    with pytest.raises(AbortedError):
+        writers[0].close()
+
+
 class Later(CheckpointStager):
     """Stages when the test says so, and refuses what is to be refused at once."""
 

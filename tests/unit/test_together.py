@@ -36,6 +36,14 @@ def together(*works):
     return results
 
 
+def test_a_checkpoint_that_was_replaced_meanwhile_is_told_as_that():
+    """Ranks that found two checkpoints at one path need not look for two paths."""
+    verdict = Verdict.of([Report("/c", "one"), Report("/c", "two"), Report("/d", "three")])
+    assert [rank for rank, _ in verdict.failed] == [1, 2]
+    assert "a save replaced /c while the ranks opened it" in verdict.failed[0][1]
+    assert "it loads another checkpoint (/d) than rank 0 (/c)" in verdict.failed[1][1]
+
+
 class Killed(BaseException):
     """The end of a rank that is killed."""
 
