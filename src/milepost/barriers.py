@@ -76,9 +76,9 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
 
 
 def barrier_store(barrier: object) -> Any:
-    """The ``torch.distributed`` store of a barrier, if it has one; others may call something else so."""
+    """The store of a barrier, if it has one as torch's are; barriers may call something else so."""
     store = getattr(barrier, "store", None)
-    return store if isinstance(store, dist.Store) else None  # type: ignore[attr-defined]
+    return store if callable(getattr(store, "compare_set", None)) else None
 
 
 def common_start_id(barrier: object) -> str | None:

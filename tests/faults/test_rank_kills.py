@@ -17,7 +17,6 @@ import random
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from milepost import errors
 from milepost.commit import scan
@@ -261,12 +261,6 @@ def launcher():
     launcher = Launcher()
     yield launcher
     launcher.close()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # -- what the ranks save, and how ----------------------------------------------------------------------

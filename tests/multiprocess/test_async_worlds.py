@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from background import error_of, make, result, state_of, step_at
+from ports import free_port
 from scenarios import in_child
 from states import load
 
@@ -171,12 +171,6 @@ def test_under_torchrun_with_a_worker_that_fails(tmp_path):
     wait_until(manifest.exists, "the commit of the second")
     wait_until(lambda: sorted(os.listdir(tmp_path)) == ["first", "second", "train.py"], "the end")
     assert [step_at(tmp_path / name) for name in ("first", "second")] == [1, 2]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("rounds", [3])

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -191,11 +192,10 @@ def test_a_save_of_many_blocks_that_is_killed_at_any_moment_loses_nothing(tmp_pa
             child.stdin.flush()
             goal = choose.randint(1, blocks - 1) * BLOCK_BYTES
             while child.poll() is None:
-                sizes = [
-                    os.path.getsize(file)
-                    for file in tmp_path.glob(".step.*.partial/checkpoint_0.pt")
-                    if file.exists()
-                ]
+                sizes = []
+                for file in tmp_path.glob(".step.*.partial/checkpoint_0.pt"):
+                    with suppress(FileNotFoundError):  # it is published meanwhile
+                        sizes.append(file.stat().st_size)
                 if sizes and max(sizes) >= goal:
                     child.kill()
                     break

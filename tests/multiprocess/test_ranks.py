@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from ports import free_port
 from states import assert_same, manifest_of
 
 from milepost.checkpoint_reader import CheckpointReader
@@ -207,14 +208,6 @@ def outcome(processes):
         for process in processes:
             process.kill()
             process.communicate()
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("way", ["tcp_store", "start id", "both"])
