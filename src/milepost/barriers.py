@@ -152,6 +152,7 @@ class TCPStoreBarrier(Barrier):
         self._timeout_secs = timeout_secs
         self._sequence = 0
         self._left: list[Any] = []
+        self._stuck: threading.Thread | None = None
         self.store = dist.TCPStore(  # type: ignore[attr-defined]
             master_address,
             int(tcpstore_port),
@@ -171,6 +172,10 @@ class TCPStoreBarrier(Barrier):
         """
         key_prefix = f"{self._prefix}{self._sequence}"
         try:
+            if self._stuck is not None and self._stuck.is_alive():
+                self._left.append(self.store)  # the thread waits with it, and on rank 0 it serves the others
+                self.store = getattr(self.store, "clone", lambda: self.store)()
+            self._stuck = None
             self.store.set(f"rank{self._rank}", str(self._sequence))
             self._await_all(key_prefix)
             self._meet(key_prefix)
@@ -199,8 +204,7 @@ class TCPStoreBarrier(Barrier):
         thread.start()
         thread.join(self._timeout_secs)
         if thread.is_alive():
-            self._left.append(self.store)  # the thread waits with it, and on rank 0 it serves the others
-            self.store = getattr(self.store, "clone", lambda: self.store)()
+            self._stuck = thread
             raise CommitTimeoutError(
                 f"all ranks reached the barrier, but one has not left it within {self._timeout_secs} seconds",
                 rank=self._rank,
