@@ -221,8 +221,8 @@ class CheckpointProcess:
                 state_dict.add_done_callback(
                     lambda done: self._submit_later(done, number, future, path, kwargs)
                 )
-                return future
-        self._submit(state_dict, number, future, path, kwargs)
+            else:
+                self._submit(state_dict, number, future, path, kwargs)
         return future
 
     def write_again(self, lost: WriteFuture, path: str, **kwargs: Any) -> Future[None]:
@@ -237,7 +237,8 @@ class CheckpointProcess:
         future = WriteFuture(lost.attempt)
         number = self._accept(future)
         (staged, image), lost.held = lost.held, None
-        self._submit(staged, number, future, path, kwargs, image)
+        with self._telling(path, future.attempt):
+            self._submit(staged, number, future, path, kwargs, image)
         return future
 
     def abandon(self, lost: WriteFuture, path: str, error: BaseException) -> None:
@@ -267,8 +268,7 @@ class CheckpointProcess:
         number, _, path, *_ = rest
         try:
             with self._telling(path, future.attempt):
-                staged = done.result()
-            self._submit(staged, *rest)
+                self._submit(done.result(), *rest)
         except BaseException as error:  # noqa: BLE001 - the future carries it
             if not future.done():
                 future.set_exception(error)
@@ -285,18 +285,6 @@ class CheckpointProcess:
         path: str,
         kwargs: dict[str, Any],
         image: StagedImage | None = None,
-    ) -> None:
-        with self._telling(path, future.attempt):
-            self._hand_over(state_dict, number, future, path, kwargs, image)
-
-    def _hand_over(
-        self,
-        state_dict: STATE_DICT,
-        number: int,
-        future: WriteFuture,
-        path: str,
-        kwargs: dict[str, Any],
-        image: StagedImage | None,
     ) -> None:
         lean, attempt = self._lean, future.attempt
         with error_context(path=path, rank=self._rank_info.global_rank), gc_paused():

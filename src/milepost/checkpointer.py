@@ -16,13 +16,7 @@ from milepost.checkpoint_process import CheckpointProcess, WriteFuture
 from milepost.checkpoint_reader import CheckpointReader, load_with
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import AsyncConfig
-from milepost.errors import (
-    AbortedError,
-    ClosedError,
-    ConfigError,
-    LostWriterError,
-    LowMemoryError,
-)
+from milepost.errors import AbortedError, ClosedError, ConfigError, LostWriterError, LowMemoryError
 from milepost.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
 from milepost.staged import staged_bytes
 from milepost.staging import CheckpointStager, StagingPlan

@@ -38,6 +38,13 @@ def saved_at(path):
     return tuple(float(reader.read(path, together=False)[0]["v"][0]) for reader in readers)
 
 
+def both_save(checkpointer, other, path, number):
+    """A save of both ranks: one in the background, one at once; it commits."""
+    written = checkpointer.save(path, state(number))[1]
+    other.write(path, state(number))
+    assert error_of(written) is None
+
+
 class Full(WriterHook):
     """A disk that is full when a save says so."""
 
@@ -174,9 +181,7 @@ def test_a_retry_that_fails_before_it_is_handed_over_is_told(tmp_path, monkeypat
         assert isinstance(error_of(written), StorageError)
         with pytest.raises(AbortedError, match="the share is gone"):
             other.write(path, state(1))
-        written = checkpointer.save(path, state(2))[1]
-        other.write(path, state(2))
-        assert error_of(written) is None
+        both_save(checkpointer, other, path, 2)
     other.close()
     assert saved_at(path) == (2, 2)
 
@@ -194,9 +199,7 @@ def test_the_others_hear_of_a_writer_that_is_lost_for_good(tmp_path, on_failure)
         assert isinstance(error_of(written), LostWriterError)
         with pytest.raises(AbortedError, match="terminated unexpectedly"):
             other.write(path, state(1))
-        written = checkpointer.save(path, state(2))[1]
-        other.write(path, state(2))
-        assert error_of(written) is None
+        both_save(checkpointer, other, path, 2)
     other.close()
     assert saved_at(path) == (2, 2)
 
