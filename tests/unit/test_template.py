@@ -449,16 +449,21 @@ def test_tied_templates_take_tied_and_untied_checkpoints(tmp_path):
         assert views.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_tied_templates_refuse_different_values(tmp_path, plain):
-    """Tensors that share memory in the template cannot hold two values: nothing is written."""
-    state = {"a": torch.zeros(300_000), "b": torch.ones(300_000), "c": torch.zeros(300_000)}
-    path = tmp_path / "c"
+def saved(path, state, *, plain):
+    """A checkpoint of ours, or one of plain ``torch.save``; its path."""
     if plain:
         path.mkdir()
         torch.save(state, path / "checkpoint_0.pt")
     else:
         save(path, state)
+    return path
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_tied_templates_refuse_different_values(tmp_path, plain):
+    """Tensors that share memory in the template cannot hold two values: nothing is written."""
+    state = {"a": torch.zeros(300_000), "b": torch.ones(300_000), "c": torch.zeros(300_000)}
+    path = saved(tmp_path / "c", state, plain=plain)
     tied, views = torch.full((300_000,), 5.0), torch.full((300_100,), 5.0)
     for template in ({"a": tied, "b": tied}, {"a": views[100:], "c": views[:-100]}):
         with pytest.raises(MismatchError, match="shares memory"):
@@ -473,12 +478,7 @@ def test_tied_templates_refuse_different_values(tmp_path, plain):
 def test_inference_tensors_are_filled(tmp_path, plain):
     """Tensors made in inference mode are filled, in it and outside, whatever their strides."""
     state = {"a": torch.rand(3, 4), "b": torch.rand(3, 4), "c": torch.rand(4).expand(3, 4)}
-    path = tmp_path / "c"
-    if plain:
-        path.mkdir()
-        torch.save(state, path / "checkpoint_0.pt")
-    else:
-        save(path, state)
+    path = saved(tmp_path / "c", state, plain=plain)
     for inside in (False, True):
         with torch.inference_mode():
             template = {"a": torch.zeros(3, 4), "b": torch.zeros(4, 3).t(), "c": torch.zeros(4).expand(3, 4)}
