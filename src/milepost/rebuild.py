@@ -23,11 +23,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype of this name; `CorruptCheckpointError` if this torch has none."""
-    dtype = _DTYPES.get(name)
-    if dtype is None:
+    """The dtype of this name; `CorruptCheckpointError` if this torch has none.
+
+    The name comes from a file, and ``getattr(torch, name)`` would import a module of that name.
+    """
+    dtype = vars(torch).get(name)
+    if not isinstance(dtype, torch.dtype):
         raise CorruptCheckpointError(
-            f"the checkpoint holds tensors of dtype {name}, which torch {torch.__version__} lacks",
+            f"the checkpoint holds the dtype {name[:80]!r}, which torch {torch.__version__} lacks",
             hint="load it with a newer torch",
         )
     return dtype
@@ -146,13 +149,6 @@ class TensorBuilder:
             ) from error
 
 
-def _torch_value(name: str, kind: type) -> Any:
-    value = getattr(torch, name, None)
-    if not isinstance(value, kind):
-        raise CorruptCheckpointError(f"torch has no {kind.__name__} {name[:80]!r}")
-    return value
-
-
 def _torch_device(name: str) -> torch.device:
     try:
         return torch.device(name)
@@ -180,7 +176,7 @@ def _numpy_scalar(node: Node) -> Any:
 
 NATIVE_LEAVES: dict[str, Callable[[Node], Any]] = {
     "size": lambda node: torch.Size(node[1]),
-    "dtype": lambda node: _torch_value(node[1], torch.dtype),
+    "dtype": lambda node: dtype_of(node[1]),
     "device": lambda node: _torch_device(node[1]),
     "scalar": _numpy_scalar,
 }
