@@ -109,7 +109,7 @@ class Folder(Protocol):
     path: str
 
     def names(self) -> list[str]:
-        """The names of its entries, sorted."""
+        """The names of its entries as they are now, also of those made since it was opened; sorted."""
 
     def stat(self, name: str) -> Stat | None:
         """What `name` (a relative path of plain components) is, or None when it is not there."""

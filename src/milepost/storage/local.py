@@ -36,9 +36,12 @@ class _LocalFolder:
 
     def names(self) -> list[str]:
         with wrapped("list", self.path):
-            if self._descriptor < 0:  # which listdir takes for the current folder
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            return sorted(os.listdir(self._descriptor))
+            # Opened anew: btrfs lists through a descriptor only what was there when that was opened.
+            fresh = os.open(".", os.O_RDONLY | _FOLDER_FLAGS, dir_fd=self._descriptor)
+            try:
+                return sorted(os.listdir(fresh))
+            finally:
+                os.close(fresh)
 
     def stat(self, name: str) -> Stat | None:
         try:

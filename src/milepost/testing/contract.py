@@ -238,6 +238,8 @@ class StorageContract:
         assert (inner.kind, inner.mount_point, inner.writable) == ("folder", False, True)
         assert opened.stat("none") is None
         assert opened.stat("none/none") is None
+        storage.make_folder(f"{folder}/b/later")
+        assert opened.names() == ["later", "sub"]
         opened.close()
         opened.close()
         with _raises(StorageError):
