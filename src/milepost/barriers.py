@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.elastic.utils.store as store_util
 
 from milepost.config import BarrierConfig
-from milepost.errors import CommitError, CommitTimeoutError
+from milepost.errors import CommitError, CommitTimeoutError, ConfigError, MilepostError, UnavailableError
 
 __all__ = [
     "BARRIER_REGISTRY",
@@ -64,14 +64,26 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
     """The barrier that a config describes, or None if it names none.
 
     Raises:
-        ValueError: There is no barrier of this type; the message lists those there are.
+        ConfigError: There is no barrier of this type, and the message lists those there are; or the barrier
+            could not be made, and what its class raised is the cause.
     """
     name = barrier_config.barrier_type
     if name is None:
         return None
     if name not in BARRIER_REGISTRY:
-        raise ValueError(f"Unknown barrier type: {name}. Known types: {', '.join(sorted(BARRIER_REGISTRY))}")
-    barrier: Barrier = BARRIER_REGISTRY[name](**barrier_config.barrier_args)
+        raise ConfigError(
+            f"Unknown barrier type: {name}. Known types: {', '.join(sorted(BARRIER_REGISTRY))}",
+            hint="correct barrier_type, or import the module that registers the barrier before this",
+        )
+    try:
+        barrier: Barrier = BARRIER_REGISTRY[name](**barrier_config.barrier_args)
+    except MilepostError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the barrier {name!r} could not be made: {type(error).__name__}: {error}",
+            hint="check barrier_args: they are the keyword arguments of the barrier's class",
+        ) from error
     return barrier
 
 
@@ -105,11 +117,12 @@ class DistBarrier(Barrier):
         """Use the default process group.
 
         Raises:
-            AssertionError: There is none.
+            UnavailableError: There is none.
         """
         if not dist.is_initialized():
-            raise AssertionError(
-                "DistBarrier needs the default process group: call torch.distributed.init_process_group first"
+            raise UnavailableError(
+                "DistBarrier needs the default process group, and there is none",
+                hint="call torch.distributed.init_process_group first",
             )
 
     def execute_barrier(self) -> None:
@@ -145,6 +158,9 @@ class TCPStoreBarrier(Barrier):
             tcpstore_port: Port of the store on rank 0's host.
             master_address: Rank 0's host.
             timeout_secs: How long `execute_barrier` waits for the other ranks, in seconds.
+
+        Raises:
+            ConfigError: There is no connection to the store, or rank 0 cannot serve it at this port.
         """
         self._rank = global_rank
         self._world_size = global_world_size
@@ -153,13 +169,25 @@ class TCPStoreBarrier(Barrier):
         self._sequence = 0
         self._left: list[Any] = []
         self._stuck: threading.Thread | None = None
-        self.store = dist.TCPStore(  # type: ignore[attr-defined]
-            master_address,
-            int(tcpstore_port),
-            world_size=global_world_size,
-            timeout=timedelta(seconds=timeout_barrier_init_secs),
-            is_master=global_rank == 0,
-        )
+        is_master = global_rank == 0
+        try:
+            self.store = dist.TCPStore(  # type: ignore[attr-defined]
+                master_address,
+                int(tcpstore_port),
+                world_size=global_world_size,
+                timeout=timedelta(seconds=timeout_barrier_init_secs),
+                is_master=is_master,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            failed, _, _ = f"{'served' if is_master else 'reached'}: {error}".partition("\n")
+            raise ConfigError(
+                f"the barrier's store at {master_address}:{tcpstore_port} cannot be {failed}",
+                rank=global_rank,
+                phase="barrier",
+                hint="another program may use this tcpstore_port: choose another one, the same on all ranks"
+                if is_master
+                else "rank 0 must make its checkpointer as well, with this master_address and tcpstore_port",
+            ) from error
 
     def execute_barrier(self) -> None:
         """Returns when every rank has called it.

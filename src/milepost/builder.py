@@ -43,8 +43,7 @@ def make_sync_checkpointer(
         commit_hook: Called around the commit of each checkpoint.
 
     Raises:
-        ConfigError: An option is not right; names it.
-        ValueError: The barrier's type is unknown.
+        ConfigError: An option is not right, or the barrier cannot be made; says which and why.
     """
     config = CheckpointerConfig() if config is None else config
     validate(config)
@@ -87,9 +86,8 @@ def make_async_checkpointer(
         commit_hook: Called around the commit of each checkpoint, in the checkpoint process.
 
     Raises:
-        ConfigError: An option is not right; names it.
-        ValueError: The barrier's type is unknown.
-        AssertionError: ``use_non_blocking_copy=True`` without an accelerator.
+        ConfigError: An option is not right, or the barrier cannot be made; says which and why.
+        UnavailableError: ``use_non_blocking_copy=True`` without an accelerator.
     """
     config = CheckpointerConfig() if config is None else config
     validate(config)

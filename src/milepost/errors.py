@@ -2,6 +2,7 @@
 
     MilepostError
     ├── ConfigError (ValueError)                   an option does not make sense
+    │   └── UnavailableError (AssertionError)      … as this process lacks what it needs
     ├── ClosedError (RuntimeError)                 used after close()
     ├── RemoteError (RuntimeError)                 something else, raised in the checkpoint process
     │   └── LostWriterError                        the checkpoint process ended unexpectedly
@@ -57,6 +58,7 @@ __all__ = [
     "StateError",
     "StorageError",
     "TargetError",
+    "UnavailableError",
     "UnsupportedFormatError",
     "UnsupportedTypeError",
     "error_context",
@@ -142,6 +144,10 @@ def _restore(cls: type[MilepostError], message: str, attributes: dict[str, Any])
 
 class ConfigError(MilepostError, ValueError):
     """An option, or a combination of options, does not make sense."""
+
+
+class UnavailableError(ConfigError, AssertionError):
+    """An option needs a process group or an accelerator, and this process has none."""
 
 
 class ClosedError(MilepostError, RuntimeError):

@@ -21,7 +21,7 @@ import msgspec
 
 import milepost
 from milepost.commit import Attempt
-from milepost.errors import AbortedError, PostCommitError, StateError, error_context
+from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
 from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
 from milepost.paths import path_text
@@ -272,9 +272,15 @@ def save_snapshot(
                 try:
                     options.barrier()
                 except Exception as error:
-                    if not attempt.sees_commit():
+                    if attempt.sees_commit():
+                        logger.warning("the barrier failed (%s), but %s is committed", error, path)
+                    elif isinstance(error, CommitError):
                         raise
-                    logger.warning("the barrier failed (%s), but %s is committed", error, path)
+                    else:
+                        raise CommitError(
+                            f"the barrier failed: {type(error).__name__}: {error}",
+                            hint="find out why the barrier failed, then save again",
+                        ) from error
         with _phase(attempt, "commit", options):
             # With a barrier rank 0 reads all the marks; the others step in only if it stands still.
             committer = (options.barrier is None or options.rank == 0) and attempt.complete()

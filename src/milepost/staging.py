@@ -24,7 +24,7 @@ from milepost.accelerator import copy_tensors
 from milepost.arena import Arena, available_bytes
 from milepost.config import CheckpointStagerConfig
 from milepost.division import mark_share
-from milepost.errors import ClosedError, LowMemoryError, StateError
+from milepost.errors import ClosedError, LowMemoryError, StateError, UnavailableError
 from milepost.paths import path_text
 from milepost.rebuild import TensorBuilder
 from milepost.staged import SharedRecords, StagedImage
@@ -100,8 +100,8 @@ class DefaultStager(CheckpointStager):
     ) -> None:
         self._config = config or CheckpointStagerConfig()
         if self._config.use_non_blocking_copy and not torch.accelerator.is_available():
-            raise AssertionError(
-                "use_non_blocking_copy=True needs an accelerator, and there is none: leave it out here"
+            raise UnavailableError(
+                "use_non_blocking_copy=True needs an accelerator, and there is none", hint="leave it out here"
             )
         self._available = available
         self._encoder = encoder or StateEncoder()

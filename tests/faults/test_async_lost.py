@@ -31,7 +31,7 @@ from states import load
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import BarrierConfig, CheckpointProcessConfig, CheckpointWriterConfig
-from milepost.errors import LostWriterError
+from milepost.errors import CommitError, LostWriterError
 from milepost.staging import CheckpointStager
 from milepost.storage import default_storage
 from milepost.testing import MUTATIONS, FaultyStorage
@@ -400,7 +400,7 @@ def test_the_barrier_is_met_once_however_often_the_writer_is_lost(tmp_path):
 
 
 def test_a_barrier_that_fails_fails_the_save(tmp_path):
-    """What the barrier raises in the trainer is the save's error; the next save works."""
+    """What the barrier raises in the trainer is in the save's CommitError; the next save works."""
 
     class Broken(Meeting):
         def execute_barrier(self):
@@ -410,7 +410,9 @@ def test_a_barrier_that_fails_fails_the_save(tmp_path):
 
     with parts(LeanWriter(barrier=Broken())) as checkpointer:
         error = error_of(checkpointer.save(str(tmp_path / "c"), state_of(1))[1])
-        assert isinstance(error, ConnectionError)
+        assert isinstance(error, CommitError)
+        assert "the barrier failed: ConnectionError: the others are gone" in str(error)
+        assert (error.path, error.rank, error.phase) == (str(tmp_path / "c"), 0, "barrier")
         result(checkpointer.save(str(tmp_path / "c"), state_of(2))[1])
     assert step_at(tmp_path / "c") == 2
 

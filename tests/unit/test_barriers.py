@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
 from datetime import timedelta
 from unittest import mock
 
@@ -18,7 +20,7 @@ from milepost.barriers import (
     create_barrier_from_config,
     register_barrier,
 )
-from milepost.errors import CommitTimeoutError
+from milepost.errors import ClosedError, CommitTimeoutError, ConfigError, MilepostError, UnavailableError
 
 ARGUMENTS = {
     "global_rank": 1,
@@ -79,12 +81,68 @@ def test_no_type_is_no_barrier():
     assert create_barrier_from_config(BarrierConfig()) is None
 
 
+def refused(kind, arguments):
+    """The ConfigError for a barrier that cannot be made; it is a ValueError and names a way out."""
+    with pytest.raises(ConfigError) as caught:
+        create_barrier_from_config(BarrierConfig(kind, arguments))
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.hint
+    return caught.value
+
+
 def test_an_unknown_type_lists_the_known_ones():
-    """An unknown type is a ValueError that names it and lists those there are."""
-    with pytest.raises(ValueError, match="Unknown barrier type: nope") as caught:
-        create_barrier_from_config(BarrierConfig("nope"))
-    assert "dist_barrier" in str(caught.value)
-    assert "tcp_store" in str(caught.value)
+    """An unknown type is a ConfigError that names it and lists those there are."""
+    error = refused("nope", {})
+    assert str(error).startswith("Unknown barrier type: nope")
+    assert "dist_barrier, tcp_store" in str(error)
+
+
+def test_missing_arguments_are_named():
+    """A barrier without its arguments is a ConfigError that names them and the way out."""
+    error = refused("tcp_store", {"global_rank": 0})
+    assert "'master_address'" in str(error)
+    assert "barrier_args" in error.hint
+    assert isinstance(error.__cause__, TypeError)
+
+
+def test_whatever_the_class_of_a_barrier_raises_is_the_cause(registry):
+    """What a barrier's class raises is the cause of a ConfigError; Milepost's errors come out as they are."""
+    for raised in (KeyError("MASTER_PORT"), ClosedError("closed")):
+
+        @register_barrier
+        class Broken(Barrier):
+            barrier_type = "broken"
+
+            def __init__(self, raised=raised):
+                raise raised
+
+            def execute_barrier(self):
+                pass
+
+        with pytest.raises(MilepostError) as caught:
+            create_barrier_from_config(BarrierConfig("broken"))
+        assert raised in (caught.value, caught.value.__cause__)
+
+
+def test_a_port_that_is_taken_is_named():
+    """Where another program listens at the port, rank 0 gets a ConfigError that names it and the way out."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {"global_rank": 0, "master_address": "127.0.0.1", "tcpstore_port": port}
+        with multiprocessing.get_context("fork").Pool(1) as another:  # torch leaks descriptors in this case
+            error = another.apply(refused, ("tcp_store", {**ARGUMENTS, **place}))
+    assert f"127.0.0.1:{port} cannot be served" in str(error)
+    assert "tcpstore_port" in error.hint
+
+
+def test_a_store_that_nobody_serves_is_named(calls):
+    """Where no rank 0 serves the store, another rank gets a ConfigError that names the store and rank 0."""
+    calls.TCPStore.side_effect = dist.DistNetworkError("timed out\nat frame 0")
+    error = refused("tcp_store", ARGUMENTS)
+    assert "host:2345 cannot be reached: timed out (rank 1" in str(error)
+    assert "rank 0" in error.hint
 
 
 def test_barrier_is_abstract():
@@ -95,8 +153,9 @@ def test_barrier_is_abstract():
 
 def test_the_groups_barrier_needs_a_group():
     """DistBarrier without a default process group is an AssertionError that says what to do."""
-    with pytest.raises(AssertionError, match="init_process_group"):
-        DistBarrier()
+    with pytest.raises(UnavailableError, match="init_process_group") as caught:
+        create_barrier_from_config(BarrierConfig("dist_barrier"))
+    assert isinstance(caught.value, AssertionError)
 
 
 def test_the_groups_barrier_is_the_default_groups(monkeypatch):

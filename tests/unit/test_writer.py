@@ -173,15 +173,19 @@ def test_post_commit_that_raises_says_that_the_checkpoint_is_committed(tmp_path,
 
 
 def test_a_barrier_that_raises_stops_the_commit(tmp_path, writers):
-    """When the barrier raises, its error comes out and nothing appears."""
+    """When the barrier raises, that is the cause of a CommitError with all facts, and nothing appears."""
+    raised = OSError("no")
 
     class Broken:
         def execute_barrier(self):
-            raise OSError("no")
+            raise raised
 
-    hook = Log()
-    with pytest.raises(OSError, match="no"):
-        writers(Broken(), hook).write(str(tmp_path / "c"), STATE)
+    hook, path = Log(), str(tmp_path / "c")
+    with pytest.raises(CommitError, match="the barrier failed: OSError: no") as caught:
+        writers(Broken(), hook).write(path, STATE)
+    assert caught.value.__cause__ is raised
+    assert (caught.value.path, caught.value.rank, caught.value.phase) == (path, 0, "barrier")
+    assert caught.value.hint
     assert [call[0] for call in hook.calls] == ["pre_commit"]
     assert not os.path.exists(tmp_path / "c")
 
