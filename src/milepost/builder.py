@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -160,6 +161,15 @@ def _checked_rank(rank_info: RankInfo | None) -> RankInfo:
     if rank_info is None:
         if dist.is_available() and dist.is_initialized():
             return RankInfo(dist.get_rank(), dist.get_world_size())
+        rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+        if rank.isdecimal() and size.isdecimal() and int(size) > 1:
+            # As rank 0 of 1, which this would be otherwise, all of them would save over each other.
+            raise ConfigError(
+                f"the environment says that this is rank {rank} of {size}, but there is no process group",
+                rank=int(rank),
+                hint="call torch.distributed.init_process_group before this, or pass "
+                f"rank_info=RankInfo({rank}, {size}); for a rank that saves alone, pass RankInfo(0, 1)",
+            )
         return RankInfo(0, 1)
     rank, size = (getattr(rank_info, name, None) for name in ("global_rank", "global_world_size"))
     if type(rank) is not int or type(size) is not int or not 0 <= rank < size:

@@ -200,6 +200,21 @@ def test_a_rank_that_cannot_be_is_refused(rank_info):
 
 
 @pytest.mark.parametrize("make", [make_sync_checkpointer, make_async_checkpointer])
+def test_a_rank_without_its_process_group_is_refused(make, monkeypatch):
+    """In a job of several ranks, no process group and no rank_info is a ConfigError with both ways out."""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="this is rank 2 of 4, but there is no process group") as caught:
+        make()
+    assert caught.value.rank == 2
+    for way_out in ("init_process_group", "RankInfo(2, 4)", "RankInfo(0, 1)"):
+        assert way_out in caught.value.hint
+    make(rank_info=RankInfo(0, 1)).close()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    make().close()
+
+
+@pytest.mark.parametrize("make", [make_sync_checkpointer, make_async_checkpointer])
 def test_a_hook_that_is_none_is_refused(make):
     """What lacks a hook's methods is refused when the checkpointer is made, not when it has saved."""
     with pytest.raises(ConfigError, match="commit_hook must have the methods pre_commit and post_commit"):
