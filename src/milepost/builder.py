@@ -161,14 +161,14 @@ def _checked_rank(rank_info: RankInfo | None) -> RankInfo:
     if rank_info is None:
         if dist.is_available() and dist.is_initialized():
             return RankInfo(dist.get_rank(), dist.get_world_size())
-        rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-        if rank.isdecimal() and size.isdecimal() and int(size) > 1:
+        own, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+        if own.isdecimal() and world.isdecimal() and int(world) > 1:
             # As rank 0 of 1, which this would be otherwise, all of them would save over each other.
             raise ConfigError(
-                f"the environment says that this is rank {rank} of {size}, but there is no process group",
-                rank=int(rank),
+                f"the environment says that this is rank {own} of {world}, but there is no process group",
+                rank=int(own),
                 hint="call torch.distributed.init_process_group before this, or pass "
-                f"rank_info=RankInfo({rank}, {size}); for a rank that saves alone, pass RankInfo(0, 1)",
+                f"rank_info=RankInfo({own}, {world}); for a rank that saves alone, pass RankInfo(0, 1)",
             )
         return RankInfo(0, 1)
     rank, size = (getattr(rank_info, name, None) for name in ("global_rank", "global_world_size"))

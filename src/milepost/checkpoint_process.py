@@ -20,9 +20,17 @@ import torch
 from milepost.barriers import common_start_id
 from milepost.channel import Channel, Init, Write, encode_path
 from milepost.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
-from milepost.commit import attempt_id, check_target, environment_start_id, process_id
+from milepost.commit import absolute_path, attempt_id, check_target, environment_start_id, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
-from milepost.errors import AbortedError, ClosedError, ConfigError, MilepostError, StateError, error_context
+from milepost.errors import (
+    AbortedError,
+    ClosedError,
+    ConfigError,
+    MilepostError,
+    StateError,
+    TargetError,
+    error_context,
+)
 from milepost.paths import path_text
 from milepost.shards import decode_key
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
@@ -249,7 +257,8 @@ class CheckpointProcess:
 
     def _next_attempt(self, path: str) -> WriteAttempt:
         """Count a save to a path, whatever becomes of it: that is how the ranks find each other."""
-        target, info = os.path.abspath(path), self._rank_info
+        target = absolute_path(path) if self._lean else os.path.abspath(path)
+        info = self._rank_info
         attempt = attempt_id(target, info.global_rank, info.global_world_size, start_id=self._start_id)
         return WriteAttempt(target, attempt)
 
@@ -343,13 +352,14 @@ class CheckpointProcess:
 
     def give_up(self, path: str, error: BaseException) -> None:
         """A save failed before `write` was called: it counts as one, and the other ranks are told."""
-        self._tell_others(path, self._next_attempt(path), error)
+        with suppress(TargetError):  # where the path is none, there is nowhere to tell them
+            self._tell_others(path, self._next_attempt(path), error)
 
     def _tell_others(self, path: str, attempt: WriteAttempt, error: BaseException) -> None:
         rank, size = self._rank_info.global_rank, self._rank_info.global_world_size
         if isinstance(error, MilepostError):
             error.located(path=path, rank=rank)
-        if size == 1 or not path or self._lean is None:
+        if size == 1 or self._lean is None:
             return
         timeout = self._lean.config.write_barrier_timeout_secs
         options = SaveOptions(

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from milepost.commit import Entry, locate, scan
+from milepost.commit import Entry, absolute_path, locate, scan
 from milepost.commit.claim import is_abandoned
 from milepost.commit.hidden import (
     NOTE_NAME,
@@ -43,6 +43,7 @@ from milepost.commit.listing import Explanation, explain_folder
 from milepost.commit.marks import assemble, checked_manifest, missing_files
 from milepost.commit.publish import published_manifest
 from milepost.errors import (
+    CheckpointNotFoundError,
     CommitError,
     LoadError,
     StorageError,
@@ -190,10 +191,10 @@ def diagnose(storage: Storage, path: str, *, deep: bool = False, watch: Watch | 
         watch: Told of the reading.
 
     Raises:
-        CheckpointNotFoundError: There is neither.
+        CheckpointNotFoundError: There is neither, or this is no path.
         StorageError: It cannot be looked at.
     """
-    path = os.path.abspath(path)
+    path = absolute_path(path, CheckpointNotFoundError)
     at = storage.stat(path)
     if at is not None and at.kind == "symlink":
         path = os.path.realpath(path)

@@ -263,6 +263,15 @@ def test_a_writer_of_the_users_gets_real_tensors_by_keyword(start, tmp_path):
     assert found["pid"] == process.process.pid
 
 
+def test_a_writer_of_the_users_gets_any_path(start, tmp_path, monkeypatch):
+    """What Milepost's own writer refuses as a path is handed to a writer of the user's as it is."""
+    monkeypatch.chdir(tmp_path)
+    process = start()
+    for path in ("s3://bucket/c", "~/c"):
+        result(process.write({"w": torch.ones(3)}, path))
+        assert (tmp_path / path / "own.pt").exists()
+
+
 def test_a_writer_of_the_users_gets_no_part_for_a_whole(tmp_path):
     """A replica of which this rank saves a part is refused by key: the writer would take it for all of it."""
     process = CheckpointProcess(

@@ -15,7 +15,14 @@ from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, WriterHook
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
-from milepost.errors import AbortedError, LostWriterError, StateError, StorageError
+from milepost.errors import (
+    AbortedError,
+    LostWriterError,
+    StateError,
+    StorageError,
+    TargetError,
+    UnsupportedTypeError,
+)
 from milepost.staging import CheckpointStager
 from milepost.types import RankInfo
 
@@ -269,3 +276,15 @@ def test_two_saves_without_memory_to_stage_do_not_wait_for_each_other(tmp_path, 
             thread.join(PATIENCE / 2)
         assert not any(thread.is_alive() for thread in threads)
     assert {*os.listdir(tmp_path)} == {"a", "b"}
+
+
+def test_a_path_that_is_refused_leaves_nothing_anywhere(tmp_path, monkeypatch):
+    """Where a path is refused on a rank of several, no mark for the other ranks is made at what it is not."""
+    monkeypatch.chdir(tmp_path)
+    with parts(process=process(0)) as checkpointer:
+        for path in ("s3://bucket/c", "~/c"):
+            with pytest.raises(TargetError):
+                checkpointer.save(path, state(1))
+            with pytest.raises(UnsupportedTypeError):  # of which a save would tell the others at its path
+                checkpointer.save(path, [])
+    assert os.listdir(tmp_path) == []

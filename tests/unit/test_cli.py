@@ -518,3 +518,14 @@ def test_text_that_the_encoding_lacks_is_escaped(run):
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     assert result.returncode == 0
     assert "\\u2026" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "ls", "doctor"])
+def test_an_address_is_no_path(command, tmp_path, monkeypatch):
+    """Each command refuses an address and an unexpanded ~, and says what to give instead."""
+    monkeypatch.chdir(tmp_path)
+    for path, way_out in (("s3://bucket/step-5", "mounted"), ("~/run", f"give {Path.home()}/run")):
+        found = invoke(command, path)
+        assert found.exit_code == 3
+        assert "a folder with a local path, and this is" in found.stderr
+        assert way_out in found.stderr

@@ -248,3 +248,52 @@ def test_what_is_no_path_is_refused_with_words(path, tmp_path, monkeypatch):
     with pytest.raises(CheckpointNotFoundError, match="no path of a checkpoint"):
         checkpointer.load(path)
     assert os.listdir(tmp_path) == []
+
+
+REFUSED = ("s3://bucket/step-1", "file:///tmp/x", "GS://b", "git+ssh://h/x", "~/run", "~", "~nobody-here/x")
+
+
+@pytest.fixture(params=[milepost.make_sync_checkpointer, milepost.make_async_checkpointer])
+def either(request, tmp_path, monkeypatch):
+    """A checkpointer of either kind, in an empty working directory that is the home folder as well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with request.param() as checkpointer:
+        yield checkpointer
+
+
+def test_addresses_and_unexpanded_homes_are_refused(either, tmp_path):
+    """What would silently become a local folder of that name is refused with a way out; nothing is made."""
+    for path in REFUSED:
+        with pytest.raises(TargetError, match="a folder with a local path, and this is") as caught:
+            either.save(path, {"x": 1})
+        assert caught.value.path == path
+        assert f"for a folder that really has this name, give {tmp_path}/" in caught.value.hint
+        with pytest.raises(CheckpointNotFoundError, match="a folder with a local path, and this is"):
+            either.load(path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_way_out_of_a_refused_path_is_named(either, tmp_path):
+    """The hint names the expanded path, the path of a file address, or a folder of a mounted storage."""
+    ways_out = {"~/run": f"give {tmp_path}/run;", "file:///a/b": "give /a/b;", "s3://b": "is mounted;"}
+    for path, way_out in ways_out.items():
+        with pytest.raises(TargetError) as caught:
+            either.save(path, {})
+        assert way_out in caught.value.hint
+
+
+def test_names_with_a_tilde_or_a_colon_are_names(either, tmp_path):
+    """./~x, a~b, x:y and the absolute path of any name are saved to and loaded from."""
+    for path in ("./~x", "a~b", "x:y", "x:/y", f"{tmp_path}/s3:/b", f"{tmp_path}/~"):
+        either.save(path, {"x": path})
+        assert either.load(path) == {"x": path}
+
+
+def test_an_address_as_a_pathlib_path_is_refused(tmp_path, monkeypatch):
+    """Pathlib makes one slash of two, but s3:/bucket is no less an address for that."""
+    monkeypatch.chdir(tmp_path)
+    with milepost.make_sync_checkpointer() as checkpointer:
+        with pytest.raises(TargetError, match="this is an address: s3:/bucket/step"):
+            checkpointer.save(Path("s3://bucket/step"), {})
+        checkpointer.save(tmp_path / "s3:" / "bucket", {"x": 1})

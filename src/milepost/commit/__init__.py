@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
+from milepost.commit.hidden import absolute_path
 from milepost.commit.ids import attempt_id, environment_start_id, new_attempt_id, process_id
 from milepost.commit.listing import Entry, Explanation, explain, scan
 from milepost.commit.locate import Located, locate
-from milepost.commit.publish import Target, absolute_path, check_target, publish
+from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
 
 __all__ = [

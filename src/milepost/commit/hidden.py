@@ -21,9 +21,11 @@ from typing import TypeVar
 import msgspec
 
 from milepost.errors import (
+    CheckpointNotFoundError,
     CorruptCheckpointError,
     EntryNotFoundError,
     StorageError,
+    TargetError,
 )
 from milepost.manifest import (
     MANIFEST_NAME,
@@ -44,6 +46,7 @@ __all__ = [
     "Hidden",
     "Note",
     "abort_name",
+    "absolute_path",
     "beacon_name",
     "belongs",
     "data_rank",
@@ -81,6 +84,7 @@ _ASIDE = re.compile(rf"\.(?:{_OWN.pattern}|shards\.json|index_{_NUMBER}\.json)\.
 _DATA = re.compile(rf"checkpoint_{_NUMBER}\.pt")
 _INDEX = re.compile(rf"index_{_NUMBER}\.json")
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _HIDDEN = re.compile(r"\.(.+)\.([A-Za-z0-9_-]{1,64})(?:\.partial|\.replaced)", re.DOTALL)
 
 
@@ -183,6 +187,52 @@ def is_aborted(names: Iterable[str]) -> bool:
 
 
 # ---------------------------------------------------------------------------- names
+
+
+def absolute_path(
+    path: str | os.PathLike[str], error: type[TargetError | CheckpointNotFoundError] = TargetError
+) -> str:
+    """The absolute path of what a user gave as that of a checkpoint, or of a folder of checkpoints.
+
+    An address such as ``s3://bucket/step`` and a ``~`` that nobody has expanded are refused: they could be
+    names of local folders, but are not meant so. ``./~x``, ``a~b`` and ``x:y`` are names.
+
+    Raises:
+        MilepostError: It is no such path; of the class `error`.
+    """
+    given: object = path  # users give anything
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise error(
+            f"this is no path of a checkpoint: {path!r}",
+            phase="check",
+            hint="give the path of a folder, as text",
+        )
+    try:
+        absolute = os.path.abspath(text)
+    except FileNotFoundError:
+        raise error(
+            f"the working directory has been removed, so this path leads nowhere: {text}",
+            path=text,
+            phase="check",
+            hint="give an absolute path",
+        ) from None
+    # pathlib makes one slash of two
+    address = _ADDRESS.fullmatch(text if isinstance(given, str) else text.replace(":/", "://", 1))
+    if address is not None:
+        what, way_out = "an address", "the path of a folder, such as one where that storage is mounted"
+        if address[1].lower() == "file":
+            way_out = f"/{address[2].lstrip('/')}"
+    elif text.startswith("~"):
+        what, way_out = "a ~ that was not expanded", os.path.expanduser(text)
+    else:
+        return absolute
+    raise error(
+        f"a checkpoint is a folder with a local path, and this is {what}: {text}",
+        path=text,
+        phase="check",
+        hint=f"give {way_out}; for a folder that really has this name, give {absolute}",
+    )
 
 
 def shown(name: str) -> str:

@@ -13,6 +13,7 @@ from milepost.commit.hidden import (
     AbortMark,
     Beacon,
     Note,
+    absolute_path,
     data_rank,
     index_rank,
     is_own,
@@ -78,9 +79,9 @@ def scan(storage: Storage, folder: str) -> list[Entry]:
     """All checkpoints in a folder, and parts of some, by time; what is none is left out.
 
     Raises:
-        CheckpointNotFoundError: There is no such folder.
+        CheckpointNotFoundError: There is no such folder, or this is no path.
     """
-    folder = os.path.abspath(folder)
+    folder = absolute_path(folder, CheckpointNotFoundError)
     names = names_of(storage, folder)
     if names is None:
         raise CheckpointNotFoundError(f"there is no such folder: {folder}", path=folder)

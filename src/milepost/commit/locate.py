@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from milepost.commit.hidden import (
     NOTE_NAME,
     Hidden,
+    absolute_path,
     data_rank,
     index_rank,
     list_names,
@@ -75,24 +76,12 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
     replaces the folder while its files are being opened, they may be gone: then call this again.
 
     Raises:
-        CheckpointNotFoundError: There is none; names the nearest ones.
+        CheckpointNotFoundError: There is none, and the nearest ones are named; or this is no path.
         IncompleteCheckpointError: The folder holds parts of a save that never committed.
         CorruptCheckpointError: The manifest is damaged, or files are not as it says.
         UnsupportedFormatError: It was written by a later Milepost.
     """
-    given: object = path  # users give anything
-    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-        raise CheckpointNotFoundError(
-            f"this is no path of a checkpoint: {path!r}", hint="give the path of a folder, as text"
-        )
-    try:
-        path = os.path.abspath(os.fspath(path))
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(
-            f"the working directory has been removed, so this path leads nowhere: {path!s}",
-            path=str(path),
-            hint="load from an absolute path",
-        ) from None
+    path = absolute_path(path, CheckpointNotFoundError)
     before: object = None
     for _ in range(_TRIES):
         state: list[object] = []

@@ -18,6 +18,7 @@ from typing import Literal
 from milepost.commit.hidden import (
     NOTE_NAME,
     REPLACED,
+    absolute_path,
     data_rank,
     index_rank,
     is_own,
@@ -83,27 +84,6 @@ def check_target(storage: Storage, path: str | os.PathLike[str]) -> Target:
             hint=error.hint or "save to another path",
         ) from error
     return target
-
-
-def absolute_path(path: str | os.PathLike[str]) -> str:
-    """The absolute path of a target; raises TargetError if it is none."""
-    given: object = path  # users give anything
-    text = os.fspath(given) if isinstance(given, str | os.PathLike) else ""
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise TargetError(
-            f"this is no path of a checkpoint: {path!r}",
-            phase="check",
-            hint="give the path of a folder, as text",
-        )
-    try:
-        return os.path.abspath(text)
-    except FileNotFoundError:
-        raise TargetError(
-            f"the working directory has been removed, so this path leads nowhere: {text}",
-            path=text,
-            phase="check",
-            hint="save to an absolute path",
-        ) from None
 
 
 def _what_is_at(storage: Storage, path: str) -> Literal["nothing", "empty", "checkpoint", "plain"]:
