@@ -1,4 +1,4 @@
-"""File systems that tests mount for a while: loop devices and FUSE, as root. Elsewhere such a test is skipped."""
+"""File systems that tests mount for a while, as root: loop devices and FUSE. Elsewhere they are skipped."""
 
 from __future__ import annotations
 

@@ -288,8 +288,7 @@ def test_a_folder_that_is_just_being_cleared_is_begun_again(storage):
     lock = storage.lock(f"{dead.folder}/attempt.json", exclusive=True)
 
     def clear():
-        remove_tree(storage, dead.folder)
-        lock.release()
+        remove_tree(storage, dead.folder, lock)
 
     clock = StepClock(clear)
     attempt = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2, clock=clock.clock)
@@ -314,3 +313,27 @@ def test_a_begin_that_fails_leaves_nothing(storage):
             assert number > 8
             assert set(map(str, seen)) == {"(True, 'begin', [])"}
             return
+
+
+class NeverEmpty(Wrapper):
+    """Keeps of each file that is removed another under a new name, as FUSE does while it is open."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.removed = 0
+
+    def remove(self, path):
+        self.inner.remove(path)
+        self.removed += 1
+        assert self.removed < 100
+        put(self.inner, f"{os.path.dirname(path)}/.fuse_hidden{self.removed:016x}", b"")
+
+
+def test_what_cannot_be_removed_is_left_and_named(storage, caplog):
+    """The clean-up of a save that failed ends, and says which entries come back."""
+    attempt = arrive(NeverEmpty(storage), PATH, 2)
+    attempt.abort(ValueError("no"))
+    attempt.close()
+    assert "comes back as .fuse_hidden" in caplog.text
+    assert loaded_step(storage, PATH) is None
+    assert clean_up(storage, PATH) == [attempt.folder]

@@ -415,7 +415,7 @@ class Attempt:
             return
         try:
             if self.world_size == 1:
-                remove_tree(self._storage, self.folder)
+                remove_tree(self._storage, self.folder, self._lock)
                 return
             if self._has(MANIFEST_NAME):
                 return
@@ -442,7 +442,7 @@ class Attempt:
             return
         try:
             if self.world_size == 1 and not self.committed:
-                remove_tree(self._storage, self.folder)
+                remove_tree(self._storage, self.folder, self._lock)
             self._release()
             if self.committed and self._storage.stat(self.folder) is not None:
                 roll_forward(self._storage, self.path)

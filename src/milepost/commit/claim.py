@@ -131,21 +131,23 @@ def _lock_note(storage: Storage, folder: str, note: bytes) -> Lock | None:
     path = os.path.join(folder, NOTE_NAME)
     if storage.stat(path) is None:
         # Locked before it has its name: there is no moment in which it looks abandoned.
-        aside = os.path.join(folder, f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp")
-        write_bytes(storage, aside, note, sync=False)
+        ours = os.path.join(folder, f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp")
+        write_bytes(storage, ours, note, sync=False)
         lock = None
         try:
-            lock = storage.lock(aside)
-            storage.rename(aside, path, "create")
+            lock = storage.lock(ours)
+            storage.rename(ours, path, "create")
+            ours = path
+            # And by its name: where a rename is a link and an unlink, NFS and FUSE keep the open file aside.
+            return storage.lock(path)
         except StorageError as error:
-            if lock is not None:
-                lock.release()
             with suppress(StorageError):
-                storage.remove(aside)
+                storage.remove(ours)
             if not isinstance(error, EntryExistsError):
                 raise
-        else:
-            return lock
+        finally:
+            if lock is not None:
+                lock.release()
     before = _read_note(storage, folder)
     lock = storage.lock(path)
     if lock is not None and (before is None or _read_note(storage, folder) != before):

@@ -83,6 +83,7 @@ _OWN = re.compile(
 _ASIDE = re.compile(rf"\.(?:{_OWN.pattern}|shards\.json|index_{_NUMBER}\.json)\.[0-9a-f]{{16}}\.tmp")
 _DATA = re.compile(rf"checkpoint_{_NUMBER}\.pt")
 _INDEX = re.compile(rf"index_{_NUMBER}\.json")
+_SILLY = re.compile(r"\.(?:nfs|fuse_hidden)[0-9a-f]{8,}")
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _HIDDEN = re.compile(r"\.(.+)\.([A-Za-z0-9_-]{1,64})(?:\.partial|\.replaced)", re.DOTALL)
@@ -155,8 +156,11 @@ def abort_name(rank: int) -> str:
 
 
 def is_own(name: str) -> bool:
-    """Whether an entry of a published folder can only be a leftover of ours (or the manifest)."""
-    return bool(_OWN.fullmatch(name) or _ASIDE.fullmatch(name))
+    """Whether an entry of a published folder can only be a leftover of ours (or the manifest).
+
+    NFS and FUSE keep a removed file that is still open, under another name: that is one as well.
+    """
+    return bool(_OWN.fullmatch(name) or _ASIDE.fullmatch(name) or _SILLY.fullmatch(name))
 
 
 def is_note_aside(name: str) -> bool:

@@ -38,13 +38,16 @@ from milepost.errors import (
     TargetError,
 )
 from milepost.manifest import MANIFEST_NAME, Manifest
-from milepost.storage import Folder, Storage
+from milepost.storage import Folder, Lock, Storage
 
 __all__ = ["Target", "check_target", "publish", "published_manifest", "remove_tree", "retire", "sweep"]
 
 _logger = logging.getLogger(__name__)
 _TRIES = 50
+_ROUNDS = 5
 _NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+_GONE_SOON = frozenset({errno.ENOENT, errno.EBUSY})
+"""It is gone, or NFS keeps it until whoever has it open closes it."""
 
 
 # ---------------------------------------------------------------------------- the target
@@ -370,8 +373,7 @@ def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str])
         with suppress(CorruptCheckpointError):  # a link on the way: not ours
             found = folder.stat(name)
             if found is not None and found.kind == "file":
-                with suppress(EntryNotFoundError):
-                    storage.remove(os.path.join(path, name))
+                _remove_file(storage, os.path.join(path, name))
             parts = name.split("/")[:-1]
             inner |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
     for name in sorted(inner, key=len, reverse=True):
@@ -379,8 +381,7 @@ def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str])
             found = folder.stat(name)
             if found is not None and found.kind == "folder":
                 _remove_if_empty(storage, os.path.join(path, name))
-    with suppress(EntryNotFoundError):
-        storage.remove(os.path.join(path, MANIFEST_NAME))
+    _remove_file(storage, os.path.join(path, MANIFEST_NAME))
 
 
 def _remove_if_empty(storage: Storage, path: str) -> None:
@@ -398,20 +399,33 @@ def sweep(storage: Storage, path: str) -> None:
         return
     for name in names:
         if is_own(name) and name != MANIFEST_NAME:
-            with suppress(EntryNotFoundError):
-                storage.remove(os.path.join(path, name))
+            _remove_file(storage, os.path.join(path, name))
 
 
-def remove_tree(storage: Storage, path: str) -> None:
-    """Remove an attempt's folder with everything in it. The caller holds the lock on its ``attempt.json``.
+def remove_tree(storage: Storage, path: str, lock: Lock) -> None:
+    """Remove an attempt's folder with everything in it, and release the lock on its ``attempt.json``.
 
     The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's. When
     ``attempt.json`` is gone the folder's name is free: what is in it then is another's, and stays.
+
+    Raises:
+        StorageError: Something could not be removed; it is left with the ``attempt.json``.
     """
-    while names := [name for name in names_of(storage, path) or () if name != NOTE_NAME]:
+    for _ in range(_ROUNDS):
+        names = [name for name in names_of(storage, path) or () if name != NOTE_NAME]
         for name in sorted(names, key=_removal_order):
             _remove_entry(storage, os.path.join(path, name))
+        if not names:
+            break
+    else:
+        raise StorageError(
+            f"what is removed here comes back as {', '.join(names[:5])}: {path}",
+            path=path,
+            operation="remove",
+            hint="end the processes that hold files in it open, then delete the folder",
+        )
     _remove_entry(storage, os.path.join(path, NOTE_NAME))
+    lock.release()  # before the folder goes: NFS and FUSE keep a removed file that is open in it
     try:
         storage.remove(path)
     except StorageError as error:
@@ -434,5 +448,12 @@ def _remove_entry(storage: Storage, path: str) -> None:
     if found.kind == "folder":
         for name in names_of(storage, path) or ():
             _remove_entry(storage, os.path.join(path, name))
-    with suppress(EntryNotFoundError):
+    _remove_file(storage, path)
+
+
+def _remove_file(storage: Storage, path: str) -> None:
+    try:
         storage.remove(path)
+    except StorageError as error:
+        if error.errno not in _GONE_SOON:
+            raise

@@ -211,7 +211,7 @@ def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
         if has_manifest and published_manifest(storage, path) is not None:
             # It may be the former checkpoint of a job that reused its start id: the user's files move along.
             return retire(storage, path, hidden.path, None)
-        remove_tree(storage, hidden.path)
+        remove_tree(storage, hidden.path, lock)
     finally:
         lock.release()
     return True
