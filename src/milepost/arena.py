@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import mmap
 import os
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from milepost import syscalls
+from milepost.errors import LowMemoryError
 
 __all__ = ["Arena", "available_bytes"]
 
@@ -28,7 +30,10 @@ class Arena:
     """
 
     def __init__(self, size: int, descriptor: int | None = None) -> None:
-        self.descriptor = syscalls.anonymous_file("milepost-arena") if descriptor is None else descriptor
+        if descriptor is None:
+            with _room(size):
+                descriptor = syscalls.anonymous_file("milepost-arena", _in_pages(size))
+        self.descriptor = descriptor
         self._finalizer = weakref.finalize(self, _close, self.descriptor, os.getpid())
         self._finalizer.atexit = False
         self.view = memoryview(b"")
@@ -36,21 +41,19 @@ class Arena:
         self._populated = 0
         self._hurry = False
         self._lock = threading.Lock()
-        if descriptor is not None:
-            size = max(size, os.fstat(descriptor).st_size)
-        self.grow(size)
-        if descriptor is None and hasattr(fcntl, "F_ADD_SEALS"):
-            # Nobody who has the descriptor can shrink it: reading the mapping never faults.
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        self.grow(max(size, os.fstat(descriptor).st_size))
 
     def grow(self, size: int) -> None:
-        """Make it hold `size` bytes at least; what it holds stays, views made before keep the old mapping."""
-        size = -(-max(size, 1) // _PAGE) * _PAGE
+        """Make it hold `size` bytes at least; what it holds stays, views made before keep the old mapping.
+
+        Raises LowMemoryError if that cannot be had; nothing has changed then.
+        """
+        size = _in_pages(size)
         if size <= self.size:
             return
-        if os.fstat(self.descriptor).st_size < size:
-            os.ftruncate(self.descriptor, size)
-        self.view = memoryview(mmap.mmap(self.descriptor, size))
+        with _room(size):
+            syscalls.extend(self.descriptor, size)
+            self.view = memoryview(mmap.mmap(self.descriptor, size))
         self.size = size
 
     def populate(self) -> None:
@@ -75,6 +78,24 @@ class Arena:
         self.size = 0
         self._finalizer()
         self.descriptor = -1
+
+
+def _in_pages(size: int) -> int:
+    return -(-max(size, 1) // _PAGE) * _PAGE
+
+
+@contextmanager
+def _room(size: int) -> Iterator[None]:
+    """Make an OSError in the context the error for so many bytes that cannot be had."""
+    try:
+        yield
+    except OSError as error:
+        hint = 'on_low_memory="sync" saves without staging'
+        if error.errno == errno.EFBIG:
+            hint = f"the limit of file sizes (ulimit -f) holds for shared memory as well: raise it; {hint}"
+        raise LowMemoryError(
+            f"{size:,} bytes of shared memory cannot be had: {error.strerror}", phase="stage", hint=hint
+        ) from error
 
 
 def _close(descriptor: int, owner: int) -> None:

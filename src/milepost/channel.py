@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from milepost import errors, syscalls
-from milepost.errors import MilepostError, RemoteError
+from milepost.errors import MilepostError, RemoteError, StorageError
 
 __all__ = [
     "MAX_DESCRIPTORS",
@@ -234,10 +234,16 @@ def decode_path(path: bytes) -> str:
 
 def write_blob(data: bytes) -> int:
     """A descriptor of anonymous memory that holds `data`; the caller closes it."""
-    descriptor = syscalls.anonymous_file("milepost-message")
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    descriptor = -1
+    try:
+        descriptor = syscalls.anonymous_file("milepost-message", len(data))
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise StorageError.wrap(error, "write", "shared memory") from error
     return descriptor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -122,7 +123,7 @@ class CheckpointProcess:
         encoder: Makes what takes apart the state dicts that no `DefaultStager` has staged.
 
     Raises:
-        ConfigError: A function cannot be handed to another process.
+        ConfigError: A function cannot be handed to another process, or there is no interpreter to start.
     """
 
     def __init__(
@@ -138,6 +139,11 @@ class CheckpointProcess:
         on_progress: Callable[[str, str, int, int], None] | None = None,
         encoder: Callable[[], StateEncoder] | None = None,
     ) -> None:
+        if not sys.executable:
+            raise ConfigError(
+                "the checkpoint process cannot be started: sys.executable does not name a Python interpreter",
+                hint="set sys.executable to one that has Milepost, or use make_sync_checkpointer",
+            )
         self._make_encoder = encoder or (lambda: StateEncoder(rank_info))
         self._rank_info = rank_info
         self._config = config

@@ -216,6 +216,7 @@ class EntryExistsError(StorageError, FileExistsError):
 
 _HINTS = {
     errno.ENOSPC: "free space on this file system, or save somewhere else",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or save to another file system",
     errno.EDQUOT: "the disk quota is used up: free space, or save somewhere else",
     errno.EACCES: "check the permissions of the folder",
     errno.EROFS: "the file system is mounted read-only: save somewhere else",

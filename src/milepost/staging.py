@@ -251,13 +251,18 @@ class DefaultStager(CheckpointStager):
                     phase="stage",
                     hint='on_low_memory="sync" saves without staging; fewer saves in flight need less',
                 )
+        if slot is not None and missing > 0:
+            try:
+                slot.grow(need)
+            except LowMemoryError:  # it may lie where there is no more room; a new one may lie elsewhere
+                self._slots.remove(slot)
+                slot.close()
+                slot = None
         if slot is None:
             slot = _Slot(Arena(need), pin=self._config.use_pinned_memory)
             self._slots.append(slot)
             if len(self._slots) == 1 and not self._background:
                 logger.debug("made an arena of %d bytes", need)
-        elif missing > 0:
-            slot.grow(need)
         return slot
 
     def _populate(self, arena: Arena) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import stat
@@ -25,6 +26,7 @@ __all__ = [
     "cached_fraction",
     "disable_direct",
     "enable_direct",
+    "extend",
     "is_mount_point",
     "is_network_file_system",
     "lower_priority",
@@ -39,6 +41,7 @@ __all__ = [
     "watch_process",
 ]
 
+_logger = logging.getLogger(__name__)
 _LINUX = sys.platform == "linux"
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _HUGE_PAGE = 2 << 20
@@ -292,15 +295,65 @@ def address_of(view: memoryview) -> int | None:
 # ---------------------------------------------------------------------------- memory to share
 
 
-def anonymous_file(name: str) -> int:
-    """A descriptor of memory without a name in any folder, not inherited; sealable where there is memfd."""
+_MEMORY_FOLDERS = ("/dev/shm", None)  # noqa: S108 - None is the folder for temporary files
+_REFUSED = UNSUPPORTED | {errno.EPERM, errno.EACCES}
+_told: set[str] = set()
+
+
+def anonymous_file(name: str, size: int = 0) -> int:
+    """A descriptor of memory that has no name in any folder, of this size at least; it is not inherited.
+
+    It is a memfd. Where the system refuses those, as containers may, it is a file without a name in the
+    first folder that has room: /dev/shm, which is memory as well, else the one for temporary files. The log
+    says which. Raises OSError if there is no room for it.
+    """
     if hasattr(os, "memfd_create"):
-        return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            return _of_size(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), size)
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
     import tempfile  # noqa: PLC0415 - only where there is no memfd
 
-    descriptor, path = tempfile.mkstemp(prefix=name)
-    os.unlink(path)
+    for folder in _MEMORY_FOLDERS:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                descriptor = _of_size(os.dup(file.fileno()), size)
+            break
+        except OSError:
+            if folder is None:
+                raise
+    place = folder or tempfile.gettempdir()
+    if place not in _told:
+        _told.add(place)
+        _logger.warning("this system refuses memfd_create: shared memory is a nameless file in %s", place)
     return descriptor
+
+
+def _of_size(descriptor: int, size: int) -> int:
+    try:
+        extend(descriptor, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def extend(descriptor: int, size: int) -> None:
+    """Make an `anonymous_file` this large at least, with room for all of it; raises OSError if there is none.
+
+    From then on nobody can make a memfd smaller, and other files have their room: a mapping never faults.
+    """
+    if os.fstat(descriptor).st_size >= size:
+        return
+    is_memfd = False
+    with suppress(OSError, AttributeError):
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        is_memfd = True
+    if is_memfd or not hasattr(os, "posix_fallocate"):
+        os.ftruncate(descriptor, size)
+    else:
+        os.posix_fallocate(descriptor, 0, size)
 
 
 _MADV_POPULATE_WRITE = 23

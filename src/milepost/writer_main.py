@@ -69,7 +69,7 @@ class Service:
         self._attached: dict[int, list[int]] = {}
         self._line_ended = False
         self._arena: Arena | None = None
-        self._inode = 0
+        self._inode: tuple[int, ...] = ()
         self._plans: dict[bytes, tuple[Layout, list[bytes], Tensors]] = {}
         self._write: Callable[[Write, Packed, Arena, list[int]], None] = self._write_lean
 
@@ -185,7 +185,7 @@ class Service:
 
         The mapping of the last one is kept, with its page tables: most saves come in the same arena.
         """
-        inode = os.fstat(descriptor).st_ino
+        inode = os.stat(descriptor)[1:3]  # with its file system
         if self._arena is not None and inode == self._inode:
             os.close(descriptor)
             self._arena.grow(os.fstat(self._arena.descriptor).st_size)

@@ -511,3 +511,12 @@ def test_it_starts_about_as_fast_as_an_interpreter():
         ours.append(time.perf_counter() - began)
         process.close()
     assert min(ours) < 10 * min(bare) + 0.5  # the benchmark holds it to 4
+
+
+@pytest.mark.parametrize("executable", ["", None])
+def test_a_python_without_an_interpreter_is_told_at_construction(executable, monkeypatch):
+    """Where sys.executable is empty, as in programs that embed Python, the ConfigError names the ways out."""
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(ConfigError, match=r"sys\.executable does not name a Python interpreter") as caught:
+        CheckpointProcess(ONE, CheckpointProcessConfig(), lean=LeanWriter())
+    assert "make_sync_checkpointer" in caught.value.hint
