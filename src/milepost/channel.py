@@ -32,6 +32,7 @@ __all__ = [
     "Finished",
     "Go",
     "Init",
+    "Logged",
     "Message",
     "Moved",
     "Ready",
@@ -39,6 +40,7 @@ __all__ = [
     "decode_path",
     "describe_error",
     "encode_path",
+    "printable",
     "read_blob",
     "rebuild_error",
     "write_blob",
@@ -131,6 +133,14 @@ class Arrived(msgspec.Struct, tag=True):
     number: int
 
 
+class Logged(msgspec.Struct, tag=True):
+    """Writer to trainer: a warning or an error, for the trainer's log. Nobody reads the writer's own."""
+
+    logger: str
+    level: int
+    text: str
+
+
 class Finished(msgspec.Struct, tag=True):
     """Writer to trainer: a save is over. Also sent with number -1 when the start failed."""
 
@@ -138,7 +148,7 @@ class Finished(msgspec.Struct, tag=True):
     failure: Failure | None = None
 
 
-Message = Failure | Init | Write | Attached | Go | Exit | Ready | Moved | Arrived | Finished
+Message = Failure | Init | Write | Attached | Go | Exit | Ready | Moved | Arrived | Logged | Finished
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
@@ -265,7 +275,7 @@ def read_blob(descriptor: int) -> bytes:
 def describe_error(error: BaseException) -> Failure:
     """An error as facts that can cross to another process."""
     facts = {
-        name: _printable(value, _MAX_FACT_BYTES) if isinstance(value, str) else value
+        name: printable(value, _MAX_FACT_BYTES) if isinstance(value, str) else value
         for name, value in (vars(error) if isinstance(error, MilepostError) else {}).items()
         if name != "message" and isinstance(value, str | int | bool | None)
     }
@@ -273,11 +283,11 @@ def describe_error(error: BaseException) -> Failure:
         facts["errno"] = error.errno
     kind = type(error)
     return Failure(
-        _printable(str(kind.__module__), _MAX_FACT_BYTES),
-        _printable(kind.__qualname__, _MAX_FACT_BYTES),
-        _printable(_text(error)),
+        printable(str(kind.__module__), _MAX_FACT_BYTES),
+        printable(kind.__qualname__, _MAX_FACT_BYTES),
+        printable(_text(error)),
         facts,
-        _printable("".join(traceback.format_exception(error)), _MAX_TRACE_BYTES, end=True),
+        printable("".join(traceback.format_exception(error)), _MAX_TRACE_BYTES, end=True),
     )
 
 
@@ -289,7 +299,7 @@ def _text(error: BaseException) -> str:
         return f"(its text could not be had: {type(another).__name__})"
 
 
-def _printable(text: str, limit: int = _MAX_TEXT_BYTES, *, end: bool = False) -> str:
+def printable(text: str, limit: int = _MAX_TEXT_BYTES, *, end: bool = False) -> str:
     """A text that fits into a message: cut in the middle of nowhere if it must be, `end` says where."""
     data = text.encode("utf-8", "backslashreplace")
     if len(data) > limit:

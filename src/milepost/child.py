@@ -28,6 +28,7 @@ from milepost.channel import (
     Finished,
     Go,
     Init,
+    Logged,
     Message,
     Moved,
     Ready,
@@ -322,6 +323,8 @@ class Child:
             threading.Thread(
                 target=self._meet, args=(message.number,), name="milepost-barrier", daemon=True
             ).start()
+        elif isinstance(message, Logged):
+            logging.getLogger(message.logger).log(message.level, "%s", message.text)
         elif isinstance(message, Moved):
             self._pass_on(message)
         elif isinstance(message, Finished):

@@ -295,8 +295,7 @@ def address_of(view: memoryview) -> int | None:
 # ---------------------------------------------------------------------------- memory to share
 
 
-_MEMORY_FOLDERS = ("/dev/shm", None)  # noqa: S108 - None is the folder for temporary files
-_REFUSED = UNSUPPORTED | {errno.EPERM, errno.EACCES}
+_MEMORY_FOLDER = "/dev/shm"  # noqa: S108 - the files in it have no names
 _told: set[str] = set()
 
 
@@ -307,26 +306,23 @@ def anonymous_file(name: str, size: int = 0) -> int:
     first folder that has room: /dev/shm, which is memory as well, else the one for temporary files. The log
     says which. Raises OSError if there is no room for it.
     """
-    if hasattr(os, "memfd_create"):
-        try:
-            return _of_size(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), size)
-        except OSError as error:
-            if error.errno not in _REFUSED:
-                raise
+    with suppress(OSError, AttributeError):  # macOS has none
+        return _of_size(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), size)
+    try:
+        return _nameless_file(_MEMORY_FOLDER, size)
+    except OSError:
+        return _nameless_file(None, size)
+
+
+def _nameless_file(folder: str | None, size: int) -> int:
     import tempfile  # noqa: PLC0415 - only where there is no memfd
 
-    for folder in _MEMORY_FOLDERS:
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                descriptor = _of_size(os.dup(file.fileno()), size)
-            break
-        except OSError:
-            if folder is None:
-                raise
-    place = folder or tempfile.gettempdir()
-    if place not in _told:
-        _told.add(place)
-        _logger.warning("this system refuses memfd_create: shared memory is a nameless file in %s", place)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        descriptor = _of_size(os.dup(file.fileno()), size)
+    folder = folder or tempfile.gettempdir()
+    if folder not in _told:
+        _told.add(folder)
+        _logger.warning("this system refuses memfd_create: shared memory is a nameless file in %s", folder)
     return descriptor
 
 

@@ -7,6 +7,7 @@ and every request that the trainer got into the line is carried out before this 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pickle
 import signal
@@ -29,12 +30,14 @@ from milepost.channel import (
     Finished,
     Go,
     Init,
+    Logged,
     Message,
     Moved,
     Ready,
     Write,
     decode_path,
     describe_error,
+    printable,
     read_blob,
     rebuild_error,
 )
@@ -281,6 +284,17 @@ class _Reporter:
             self._channel.send(Moved(self._number, phase, done, size))
 
 
+class _ToTrainer(logging.Handler):
+    """Hands what Milepost logs here to the trainer."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(logging.WARNING)
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.send(Logged(record.name, record.levelno, printable(self.format(record))))
+
+
 def main() -> None:
     """Serve the trainer at the other end of the descriptor that is the only argument."""
     ignored = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -289,7 +303,9 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)  # the trainer starts us with these blocked
     line = socket.socket(fileno=int(sys.argv[1]))
     line.set_inheritable(False)
-    Service(Channel(line), int(sys.argv[2])).run()
+    channel = Channel(line)
+    logging.getLogger("milepost").addHandler(_ToTrainer(channel))
+    Service(channel, int(sys.argv[2])).run()
 
 
 if __name__ == "__main__":

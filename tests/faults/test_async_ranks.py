@@ -288,3 +288,13 @@ def test_a_path_that_is_refused_leaves_nothing_anywhere(tmp_path, monkeypatch):
             with pytest.raises(UnsupportedTypeError):  # of which a save would tell the others at its path
                 checkpointer.save(path, [])
     assert os.listdir(tmp_path) == []
+
+
+def test_a_warning_of_the_writer_process_is_in_the_trainers_log(tmp_path, caplog):
+    """What all ranks saved alike is told where somebody reads it, before the write future is done."""
+    same = {"v": torch.arange(100_000)}
+    with parts(process=process(0)) as first, parts(process=process(1)) as second:
+        written = [each.save(str(tmp_path / "c"), same)[1] for each in (first, second)]
+        assert [error_of(future) for future in written] == [None, None]
+        told = [record for record in caplog.records if "are the same on all 2 ranks" in record.message]
+        assert [record.name for record in told] == ["milepost.commit.copies"]

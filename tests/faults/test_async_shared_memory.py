@@ -138,7 +138,7 @@ def test_arenas_of_one_inode_number_are_told_apart(tmp_path):
             folder = os.fsencode(tmp_path) + b"/" + name
             os.mkdir(folder)
             mount_tmpfs(folder, b"size=1m")
-            syscalls._MEMORY_FOLDERS = (os.fsdecode(folder),)
+            syscalls._MEMORY_FOLDER = os.fsdecode(folder)
             made.append(Arena(1))
             made[-1].view[:1] = name
         first, second = (os.fstat(arena.descriptor) for arena in made)

@@ -12,7 +12,7 @@ Modules, each importing only from those below it:
     publish | claim | listing                  taking a place; who works there; what is there
     locate
     marks                                      when a folder holds a whole checkpoint
-    hidden | ids                               names and contents
+    hidden | ids | copies                      names and contents; what all ranks have saved alike
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
+from milepost.commit.copies import Copies
 from milepost.commit.hidden import (
     belongs,
     file_digest,
@@ -97,6 +98,7 @@ def assemble(
     marks: list[Mark] = []
     indexes: list[FileDigest] = []
     merger = Merger(attempt, len(ranks))
+    copies = Copies() if live and len(ranks) > 1 else None
     for rank in range(len(ranks)):
         if rank not in ranks:
             return None
@@ -112,6 +114,8 @@ def assemble(
         indexes.append(digest(name, data))
         if SHARDS_FEATURE in mark.requires:
             merger.add(rank, data, os.path.join(folder.path, name))
+        if copies is not None:
+            copies.add(data)
     if not marks:
         return None
     _check_agreement(attempt, marks, merger)
@@ -134,6 +138,8 @@ def assemble(
     )
     if missing_files(folder, manifest):
         return None
+    if copies is not None:
+        copies.tell()
     if encoded is not None:
         manifest.shards = digest(SHARDS_NAME, encoded)
     return manifest, encoded
