@@ -92,7 +92,8 @@ def arrive(
         put(storage, begun.data_path, content(step, rank))
         if hook:
             hook(begun.folder)
-        begun.mark(encode_index(index_of(begun, step, fields, attachments=begun.attachments())))
+        more = {"attachments": begun.attachments(), "sequence": begun.sequence()}
+        begun.mark(encode_index(index_of(begun, step, fields, **more)))
     except Exception as error:
         begun.abort(error)
         begun.close()

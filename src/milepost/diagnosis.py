@@ -33,6 +33,7 @@ from milepost.commit.hidden import (
     looks_hidden,
     names_of,
     opened,
+    published_manifest,
     ranks_in,
     read_manifest,
     read_note,
@@ -41,7 +42,7 @@ from milepost.commit.hidden import (
 )
 from milepost.commit.listing import Explanation, explain_folder
 from milepost.commit.marks import assemble, checked_manifest, missing_files
-from milepost.commit.publish import published_manifest
+from milepost.commit.recover import is_overtaken
 from milepost.errors import (
     CheckpointNotFoundError,
     CommitError,
@@ -300,7 +301,9 @@ def _hidden(
 ) -> Finding | None:
     """What a hidden folder is: its content decides, by the rules of `milepost.commit.recover`."""
     names = list_names(folder)
-    published = published_manifest(storage, found.target) if found.target else None
+    published = None
+    with suppress(LoadError):
+        published = published_manifest(storage, found.target) if found.target else None
     try:
         manifest = read_manifest(folder)
     except UnsupportedFormatError as error:
@@ -323,7 +326,7 @@ def _hidden(
     found = replace(found, alive=alive)
     whole = checked_manifest(folder, attempt, names, deep=True)
     if whole is not None:
-        late = published is not None and published.time > whole.time
+        late = is_overtaken(whole, published)
         return replace(found, state="overtaken" if late else "complete", loads=not late, compared="sizes")
     if note is not None and not belongs(note, folder, attempt):
         return replace(found, state="foreign")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -56,6 +56,8 @@ FEATURES: frozenset[str] = frozenset({SHARDS_FEATURE})
 MAX_INDEX_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_INT = (1 << 63) - 1
+
+Sequence = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 
 DTYPE_BYTES = {
     **dict.fromkeys(("bool", "uint8", "int8"), 1),
@@ -151,7 +153,9 @@ class Mark(msgspec.Struct, kw_only=True):
         process: Random id of the process that wrote it.
         rank: The rank that wrote it.
         world_size: How many ranks take part.
-        time: When it was written, seconds since the epoch.
+        time: When it was written, seconds since the epoch. Nothing is decided by it: clocks go wrong.
+        sequence: Rank 0's: one above that of every save to this path that it could see by then. It orders
+            the saves to one path; 0 where none was given.
         step: The training step that was given to `save`, if any.
         agreement: Hash of what all ranks must agree on ("" with nothing to agree on).
         files: The data files of this rank.
@@ -169,6 +173,7 @@ class Mark(msgspec.Struct, kw_only=True):
     rank: int
     world_size: int
     time: float
+    sequence: Sequence = 0
     step: int | None = None
     agreement: str = ""
     files: list[DataFile] = []
@@ -195,6 +200,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     attempt: str
     world_size: int
     time: float
+    sequence: Sequence = 0
     step: int | None = None
     metadata: Any = None
     writer: dict[str, str] = {}
@@ -202,6 +208,11 @@ class Manifest(msgspec.Struct, kw_only=True):
     files: list[DataFile]
     attachments: list[FileDigest] = []
     shards: FileDigest | None = None
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Compares saves to one path, the later is greater; time counts only where both have no sequence."""
+        return self.sequence, 0.0 if self.sequence else self.time
 
     @property
     def size_bytes(self) -> int:

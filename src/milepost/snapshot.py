@@ -264,6 +264,7 @@ def save_snapshot(
                 if hook is not None:  # or else a listing of what all ranks have put there, for nothing
                     index.attachments = attempt.attachments()
                 index.step, index.metadata = labels.step, labels.metadata
+                index.sequence = attempt.sequence()
                 attempt.mark(encode_index(index))
         if options.barrier is not None:
             with _phase(attempt, "barrier", options):

@@ -6,14 +6,13 @@ import io
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from isal.isal_zlib import crc32_combine
 
 from milepost.commit import Located, locate
-from milepost.commit.hidden import data_rank, file_digest, read_manifest
-from milepost.commit.publish import published_manifest
+from milepost.commit.hidden import data_rank, file_digest, published_manifest, read_manifest
 from milepost.errors import CorruptCheckpointError, IncompleteCheckpointError, LoadError, StorageError
 from milepost.manifest import CHUNK_BYTES, DataFile, FileDigest, Index, Manifest, decode_index
 from milepost.outline import Line, outline
@@ -127,8 +126,10 @@ def verify(storage: Storage, path: str, progress: Progress | None = None) -> Rep
 
 
 def _attempt_at(storage: Storage, path: str) -> str | None:
-    manifest = published_manifest(storage, os.path.abspath(path))
-    return None if manifest is None else manifest.attempt
+    with suppress(LoadError, StorageError):
+        manifest = published_manifest(storage, os.path.abspath(path))
+        return None if manifest is None else manifest.attempt
+    return None
 
 
 def _verified(storage: Storage, path: str, progress: Progress | None) -> tuple[Report, str | None]:

@@ -30,7 +30,7 @@ class Fails(WriterHook):
 
 
 def test_on_fuse_a_save_that_fails_ends_and_leaves_nothing(tmp_path):
-    """FUSE keeps a removed file that is open under a new name each time: the clean-up does not run after it."""
+    """FUSE keeps a removed file that is open under a new name each time: the clean-up ends all the same."""
     with bindfs_mount(tmp_path) as place:
         path = str(place / "step")
         for number in (1, 2):

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from commit_steps import (
     StepClock,
+    Wrapper,
     arrive,
     assert_clean,
     content,
@@ -125,12 +126,15 @@ def test_a_forked_child_is_another_process():
 
 
 def test_nothing_is_left_of_a_save_that_fails(storage):
-    """The only rank removes its folder when it aborts, and when it is closed uncommitted."""
+    """The only rank removes its folder when it aborts, and when it is closed before its part is whole."""
     for end in ("abort", "close"):
-        attempt = arrive(storage, PATH, 1)
-        assert hidden(storage, PATH)
         if end == "abort":
+            attempt = arrive(storage, PATH, 1)
             attempt.abort(ValueError("no"))
+        else:
+            attempt = Attempt.begin(storage, PATH, attempt="one", rank=0, world_size=1)
+            put(storage, attempt.data_path, b"half")
+            assert hidden(storage, PATH)
         attempt.close()
         attempt.close()
         assert hidden(storage, PATH) == []
@@ -627,3 +631,96 @@ def test_a_save_that_another_rank_publishes_meanwhile_is_no_reason_to_warn(tmp_p
     first.close()
     assert os.listdir(tmp_path) == ["step"]
     assert caplog.text == ""
+
+
+# ---------------------------------------------------------------------------- what is not seen
+
+
+class Stale(Wrapper):
+    """Shows through an open folder only what was there when that was opened."""
+
+    def open_folder(self, path):
+        folder = Wrapper(self.inner.open_folder(path))
+        names = folder.inner.names()
+        folder.names = lambda: names
+        return folder
+
+
+class Fogged(Wrapper):
+    """Shows in the folders of attempts only what `names` passes, once `on` is set."""
+
+    on = True
+
+    def open_folder(self, path):
+        folder = Wrapper(self.inner.open_folder(path))
+        if os.path.basename(path).startswith("."):
+            folder.names = lambda: [] if self.on else folder.inner.names()
+            folder.stat = lambda name: None if self.on else folder.inner.stat(name)
+        return folder
+
+
+def test_a_save_whose_mark_is_not_seen_raises_and_keeps_its_files(storage):
+    """Where a listing hides what this rank wrote, the save raises, and what is whole is left and loads."""
+    attempt = arrive(Stale(storage), PATH, 2)
+    with pytest.raises(CommitError, match="does not show what this rank has written there") as caught:
+        attempt.complete()
+    assert "doctor" in caught.value.hint
+    attempt.abort(caught.value)
+    attempt.close()
+    assert loaded_step(storage, PATH) == 2
+    assert roll_forward(storage, PATH) == [attempt.folder]
+    assert_clean(storage, PATH)
+
+
+def test_a_rank_that_leaves_without_a_commit_keeps_what_is_whole(storage):
+    """The only rank that is closed after its mark leaves a checkpoint that loads."""
+    arrive(storage, PATH, 2).close()
+    assert loaded_step(storage, PATH) == 2
+
+
+@pytest.mark.parametrize("wait", ["wait_for_marks", "wait_for_commit", "complete"])
+def test_an_empty_listing_is_no_commit(storage, wait):
+    """A rank whose folder seems empty waits, and then raises: the checkpoint need not be committed."""
+    fogged = Fogged(storage)
+    fogged.on = False
+    attempt = arrive(fogged, PATH, 2, attempt="job-1", rank=1, world_size=2, clock=StepClock().clock)
+    fogged.on = True
+    with pytest.raises(CommitError, match="does not show what this rank has written there"):
+        attempt.complete() if wait == "complete" else getattr(attempt, wait)(60)
+    assert not attempt.committed
+    attempt.close()
+    fogged.on = False
+    assert rank_of(storage, 0).complete()
+    assert loaded_step(storage, PATH) == 2
+
+
+def test_what_is_cleared_counts_as_committed_only_when_a_later_checkpoint_is_there(storage):
+    """A rank whose folder a later save has replaced and cleared knows it by what lies at the path."""
+    first, waiter = (rank_of(storage, rank) for rank in range(2))
+    assert first.complete()
+    first.close()
+    save(storage, PATH, 3)
+    waiter.wait_for_marks(60)
+    waiter.wait_for_commit(60)
+    assert waiter.committed
+    waiter.close()
+    assert loaded_step(storage, PATH) == 3
+
+
+def test_a_commit_that_is_not_seen_is_never_told_as_published(storage):
+    """When a committed folder can be seen nowhere, the save raises; it does not return."""
+
+    class Hides(Wrapper):
+        def open_folder(self, path):
+            if path == attempt.folder and storage.stat(f"{path}/manifest.json"):
+                raise StorageError.wrap(FileNotFoundError(2, "No such file"), "open", path)
+            return self.inner.open_folder(path)
+
+    save(storage, PATH, 1)
+    attempt = arrive(storage, PATH, 2)
+    attempt._storage = Hides(storage)
+    with pytest.raises(StorageError, match="committed, but not seen"):
+        attempt.complete()
+    attempt.close()
+    assert roll_forward(storage, PATH) == [attempt.folder]
+    assert loaded_step(storage, PATH) == 2

@@ -75,8 +75,9 @@ def test_the_newer_of_published_and_waiting_is_found(storage):
     newer = arrive(storage, PATH, 3)
     found = located(storage)
     assert (found.in_place, found.path, found.manifest.step) == (True, newer.folder, 3)
-    older.close()
-    newer.close()
+    for attempt in (older, newer):
+        attempt.abort(ValueError("no"))
+        attempt.close()
     assert loaded_step(storage, PATH) == 2
 
 

@@ -28,18 +28,21 @@ from milepost.commit.hidden import (
     beacon_name,
     join_hidden,
     list_names,
+    names_of,
     opened,
+    published_manifest,
     ranks_in,
     read_beacons,
     shown,
 )
 from milepost.commit.ids import process_id
 from milepost.commit.marks import assemble
-from milepost.commit.publish import is_pending, publish, published_manifest, remove_tree
-from milepost.commit.recover import commit_manifest, roll_forward, tidy
+from milepost.commit.publish import is_pending, publish, remove_tree
+from milepost.commit.recover import commit_manifest, next_sequence, roll_forward, tidy
 from milepost.commit.waiting import Wait, raise_if_aborted, timeout_error
 from milepost.errors import (
     CommitError,
+    CommitTimeoutError,
     EntryExistsError,
     EntryNotFoundError,
     LoadError,
@@ -103,6 +106,8 @@ class Attempt:
         self._owner = os.getpid()
         self._lock: Lock | None = None
         self._root: Folder | None = None
+        self._seen = 0
+        self._doubtful = False
         self._phase = "begin"
         self._last_beacon = float("-inf")
 
@@ -190,8 +195,13 @@ class Attempt:
 
     def _is_published(self) -> bool:
         """Whether this very attempt is published already: its writer was lost after the commit."""
-        published = published_manifest(self._storage, self.path)
-        if published is None or published.attempt != self.id:
+        published = None
+        with suppress(LoadError):  # a damaged one is not replaced, but the others must hear of it
+            published = published_manifest(self._storage, self.path)
+        if published is None:
+            return False
+        self._seen = published.sequence
+        if published.attempt != self.id:
             return False
         with opened(self._storage, self.path) as folder:
             if folder is not None:
@@ -252,10 +262,15 @@ class Attempt:
         with error_context(path=self.path, rank=self.rank, phase="pre_commit"):
             return collect(self._storage, self._folder(), self.folder, self.world_size)
 
+    def sequence(self) -> int:
+        """What orders the saves to this path, for the mark. Rank 0's counts, and only it looks."""
+        return next_sequence(self._storage, self.path) if self.rank == 0 else 0
+
     def mark(self, index_bytes: bytes) -> None:
         """Write this rank's index: on return it has arrived, and everything it wrote is durable.
 
-        The caller has filled in the index's process, attempt, rank, world_size, step, agreement and time.
+        The caller has filled in the index's process, attempt, rank, world_size, step, agreement, time and
+        `sequence`.
 
         Raises:
             AbortedError: Another rank has failed.
@@ -293,6 +308,7 @@ class Attempt:
             if self._sees_commit(names):
                 return False
             raise_if_aborted(self._folder(), names)
+            self._check_view(names)
             if not ranks_in(names) >= set(range(self.world_size)):
                 return False
             try:
@@ -316,18 +332,36 @@ class Attempt:
                     raise CommitError(f"the folder of this attempt is gone: {self.folder}")
                 return False
             self.committed = True
-            publish(self._storage, self.path, self.id)
+            publish(self._storage, self.path, assembled[0])
             return True
 
     def _sees_commit(self, names: list[str]) -> bool:
         """Whether another rank has committed; if so that is durable on return."""
-        gone = self.marked and not names  # published, replaced by a later save, and cleared
-        if MANIFEST_NAME not in names and not gone:
+        if MANIFEST_NAME not in names and not self._is_superseded(names):
             return False
         with suppress(EntryNotFoundError):  # else published, so that its names are durable
             self._storage.sync_folder(self.folder)
         self.committed = True
         return True
+
+    def _is_superseded(self, names: list[str]) -> bool:
+        """Whether it was published, and perhaps replaced by a later save that has cleared it.
+
+        A folder that seems empty does not show that: this, or a checkpoint that is new since, is at the path.
+        """
+        if not self.marked or index_name(self.rank) in names:
+            return False
+        published = published_manifest(self._storage, self.path)
+        return published is not None and (published.attempt == self.id or published.sequence > self._seen)
+
+    def _check_view(self, names: list[str]) -> None:
+        if self.marked and index_name(self.rank) not in names:
+            self._doubtful = True
+            raise CommitError(
+                f"the folder of this attempt does not show what this rank has written there: {self.folder}",
+                hint="was it removed, or does the file system show an old state of it? If it is there, "
+                "`milepost doctor` tells what is in it",
+            )
 
     def sees_commit(self) -> bool:
         """Whether the checkpoint is committed, by whichever rank; if so that is durable on return."""
@@ -350,10 +384,10 @@ class Attempt:
         with error_context(path=self.path, rank=self.rank, phase="wait_for_marks"):
             wait = self._wait(timeout_seconds, poll_seconds, "wait_for_marks")
             while not (self._has(ARRIVED_NAME) or self._has(MANIFEST_NAME)):
-                # Without its own mark the checkpoint was committed, replaced and cleared meanwhile.
+                # Without its own mark it may have been committed, replaced and cleared meanwhile.
                 if wait.leads() or self._has(ABORTED_NAME) or not self._has(index_name(self.rank)):
                     names = self._names()
-                    if MANIFEST_NAME in names or not names:
+                    if self._sees_commit(names):
                         return
                     raise_if_aborted(self._folder(), names)
                     if ranks_in(names) >= set(range(self.world_size)):
@@ -361,7 +395,7 @@ class Attempt:
                             self._put(ARRIVED_NAME, b"{}")
                         return
                 if not wait.pause():
-                    raise timeout_error(self._folder(), self._names(), self.world_size, timeout_seconds)
+                    raise self._timeout(timeout_seconds)
 
     def wait_for_commit(self, timeout_seconds: float, poll_seconds: float = 0.5) -> None:
         """Returns when it is committed, by whomever, and mostly published; commits when rank 0 stands still.
@@ -380,7 +414,7 @@ class Attempt:
             wait = self._wait(timeout_seconds, poll_seconds, "wait_for_commit")
             while not (self.committed or self._is_committed(wait)):
                 if not wait.pause():
-                    raise timeout_error(self._folder(), self._names(), self.world_size, timeout_seconds)
+                    raise self._timeout(timeout_seconds)
             wait = self._wait(_PUBLISH_SECONDS, poll_seconds, "wait_for_commit")
             while is_pending(self._storage, self.path, self.id) and wait.pause():
                 pass
@@ -393,6 +427,11 @@ class Attempt:
         elif self._has(ABORTED_NAME):
             raise_if_aborted(self._folder(), self._names())
         return self.committed
+
+    def _timeout(self, seconds: float) -> CommitTimeoutError:
+        names = self._names()
+        self._check_view(names)
+        return timeout_error(self._folder(), names, self.world_size, seconds)
 
     def _wait(self, timeout_seconds: float, poll_seconds: float, phase: str) -> Wait:
         return Wait(
@@ -415,7 +454,7 @@ class Attempt:
             return
         try:
             if self.world_size == 1:
-                remove_tree(self._storage, self.folder, self._lock)
+                self._remove()
                 return
             if self._has(MANIFEST_NAME):
                 return
@@ -430,10 +469,19 @@ class Attempt:
                 with suppress(EntryExistsError):
                     self._put(name, msgspec.json.encode(mark))
         except MilepostError as failure:
-            _logger.warning("could not leave a word that this rank failed: %s", failure)
+            _logger.warning("could not clear a save that failed, or tell the other ranks: %s", failure)
+
+    def _remove(self) -> None:
+        """Remove the only rank's folder, unless it is committed, or has not shown what is in it."""
+        names = names_of(self._storage, self.folder) or []
+        self._check_view(names)
+        if self._doubtful:
+            _logger.warning("a save that was not seen to commit is left: %s", self.folder)
+        elif self._lock is not None and MANIFEST_NAME not in names:
+            remove_tree(self._storage, self.folder, self._lock)
 
     def close(self) -> None:
-        """Leave the attempt; idempotent, never raises. The only rank leaves nothing uncommitted behind.
+        """Leave the attempt; idempotent, never raises. The only rank leaves nothing behind that is not whole.
 
         The last rank to leave publishes what was committed by a rank that died before it could.
         """
@@ -441,8 +489,8 @@ class Attempt:
             self._release()
             return
         try:
-            if self.world_size == 1 and not self.committed:
-                remove_tree(self._storage, self.folder, self._lock)
+            if self.world_size == 1 and not self.committed and not self.marked:
+                self._remove()
             self._release()
             if self.committed and self._storage.stat(self.folder) is not None:
                 roll_forward(self._storage, self.path)

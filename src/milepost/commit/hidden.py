@@ -50,15 +50,17 @@ __all__ = [
     "beacon_name",
     "belongs",
     "data_rank",
+    "failures",
     "file_digest",
     "index_rank",
     "is_own",
     "join_hidden",
     "names_of",
     "numbers",
+    "open_if_there",
     "opened",
+    "published_manifest",
     "ranks_in",
-    "read_abort_marks",
     "read_beacons",
     "read_manifest",
     "read_note",
@@ -74,7 +76,6 @@ PARTIAL, REPLACED = ".partial", ".replaced"
 
 MAX_SMALL_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
-_NO_FOLDER = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES})
 _MAX_STEM_BYTES = 170  # the dots, an attempt of 64 characters and a suffix must fit into 255 bytes with it
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _OWN = re.compile(
@@ -280,20 +281,29 @@ def looks_hidden(entry: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def open_if_there(storage: Storage, path: str) -> Folder | None:
+    """An open folder; None where there is none, or something else, or another user's hidden one.
+
+    That one is private until it is committed. Any other folder that cannot be opened is an error.
+    """
+    try:
+        return storage.open_folder(path)
+    except StorageError as error:
+        private = error.errno == errno.EACCES and looks_hidden(os.path.basename(path))
+        if not private and error.errno not in {errno.ENOENT, errno.ENOTDIR}:
+            raise
+    return None
+
+
 @contextmanager
 def opened(storage: Storage, path: str) -> Iterator[Folder | None]:
-    """An open folder; None where there is none, or something else."""
-    try:
-        folder = storage.open_folder(path)
-    except StorageError as error:
-        if not isinstance(error, EntryNotFoundError) and error.errno not in _NO_FOLDER:
-            raise
-        yield None
-        return
+    """As `open_if_there`, closed at the end."""
+    folder = open_if_there(storage, path)
     try:
         yield folder
     finally:
-        folder.close()
+        if folder is not None:
+            folder.close()
 
 
 def names_of(storage: Storage, path: str) -> list[str] | None:
@@ -340,9 +350,10 @@ def read_beacons(folder: Folder, names: Iterable[str]) -> dict[int, Beacon]:
     return {beacon.rank: beacon for beacon in found if beacon}
 
 
-def read_abort_marks(folder: Folder, names: Iterable[str]) -> dict[int, AbortMark]:
-    """The abort marks, by rank."""
-    found = (_read_small(folder, name, AbortMark) for name in names if name.startswith("abort_"))
+def failures(folder: Folder, names: Iterable[str]) -> dict[int, AbortMark]:
+    """The abort marks by rank: that of the rank which failed first, then the others."""
+    listed = [ABORTED_NAME, *sorted(name for name in names if name.startswith("abort_"))]
+    found = (_read_small(folder, name, AbortMark) for name in listed)
     return {mark.rank: mark for mark in found if mark}
 
 
@@ -357,6 +368,17 @@ def read_manifest(folder: Folder) -> Manifest | None:
     except EntryNotFoundError:
         return None
     return decode_manifest(data, os.path.join(folder.path, MANIFEST_NAME))
+
+
+def published_manifest(storage: Storage, path: str) -> Manifest | None:
+    """The manifest of the checkpoint at `path`; None where there is none.
+
+    Raises:
+        CorruptCheckpointError: It is damaged (UnsupportedFormatError: of a later format).
+        StorageError: It cannot be read.
+    """
+    with opened(storage, path) as folder:
+        return None if folder is None else read_manifest(folder)
 
 
 def file_digest(folder: Folder, name: str) -> FileDigest:

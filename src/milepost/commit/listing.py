@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
+import errno
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from milepost.commit.hidden import (
     Note,
     absolute_path,
     data_rank,
+    failures,
     index_rank,
     is_own,
     list_names,
@@ -23,7 +25,6 @@ from milepost.commit.hidden import (
     numbers,
     opened,
     ranks_in,
-    read_abort_marks,
     read_beacons,
     read_manifest,
     read_note,
@@ -85,8 +86,17 @@ def scan(storage: Storage, folder: str) -> list[Entry]:
     names = names_of(storage, folder)
     if names is None:
         raise CheckpointNotFoundError(f"there is no such folder: {folder}", path=folder)
-    found = (entry_at(storage, os.path.join(folder, name)) for name in names)
+    found = (_entry_or_none(storage, os.path.join(folder, name)) for name in names)
     return sorted((entry for entry in found if entry), key=lambda entry: (entry.time, entry.name))
+
+
+def _entry_or_none(storage: Storage, path: str) -> Entry | None:
+    try:
+        return entry_at(storage, path)
+    except StorageError as error:
+        if error.errno != errno.EACCES:
+            raise
+        return None  # nobody who may not open a folder can load from it
 
 
 def entry_at(storage: Storage, path: str) -> Entry | None:
@@ -196,7 +206,7 @@ class Explanation:
         note: Its ``attempt.json``, if it can be read.
         world_size: How many ranks take part, if that is known.
         arrived: The ranks whose marks are there.
-        aborted: The ranks that failed, with their errors.
+        aborted: The ranks that failed, the first to fail first, with their errors.
         beacons: The last words of each rank.
         problem: All this in one line.
     """
@@ -225,11 +235,10 @@ def explain_folder(folder: Folder) -> Explanation:
     world_size = note.world_size if note is not None and 0 < note.world_size <= _MAX_RANKS else None
     here = ranks_in(names)
     arrived = sorted(here)
-    aborted, beacons = read_abort_marks(folder, names), read_beacons(folder, names)
+    aborted, beacons = failures(folder, names), read_beacons(folder, names)
     parts = []
     if aborted:
-        marks = sorted(aborted.values(), key=lambda mark: (mark.time, mark.rank))
-        roots, stopped = causes((mark.rank, f"{mark.type}: {mark.message}") for mark in marks)
+        roots, stopped = causes((mark.rank, f"{mark.type}: {mark.message}") for mark in aborted.values())
         (error, first), *others = roots.items()
         parts.append(f"{ranks_named(first)} failed: {error}")
         if others:

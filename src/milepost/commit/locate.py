@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from milepost.commit.hidden import (
     list_names,
     looks_hidden,
     names_of,
+    open_if_there,
     opened,
+    published_manifest,
     read_manifest,
     shown,
     siblings,
@@ -37,6 +40,7 @@ from milepost.storage import Folder, Storage
 
 __all__ = ["Located", "has_identity", "locate"]
 
+_logger = logging.getLogger(__name__)
 _TRIES = 20
 _TAIL_BYTES = 1 << 16
 _MANY_RANKS = 64
@@ -107,27 +111,37 @@ def _locate_once(storage: Storage, path: str, state: list[object]) -> Located:
         path = os.path.realpath(path)
     waiting = _waiting(storage, path)
     try:
-        published = _published(storage, path, state)
-    except LoadError:
-        if waiting is not None:
+        try:
+            published = _published(storage, path, state)
+        except LoadError as error:
+            there = None
+            with suppress(CorruptCheckpointError):
+                there = published_manifest(storage, path)
+            if waiting is None or _is_older(waiting, there):
+                raise
+            if isinstance(error, CorruptCheckpointError):
+                _logger.warning("loading the complete save beside a damaged checkpoint: %s", error)
             return waiting
-        raise
     except BaseException:
         if waiting is not None:
             waiting.folder.close()
         raise
     if waiting is None:
         return published
-    assert waiting.manifest is not None
-    keep = published.manifest is not None and published.manifest.time > waiting.manifest.time
+    keep = _is_older(waiting, published.manifest)
     (waiting if keep else published).folder.close()
     return published if keep else waiting
+
+
+def _is_older(waiting: Located, published: Manifest | None) -> bool:
+    assert waiting.manifest is not None
+    return published is not None and published.order >= waiting.manifest.order
 
 
 def _waiting(storage: Storage, path: str) -> Located | None:
     """The newest complete attempt that is not published; where nothing is at the path, what was replaced."""
     best: Located | None = None
-    for hidden in siblings(storage, path):
+    for hidden in _siblings(storage, path):
         candidate = _open_hidden(storage, hidden, replaced=False)
         if candidate is None and storage.stat(path) is None:
             candidate = _open_hidden(storage, hidden, replaced=True)
@@ -140,16 +154,26 @@ def _waiting(storage: Storage, path: str) -> Located | None:
     return best
 
 
-def _preference(located: Located) -> tuple[bool, float]:
-    assert located.manifest is not None
-    hidden = looks_hidden(os.path.basename(located.path))
-    return hidden is not None and hidden[1] == located.manifest.attempt, located.manifest.time
+def _siblings(storage: Storage, path: str) -> list[Hidden]:
+    """As `siblings`; none where this user may open what lies in the folder above, but not list it."""
+    try:
+        return siblings(storage, path)
+    except StorageError as error:
+        if error.errno != errno.EACCES:
+            raise
+        _logger.warning("cannot look for newer saves that were not published: %s", error)
+        return []
+
+
+def _preference(located: Located) -> tuple[bool, tuple[int, float], str]:
+    manifest, hidden = located.manifest, looks_hidden(os.path.basename(located.path))
+    assert manifest is not None
+    return hidden is not None and hidden[1] == manifest.attempt, manifest.order, manifest.attempt
 
 
 def _open_hidden(storage: Storage, hidden: Hidden, *, replaced: bool) -> Located | None:
-    try:
-        folder = storage.open_folder(hidden.path)
-    except StorageError:
+    folder = open_if_there(storage, hidden.path)
+    if folder is None:
         return None
     manifest = None
     try:
@@ -181,7 +205,7 @@ def _published(storage: Storage, path: str, state: list[object]) -> Located:
         if manifest is None:
             _check_plain(storage, folder, path, names)
         else:
-            state.append((manifest.attempt, manifest.time))
+            state.append((manifest.attempt, manifest.order))
             problems = missing_files(folder, manifest, sizes=manifest.world_size <= _MANY_RANKS)
             if problems:
                 more = f" and {len(problems) - 5} more problems" if len(problems) > 5 else ""
@@ -228,13 +252,15 @@ def has_identity(folder: Folder, name: str) -> bool:
 
 def _not_found(storage: Storage, path: str, message: str) -> CheckpointNotFoundError:
     parent, name = os.path.split(path)
-    entries = names_of(storage, parent)
-    if entries is None:
+    above: list[str] | None = []
+    with suppress(StorageError):  # it may be one that this user cannot list
+        above = names_of(storage, parent)
+    if above is None:
         return CheckpointNotFoundError(
             message, path=path, hint=f"the folder above does not exist: {parent}; check the path"
         )
     hints = []
-    for hidden in siblings(storage, path):
+    for hidden in _siblings(storage, path):
         with opened(storage, hidden.path) as folder:
             if folder is not None and folder.stat(NOTE_NAME) is not None:
                 hints.append(f"a save to it was begun and has not committed: see `milepost doctor {path}`")

@@ -129,6 +129,7 @@ def assemble(
         attempt=attempt,
         world_size=len(marks),
         time=max(mark.time for mark in marks),
+        sequence=marks[0].sequence,
         step=marks[0].step,
         metadata=marks[0].metadata,
         writer=marks[0].writer,

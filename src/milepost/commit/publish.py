@@ -25,7 +25,7 @@ from milepost.commit.hidden import (
     join_hidden,
     list_names,
     names_of,
-    opened,
+    published_manifest,
     read_manifest,
 )
 from milepost.errors import (
@@ -40,7 +40,7 @@ from milepost.errors import (
 from milepost.manifest import MANIFEST_NAME, Manifest
 from milepost.storage import Folder, Lock, Storage
 
-__all__ = ["Target", "check_target", "publish", "published_manifest", "remove_tree", "retire", "sweep"]
+__all__ = ["Target", "check_target", "is_pending", "publish", "remove_tree", "retire", "sweep"]
 
 _logger = logging.getLogger(__name__)
 _TRIES = 50
@@ -191,7 +191,7 @@ def _check_parents(storage: Storage, path: str) -> None:
 # ---------------------------------------------------------------------------- publishing
 
 
-def publish(storage: Storage, path: str, attempt: str) -> None:
+def publish(storage: Storage, path: str, manifest: Manifest) -> None:
     """Put a committed attempt (its manifest is durable) in its place; on return that is durable.
 
     What it replaces goes: the user's own entries move into the new folder first, then the files that the old
@@ -200,8 +200,10 @@ def publish(storage: Storage, path: str, attempt: str) -> None:
     Raises:
         TargetError: Something that may not be replaced has appeared at `path`. The attempt stays beside
             it, committed: `locate` finds it, and the next save publishes it when the way is free.
+        StorageError: It is neither seen beside the path nor at it, nor is a later checkpoint.
     """
-    if not _move_in(storage, path, attempt):
+    attempt = manifest.attempt
+    if not _move_in(storage, path, manifest):
         return
     storage.sync_folder(os.path.dirname(path))
     try:
@@ -211,13 +213,17 @@ def publish(storage: Storage, path: str, attempt: str) -> None:
         _logger.warning("the checkpoint is saved, but clearing what it replaces failed: %s", error)
 
 
-def _move_in(storage: Storage, path: str, attempt: str) -> bool:
-    """The renames. Returns False if the attempt is nowhere: another process has published it."""
+def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
+    """The renames. Returns False if another process has published the attempt, or a later one since."""
+    attempt = manifest.attempt
     partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
     for _ in range(_TRIES):
         source = next((place for place in (partial, slot) if _holds(storage, place, attempt)), None)
         if source is None:
-            return False
+            there = published_manifest(storage, path)
+            if there and (there.attempt == attempt or there.order >= manifest.order):
+                return False
+            continue  # it has been moved between the looks
         try:
             if storage.stat(path) is None:
                 storage.rename(source, path, "create")
@@ -233,7 +239,10 @@ def _move_in(storage: Storage, path: str, attempt: str) -> bool:
             continue  # another saver moved something: look again
         return True
     raise StorageError(
-        f"other processes replace this path all the time: {path}", path=path, operation="publish"
+        f"the checkpoint is committed, but not seen, or others replace this path all the time: {path}",
+        path=path,
+        operation="publish",
+        hint=f"look for it with `milepost doctor {path}`; the next save to the path publishes it",
     )
 
 
@@ -255,21 +264,16 @@ def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
 
 
 def is_pending(storage: Storage, path: str, attempt: str) -> bool:
-    """Whether a committed attempt is still in a hidden folder; it may go from one to the other meanwhile."""
+    """Whether a committed attempt may still be in a hidden folder; it may be on the way between two."""
     partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
-    return any(_holds(storage, place, attempt) for place in (partial, slot, partial))
+    with suppress(LoadError, StorageError):
+        return any(_holds(storage, place, attempt) for place in (partial, slot, partial))
+    return True
 
 
 def _holds(storage: Storage, place: str, attempt: str) -> bool:
     found = published_manifest(storage, place)
     return found is not None and found.attempt == attempt
-
-
-def published_manifest(storage: Storage, path: str) -> Manifest | None:
-    """The manifest of the checkpoint at `path`; None where there is none, or none that can be read."""
-    with suppress(LoadError, StorageError), opened(storage, path) as folder:
-        return None if folder is None else read_manifest(folder)
-    return None
 
 
 # ---------------------------------------------------------------------------- what was replaced

@@ -21,6 +21,7 @@ from milepost.commit.hidden import (
     list_names,
     names_of,
     opened,
+    published_manifest,
     ranks_in,
     read_beacons,
     read_manifest,
@@ -28,7 +29,7 @@ from milepost.commit.hidden import (
     siblings,
 )
 from milepost.commit.marks import checked_manifest, read_shards
-from milepost.commit.publish import publish, published_manifest, remove_tree, retire, sweep
+from milepost.commit.publish import publish, remove_tree, retire, sweep
 from milepost.errors import (
     EntryExistsError,
     EntryNotFoundError,
@@ -40,7 +41,9 @@ from milepost.errors import (
 from milepost.manifest import (
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
+    MAX_INT,
     Manifest,
+    Mark,
     decode_mark,
     encode_manifest,
     index_name,
@@ -64,8 +67,8 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
         The hidden folders that were moved into place (one at most).
     """
     path = os.path.abspath(path)
-    whole: list[tuple[float, Hidden]] = []
-    replaced: list[tuple[float, Hidden]] = []
+    whole: list[tuple[tuple[int, float], str, Hidden]] = []
+    replaced: list[tuple[tuple[int, float], str, Hidden]] = []
     for hidden in siblings(storage, path):
         with opened(storage, hidden.path) as folder:
             if folder is None:
@@ -73,21 +76,19 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
             names = list_names(folder)
             manifest = checked_manifest(folder, hidden.attempt, names, deep=True)
             if manifest is not None:
-                whole.append((manifest.time, hidden))
+                whole.append((manifest.order, hidden.attempt, hidden))
                 continue
             with suppress(LoadError, StorageError):
                 manifest = read_manifest(folder)
                 if manifest is not None and manifest.attempt != hidden.attempt:
                     manifest = checked_manifest(folder, manifest.attempt, names, deep=True)
                     if manifest is not None:
-                        replaced.append((manifest.time, hidden))
+                        replaced.append((manifest.order, hidden.attempt, hidden))
     if whole:
-        moment, hidden = max(whole, key=lambda pair: pair[0])
-        published = published_manifest(storage, path)
-        if published is None or published.time <= moment:
-            return [hidden.path] if _finish(storage, path, hidden) else []
-    elif replaced and storage.stat(path) is None:
-        hidden = max(replaced, key=lambda pair: pair[0])[1]
+        hidden = max(whole, key=lambda found: found[:2])[2]
+        return [hidden.path] if _finish(storage, path, hidden) else []
+    if replaced and storage.stat(path) is None:
+        hidden = max(replaced, key=lambda found: found[:2])[2]
         with suppress(EntryExistsError, EntryNotFoundError):
             storage.rename(hidden.path, path, "create")
             storage.sync_folder(os.path.dirname(path))
@@ -105,15 +106,14 @@ def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
             if folder is None:
                 return False
             manifest = checked_manifest(folder, hidden.attempt, list_names(folder), deep=True)
-            published = published_manifest(storage, path)
-            if manifest is None or (published is not None and published.time > manifest.time):
+            if manifest is None or is_overtaken(manifest, published_manifest(storage, path)):
                 return False
             shards = read_shards(folder, manifest) if manifest.shards else None
             if not commit_manifest(storage, hidden.path, manifest, shards):
                 # The names may be no more than what a killed process saw: they must be durable first.
                 storage.sync_folder(hidden.path)
-        publish(storage, path, hidden.attempt)
-    except TargetError as error:
+        publish(storage, path, manifest)
+    except (TargetError, LoadError) as error:
         _logger.warning("a complete checkpoint waits beside this path: %s", error)
         return False
     finally:
@@ -141,6 +141,29 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest, shards: b
         return False
     storage.sync_folder(folder)
     return True
+
+
+def is_overtaken(whole: Manifest, published: Manifest | None) -> bool:
+    """Whether a checkpoint that waits beside a path is of no use, as one as new as it is there.
+
+    Of two savers that knew nothing of each other the one whose checkpoint is published comes later.
+    """
+    return published is not None and published.order >= whole.order
+
+
+def next_sequence(storage: Storage, path: str) -> int:
+    """The number of a save that comes now: one above all that can be seen of saves to this path."""
+    highest = 0
+    for place in (path, *(hidden.path for hidden in siblings(storage, path))):
+        with suppress(LoadError), opened(storage, place) as folder:
+            if folder is None:
+                continue
+            found: Manifest | Mark | None = read_manifest(folder)
+            if found is None:
+                with suppress(EntryNotFoundError):
+                    found = decode_mark(folder.read(index_name(0), MAX_INDEX_BYTES), place)
+            highest = max(highest, found.sequence if found else 0)
+    return min(highest + 1, MAX_INT)
 
 
 def tidy(storage: Storage, path: str, *, keep: str) -> None:
@@ -208,7 +231,7 @@ def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
             if folder is None or _judge(storage, path, hidden, folder) != "dead":
                 return False
             has_manifest = folder.stat(MANIFEST_NAME) is not None
-        if has_manifest and published_manifest(storage, path) is not None:
+        if has_manifest:
             # It may be the former checkpoint of a job that reused its start id: the user's files move along.
             return retire(storage, path, hidden.path, None)
         remove_tree(storage, hidden.path, lock)
@@ -232,10 +255,9 @@ def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str |
     if not _says_so(folder, hidden, names):
         plain = manifest is None and NOTE_NAME not in names
         return "replaced" if plain and published is not None and published.attempt == hidden.attempt else None
-    whole = checked_manifest(folder, hidden.attempt, names, deep=False)
-    if whole is not None and (published is None or published.time <= whole.time):
-        return None
-    return "dead"
+    # A manifest alone is a commit, too: what it lists may only seem to be missing.
+    whole = manifest or checked_manifest(folder, hidden.attempt, names, deep=False)
+    return None if whole is not None and not is_overtaken(whole, published) else "dead"
 
 
 def _says_so(folder: Folder, hidden: Hidden, names: list[str]) -> bool:

@@ -9,10 +9,10 @@ from milepost.commit.claim import Clock
 from milepost.commit.hidden import (
     MAX_SMALL_BYTES,
     beacon_name,
+    failures,
     is_aborted,
     numbers,
     ranks_in,
-    read_abort_marks,
     read_beacons,
 )
 from milepost.errors import AbortedError, CommitTimeoutError, CorruptCheckpointError, EntryNotFoundError
@@ -85,10 +85,10 @@ def raise_if_aborted(folder: Folder, names: list[str]) -> None:
     """Raise the error of the first rank that failed, unless the checkpoint was committed before."""
     if not is_aborted(names) or MANIFEST_NAME in names:
         return
-    marks = read_abort_marks(folder, names)
+    marks = failures(folder, names)
     if not marks:
         raise AbortedError("another rank failed", hint="look at the logs of the ranks")
-    first = min(marks.values(), key=lambda mark: mark.time)
+    first = next(iter(marks.values()))
     also = set(marks) - {first.rank}
     raise AbortedError(
         f"rank {first.rank} failed in {first.phase or 'its save'} with {first.type}: {first.message}"
