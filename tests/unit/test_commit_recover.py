@@ -337,3 +337,25 @@ def test_what_cannot_be_removed_is_left_and_named(storage, caplog):
     assert "comes back as .fuse_hidden" in caplog.text
     assert loaded_step(storage, PATH) is None
     assert clean_up(storage, PATH) == [attempt.folder]
+
+
+def test_a_part_is_kept_while_anybody_of_its_start_works_here(storage):
+    """What a rank has done is not cleared by others while its start lives, even where nobody holds it."""
+    done = arrive(storage, PATH, 1, attempt="one-1", rank=0, world_size=2)
+    done.close()
+    later = arrive(storage, PATH, 2, attempt="one-2", rank=0, world_size=2)
+    save(storage, PATH, 3)
+    assert clean_up(storage, PATH) == []
+    later.close()
+    assert clean_up(storage, PATH, keep="one-3") == []
+    assert clean_up(storage, PATH, keep="two-1") == [done.folder, later.folder]
+
+
+def test_parts_do_not_pile_up(storage):
+    """When a later attempt of a start is committed, the next save clears what came of the earlier ones."""
+    for number in (1, 2):
+        arrive(storage, PATH, number, attempt=f"one-{number}", rank=0, world_size=2).close()
+    for rank in (0, 1):
+        save(storage, PATH, 3, attempt="one-3", rank=rank, world_size=2)
+    assert clean_up(storage, PATH, keep="one-4") == ["/run/.step.one-1.partial", "/run/.step.one-2.partial"]
+    assert_clean(storage, PATH)

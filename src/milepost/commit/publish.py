@@ -21,6 +21,7 @@ from milepost.commit.hidden import (
     absolute_path,
     data_rank,
     index_rank,
+    is_aborted,
     is_own,
     join_hidden,
     list_names,
@@ -406,8 +407,10 @@ def sweep(storage: Storage, path: str) -> None:
             _remove_file(storage, os.path.join(path, name))
 
 
-def remove_tree(storage: Storage, path: str, lock: Lock) -> None:
+def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) -> None:
     """Remove an attempt's folder with everything in it, and release the lock on its ``attempt.json``.
+
+    With `word` the folder stays, with what says that the attempt was aborted.
 
     The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's. When
     ``attempt.json`` is gone the folder's name is free: what is in it then is another's, and stays.
@@ -417,6 +420,7 @@ def remove_tree(storage: Storage, path: str, lock: Lock) -> None:
     """
     for _ in range(_ROUNDS):
         names = [name for name in names_of(storage, path) or () if name != NOTE_NAME]
+        names = [name for name in names if not (word and is_aborted([name]))]
         for name in sorted(names, key=_removal_order):
             _remove_entry(storage, os.path.join(path, name))
         if not names:
@@ -428,6 +432,8 @@ def remove_tree(storage: Storage, path: str, lock: Lock) -> None:
             operation="remove",
             hint="end the processes that hold files in it open, then delete the folder",
         )
+    if word:
+        return
     _remove_entry(storage, os.path.join(path, NOTE_NAME))
     lock.release()  # before the folder goes: NFS and FUSE keep a removed file that is open in it
     try:

@@ -12,11 +12,12 @@ import logging
 import os
 from contextlib import suppress
 
-from milepost.commit.claim import encode_note, take_over
+from milepost.commit.claim import encode_note, is_abandoned, take_over
 from milepost.commit.hidden import (
     NOTE_NAME,
     Hidden,
     belongs,
+    is_aborted,
     is_note_aside,
     list_names,
     names_of,
@@ -183,17 +184,19 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
     Args:
         storage: Where.
         path: The checkpoint.
-        keep: An attempt that is left alone, with the later ones of the same start: other ranks may have
-            done their part of them already, and ended.
+        keep: An attempt that is left alone. Parts of the other attempts of its start stay as well, as those
+            of any start of which somebody works on an attempt here: slower ranks may still come. They go
+            when a later attempt of that start is committed, or when the whole start is dead.
 
     Returns:
         The hidden folders that were removed.
     """
     path = os.path.abspath(path)
     removed = []
-    for hidden in siblings(storage, path):
+    beside = siblings(storage, path)
+    for hidden in beside:
         try:
-            if not _is_kept(hidden.attempt, keep) and _clear(storage, path, hidden):
+            if hidden.attempt != keep and _clear(storage, path, hidden, beside, keep):
                 removed.append(hidden.path)
         except MilepostError as error:
             _logger.warning("could not clear what an earlier save left: %s", error)
@@ -204,20 +207,33 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
     return removed
 
 
-def _is_kept(attempt: str, keep: str | None) -> bool:
-    """Whether `attempt` is `keep` itself, or one with the same start id and a higher number."""
-    if keep is None or attempt == keep:
-        return keep is not None
-    (start, _, number), (kept, _, first) = attempt.rpartition("-"), keep.rpartition("-")
-    return bool(start) and start == kept and number.isdecimal() and int(number) > int(first)
+def _numbered(attempt: str) -> tuple[str, int]:
+    """The start that an attempt belongs to, and which of its attempts it is; "" for the only rank's."""
+    start, _, number = attempt.rpartition("-")
+    return (start, int(number)) if number.isdecimal() else ("", 0)
 
 
-def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
+def _is_awaited(storage: Storage, path: str, hidden: Hidden, beside: list[Hidden], keep: str | None) -> bool:
+    """Whether ranks of this attempt may still come: its start lives, and has committed no later one."""
+    start, number = _numbered(hidden.attempt)
+    others = [other for other in beside if _numbered(other.attempt)[0] == start and other != hidden]
+    if not start or not (
+        _numbered(keep or "")[0] == start or any(not is_abandoned(storage, other) for other in others)
+    ):
+        return False
+    published = published_manifest(storage, path)
+    committed = _numbered(published.attempt) if published else ("", 0)
+    return committed[0] != start or committed[1] < number
+
+
+def _clear(storage: Storage, path: str, hidden: Hidden, beside: list[Hidden], keep: str | None) -> bool:
     with opened(storage, hidden.path) as folder:
         if folder is None:
             return False
         judge = _judge(storage, path, hidden, folder)
-    if judge is None:
+        aborted = is_aborted(list_names(folder))
+    awaited = judge == "part" and _is_awaited(storage, path, hidden, beside, keep)
+    if judge is None or (awaited and not aborted):
         return False
     if judge == "unborn":
         return _remove_unborn(storage, hidden.path)
@@ -228,20 +244,21 @@ def _clear(storage: Storage, path: str, hidden: Hidden) -> bool:
         return False
     try:
         with opened(storage, hidden.path) as folder:
-            if folder is None or _judge(storage, path, hidden, folder) != "dead":
+            if folder is None or _judge(storage, path, hidden, folder) != judge:
                 return False
             has_manifest = folder.stat(MANIFEST_NAME) is not None
         if has_manifest:
             # It may be the former checkpoint of a job that reused its start id: the user's files move along.
             return retire(storage, path, hidden.path, None)
-        remove_tree(storage, hidden.path, lock)
+        # Ranks that come late must still hear of the failure.
+        remove_tree(storage, hidden.path, lock, word=awaited)
     finally:
         lock.release()
-    return True
+    return not awaited
 
 
 def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str | None:
-    """What a hidden folder is: "unborn", "replaced", "dead", or None: to be left alone."""
+    """What a hidden folder is: "unborn", "replaced", "overtaken", a "part", or None: to be left alone."""
     names = list_names(folder)
     if all(is_note_aside(name) for name in names):
         return "unborn"
@@ -257,7 +274,9 @@ def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str |
         return "replaced" if plain and published is not None and published.attempt == hidden.attempt else None
     # A manifest alone is a commit, too: what it lists may only seem to be missing.
     whole = manifest or checked_manifest(folder, hidden.attempt, names, deep=False)
-    return None if whole is not None and not is_overtaken(whole, published) else "dead"
+    if whole is None:
+        return "part"
+    return "overtaken" if is_overtaken(whole, published) else None
 
 
 def _says_so(folder: Folder, hidden: Hidden, names: list[str]) -> bool:
