@@ -194,9 +194,10 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
     path = os.path.abspath(path)
     removed = []
     beside = siblings(storage, path)
+    live = _live_starts(storage, beside, keep)
     for hidden in beside:
         try:
-            if hidden.attempt != keep and _clear(storage, path, hidden, beside, keep):
+            if hidden.attempt != keep and _clear(storage, path, hidden, live):
                 removed.append(hidden.path)
         except MilepostError as error:
             _logger.warning("could not clear what an earlier save left: %s", error)
@@ -213,26 +214,31 @@ def _numbered(attempt: str) -> tuple[str, int]:
     return (start, int(number)) if number.isdecimal() else ("", 0)
 
 
-def _is_awaited(storage: Storage, path: str, hidden: Hidden, beside: list[Hidden], keep: str | None) -> bool:
+def _live_starts(storage: Storage, beside: list[Hidden], keep: str | None) -> set[str]:
+    """The starts of which ranks may still come: that of `keep`, and any of which somebody works here."""
+    starts = {_numbered(keep or "")[0]}
+    for hidden in beside:
+        start = _numbered(hidden.attempt)[0]
+        if start not in starts and storage.stat(os.path.join(hidden.path, NOTE_NAME)) is not None:
+            starts |= set() if is_abandoned(storage, hidden) else {start}
+    return starts - {""}
+
+
+def _is_awaited(storage: Storage, path: str, attempt: str, live: set[str]) -> bool:
     """Whether ranks of this attempt may still come: its start lives, and has committed no later one."""
-    start, number = _numbered(hidden.attempt)
-    others = [other for other in beside if _numbered(other.attempt)[0] == start and other != hidden]
-    if not start or not (
-        _numbered(keep or "")[0] == start or any(not is_abandoned(storage, other) for other in others)
-    ):
-        return False
+    start, number = _numbered(attempt)
     published = published_manifest(storage, path)
     committed = _numbered(published.attempt) if published else ("", 0)
-    return committed[0] != start or committed[1] < number
+    return start in live and (committed[0] != start or committed[1] < number)
 
 
-def _clear(storage: Storage, path: str, hidden: Hidden, beside: list[Hidden], keep: str | None) -> bool:
+def _clear(storage: Storage, path: str, hidden: Hidden, live: set[str]) -> bool:
     with opened(storage, hidden.path) as folder:
         if folder is None:
             return False
         judge = _judge(storage, path, hidden, folder)
         aborted = is_aborted(list_names(folder))
-    awaited = judge == "part" and _is_awaited(storage, path, hidden, beside, keep)
+    awaited = judge == "part" and _is_awaited(storage, path, hidden.attempt, live)
     if judge is None or (awaited and not aborted):
         return False
     if judge == "unborn":
