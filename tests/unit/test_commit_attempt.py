@@ -463,9 +463,8 @@ def test_a_rank_waits_for_itself_when_rank_0_stands_still(storage):
 
 def test_a_rank_trusts_rank_0_while_its_beacon_moves(storage):
     """While rank 0 gives signs of life the others keep waiting for its word."""
-    zero = rank_of(storage, 0)
     clock = StepClock(lambda: zero.progress("commit", int(clock.now)))
-    zero._clock = clock.clock
+    zero = rank_of(storage, 0, clock=clock.clock)
     one = rank_of(storage, 1, clock=clock.clock)
     with pytest.raises(CommitTimeoutError, match="all ranks arrived, but none committed within 300 s"):
         one.wait_for_commit(300)

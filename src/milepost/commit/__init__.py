@@ -8,9 +8,9 @@ attempts left. ARCHITECTURE.md has the protocol.
 Modules, each importing only from those below it:
 
     attempt                                    a rank's part
-    waiting | attachments | recover            its tools, and what dead attempts left
+    waiting | word | attachments | recover     its tools, and what dead attempts left
     publish | claim | listing                  taking a place; who works there; what is there
-    locate
+    locate | removal
     marks                                      when a folder holds a whole checkpoint
     hidden | ids | copies                      names and contents; what all ranks have saved alike
 """

@@ -8,8 +8,6 @@ import os
 from contextlib import suppress
 from typing import Self
 
-import msgspec
-
 from milepost.commit.attachments import collect
 from milepost.commit.claim import (
     Clock,
@@ -22,9 +20,6 @@ from milepost.commit.claim import (
 from milepost.commit.hidden import (
     ABORTED_NAME,
     ARRIVED_NAME,
-    AbortMark,
-    Beacon,
-    abort_name,
     beacon_name,
     join_hidden,
     list_names,
@@ -33,13 +28,14 @@ from milepost.commit.hidden import (
     published_manifest,
     ranks_in,
     read_beacons,
-    shown,
 )
 from milepost.commit.ids import process_id
 from milepost.commit.marks import assemble
-from milepost.commit.publish import is_pending, publish, remove_tree
+from milepost.commit.publish import is_pending, publish
 from milepost.commit.recover import commit_manifest, next_sequence, roll_forward, tidy
-from milepost.commit.waiting import Wait, raise_if_aborted, timeout_error
+from milepost.commit.removal import remove_tree
+from milepost.commit.waiting import Wait, raise_if_aborted, timeout_error, unseen_error
+from milepost.commit.word import Word
 from milepost.errors import (
     CommitError,
     CommitTimeoutError,
@@ -47,7 +43,6 @@ from milepost.errors import (
     EntryNotFoundError,
     LoadError,
     MilepostError,
-    StorageError,
     error_context,
 )
 from milepost.manifest import (
@@ -64,7 +59,6 @@ from milepost.storage.writing import publish_bytes
 __all__ = ["Attempt"]
 
 _logger = logging.getLogger(__name__)
-_BEACON_SECONDS = 0.25
 _PUBLISH_SECONDS = 5.0
 
 
@@ -93,23 +87,15 @@ class Attempt:
         process: str,
         clock: Clock,
     ) -> None:
-        self.path = path
-        self.id = attempt
-        self.rank = rank
-        self.world_size = world_size
-        self.process = process
+        self.path, self.id, self.process = path, attempt, process
+        self.rank, self.world_size = rank, world_size
         self.folder = join_hidden(path, attempt)
-        self.marked = False
-        self.committed = False
-        self._storage = storage
-        self._clock = clock
-        self._owner = os.getpid()
+        self.marked = self.committed = False
+        self._storage, self._clock, self._owner = storage, clock, os.getpid()
         self._lock: Lock | None = None
         self._root: Folder | None = None
-        self._seen = 0
-        self._doubtful = False
-        self._phase = "begin"
-        self._last_beacon = float("-inf")
+        self._seen, self._doubtful = 0, False
+        self._word = Word(storage, self.folder, attempt, rank, process, clock)
 
     @property
     def data_path(self) -> str:
@@ -223,7 +209,7 @@ class Attempt:
     def _claim_rank(self) -> None:
         """Leave this rank's first beacon: of two processes that are the same rank one is refused."""
         try:
-            self._put(beacon_name(self.rank), self._beacon("begin"))
+            self._word.begin()
         except EntryExistsError:
             known = read_beacons(self._folder(), [beacon_name(self.rank)]).get(self.rank)
             if known is None or known.process == self.process or self.marked:
@@ -232,26 +218,12 @@ class Attempt:
             self.abort(error)
             raise error from None
 
-    def _beacon(self, phase: str, bytes_done: int = 0) -> bytes:
-        beacon = Beacon(rank=self.rank, attempt=self.id, phase=phase, process=self.process)
-        beacon.bytes_done, beacon.time = bytes_done, self._clock.time()
-        return msgspec.json.encode(beacon)
-
     # ------------------------------------------------------------------ this rank
 
     def progress(self, phase: str, bytes_done: int = 0) -> None:
         """Tell the others what this rank does, a few times a second at most. Never raises."""
-        now = self._clock.monotonic()
-        if self._root is None or (phase == self._phase and now - self._last_beacon < _BEACON_SECONDS):
-            return
-        self._phase, self._last_beacon = phase, now
-        with suppress(StorageError):
-            self._put(beacon_name(self.rank), self._beacon(phase, bytes_done), replace=True)
-
-    def _put(self, name: str, data: bytes, *, replace: bool = False) -> None:
-        """A small file that may be lost. EntryExistsError if it is there, unless `replace`."""
-        path = os.path.join(self.folder, name)
-        publish_bytes(self._storage, path, data, "replace" if replace else "create", sync=False)
+        if self._root is not None:
+            self._word.progress(phase, bytes_done)
 
     def attachments(self) -> list[FileDigest]:
         """The files that hooks have put into the folder, at any depth, durable and hashed.
@@ -269,8 +241,7 @@ class Attempt:
     def mark(self, index_bytes: bytes) -> None:
         """Write this rank's index: on return it has arrived, and everything it wrote is durable.
 
-        The caller has filled in the index's process, attempt, rank, world_size, step, agreement, time and
-        `sequence`.
+        The caller has filled in the mark but for its files: process, rank, step, time, `sequence` and so on.
 
         Raises:
             AbortedError: Another rank has failed.
@@ -327,13 +298,12 @@ class Attempt:
                 created = commit_manifest(self._storage, self.folder, *assembled)
             except EntryNotFoundError:  # another rank has published the folder just now
                 created = False
-            if not created:
-                if not self._sees_commit(self._names()):
-                    raise CommitError(f"the folder of this attempt is gone: {self.folder}")
-                return False
-            self.committed = True
-            publish(self._storage, self.path, assembled[0])
-            return True
+            if created:
+                self.committed = True
+                publish(self._storage, self.path, assembled[0])
+            elif not self._sees_commit(self._names()):
+                raise CommitError(f"the folder of this attempt is gone: {self.folder}")
+            return created
 
     def _sees_commit(self, names: list[str]) -> bool:
         """Whether another rank has committed; if so that is durable on return."""
@@ -345,10 +315,7 @@ class Attempt:
         return True
 
     def _is_superseded(self, names: list[str]) -> bool:
-        """Whether it was published, and perhaps replaced by a later save that has cleared it.
-
-        A folder that seems empty does not show that: this, or a checkpoint that is new since, is at the path.
-        """
+        """Whether it was published, and perhaps replaced and cleared: the path must show it or a later one."""
         if not self.marked or index_name(self.rank) in names:
             return False
         published = published_manifest(self._storage, self.path)
@@ -357,11 +324,7 @@ class Attempt:
     def _check_view(self, names: list[str]) -> None:
         if self.marked and index_name(self.rank) not in names:
             self._doubtful = True
-            raise CommitError(
-                f"the folder of this attempt does not show what this rank has written there: {self.folder}",
-                hint="was it removed, or does the file system show an old state of it? If it is there, "
-                "`milepost doctor` tells what is in it",
-            )
+            raise unseen_error(self.folder)
 
     def sees_commit(self) -> bool:
         """Whether the checkpoint is committed, by whichever rank; if so that is durable on return."""
@@ -392,7 +355,7 @@ class Attempt:
                     raise_if_aborted(self._folder(), names)
                     if ranks_in(names) >= set(range(self.world_size)):
                         with suppress(EntryExistsError, EntryNotFoundError):
-                            self._put(ARRIVED_NAME, b"{}")
+                            self._word.put(ARRIVED_NAME, b"{}")
                         return
                 if not wait.pause():
                     raise self._timeout(timeout_seconds)
@@ -429,8 +392,7 @@ class Attempt:
         return self.committed
 
     def _timeout(self, seconds: float) -> CommitTimeoutError:
-        names = self._names()
-        self._check_view(names)
+        self._check_view(names := self._names())
         return timeout_error(self._folder(), names, self.world_size, seconds)
 
     def _wait(self, timeout_seconds: float, poll_seconds: float, phase: str) -> Wait:
@@ -458,16 +420,7 @@ class Attempt:
                 return
             if self._has(MANIFEST_NAME):
                 return
-            mark = AbortMark(
-                rank=self.rank,
-                type=type(error).__name__,
-                message=shown(str(getattr(error, "brief", error))[:10_000]),
-                phase=getattr(error, "phase", None) or self._phase,
-                time=self._clock.time(),
-            )
-            for name in (abort_name(self.rank), ABORTED_NAME):
-                with suppress(EntryExistsError):
-                    self._put(name, msgspec.json.encode(mark))
+            self._word.failed(error)
         except MilepostError as failure:
             _logger.warning("could not clear a save that failed, or tell the other ranks: %s", failure)
 
@@ -485,14 +438,12 @@ class Attempt:
 
         The last rank to leave publishes what was committed by a rank that died before it could.
         """
-        if self._owner != os.getpid() or self._lock is None:
-            self._release()
-            return
+        joined = self._owner == os.getpid() and self._lock is not None
         try:
-            if self.world_size == 1 and not self.committed and not self.marked:
+            if joined and self.world_size == 1 and not self.committed and not self.marked:
                 self._remove()
             self._release()
-            if self.committed and self._storage.stat(self.folder) is not None:
+            if joined and self.committed and self._storage.stat(self.folder) is not None:
                 roll_forward(self._storage, self.path)
         except MilepostError as error:
             _logger.warning("could not clear or publish a save at its end: %s", error)

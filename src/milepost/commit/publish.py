@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from milepost.commit.hidden import (
-    NOTE_NAME,
     REPLACED,
     absolute_path,
     data_rank,
     index_rank,
-    is_aborted,
     is_own,
     join_hidden,
     list_names,
@@ -29,6 +27,7 @@ from milepost.commit.hidden import (
     published_manifest,
     read_manifest,
 )
+from milepost.commit.removal import NOT_EMPTY, remove_file, sweep
 from milepost.errors import (
     CorruptCheckpointError,
     EntryExistsError,
@@ -39,16 +38,12 @@ from milepost.errors import (
     TargetError,
 )
 from milepost.manifest import MANIFEST_NAME, Manifest
-from milepost.storage import Folder, Lock, Storage
+from milepost.storage import Folder, Storage
 
-__all__ = ["Target", "check_target", "is_pending", "publish", "remove_tree", "retire", "sweep"]
+__all__ = ["Target", "check_target", "is_pending", "publish", "retire"]
 
 _logger = logging.getLogger(__name__)
 _TRIES = 50
-_ROUNDS = 5
-_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
-_GONE_SOON = frozenset({errno.ENOENT, errno.EBUSY})
-"""It is gone, or NFS keeps it until whoever has it open closes it."""
 
 
 # ---------------------------------------------------------------------------- the target
@@ -314,7 +309,7 @@ def retire(storage: Storage, path: str, hidden: str, attempt: str | None) -> boo
         except EntryNotFoundError:
             return True
         except StorageError as error:
-            if error.errno not in _NOT_EMPTY:
+            if error.errno not in NOT_EMPTY:
                 raise
             continue
         return True
@@ -378,7 +373,7 @@ def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str])
         with suppress(CorruptCheckpointError):  # a link on the way: not ours
             found = folder.stat(name)
             if found is not None and found.kind == "file":
-                _remove_file(storage, os.path.join(path, name))
+                remove_file(storage, os.path.join(path, name))
             parts = name.split("/")[:-1]
             inner |= {"/".join(parts[: depth + 1]) for depth in range(len(parts))}
     for name in sorted(inner, key=len, reverse=True):
@@ -386,84 +381,12 @@ def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str])
             found = folder.stat(name)
             if found is not None and found.kind == "folder":
                 _remove_if_empty(storage, os.path.join(path, name))
-    _remove_file(storage, os.path.join(path, MANIFEST_NAME))
+    remove_file(storage, os.path.join(path, MANIFEST_NAME))
 
 
 def _remove_if_empty(storage: Storage, path: str) -> None:
     try:
         storage.remove(path)
     except StorageError as error:
-        if error.errno not in _NOT_EMPTY:
+        if error.errno not in NOT_EMPTY:
             raise  # while the manifest is there still, so that this folder is known to be ours
-
-
-def sweep(storage: Storage, path: str) -> None:
-    """Remove our passing files (attempt.json, beacons, abort marks) from a published checkpoint."""
-    names = names_of(storage, path) or []
-    if MANIFEST_NAME not in names:
-        return
-    for name in names:
-        if is_own(name) and name != MANIFEST_NAME:
-            _remove_file(storage, os.path.join(path, name))
-
-
-def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) -> None:
-    """Remove an attempt's folder with everything in it, and release the lock on its ``attempt.json``.
-
-    With `word` the folder stays, with what says that the attempt was aborted.
-
-    The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's. When
-    ``attempt.json`` is gone the folder's name is free: what is in it then is another's, and stays.
-
-    Raises:
-        StorageError: Something could not be removed; it is left with the ``attempt.json``.
-    """
-    for _ in range(_ROUNDS):
-        names = [name for name in names_of(storage, path) or () if name != NOTE_NAME]
-        names = [name for name in names if not (word and is_aborted([name]))]
-        for name in sorted(names, key=_removal_order):
-            _remove_entry(storage, os.path.join(path, name))
-        if not names:
-            break
-    else:
-        raise StorageError(
-            f"what is removed here comes back as {', '.join(names[:5])}: {path}",
-            path=path,
-            operation="remove",
-            hint="end the processes that hold files in it open, then delete the folder",
-        )
-    if word:
-        return
-    _remove_entry(storage, os.path.join(path, NOTE_NAME))
-    lock.release()  # before the folder goes: NFS and FUSE keep a removed file that is open in it
-    try:
-        storage.remove(path)
-    except StorageError as error:
-        if not isinstance(error, EntryNotFoundError) and error.errno not in _NOT_EMPTY:
-            raise
-
-
-def _removal_order(name: str) -> int:
-    if name == MANIFEST_NAME:
-        return 0
-    if index_rank(name) is not None:
-        return 1
-    return 3 if name.startswith("abort") else 2
-
-
-def _remove_entry(storage: Storage, path: str) -> None:
-    found = storage.stat(path)
-    if found is None:
-        return
-    if found.kind == "folder":
-        for name in names_of(storage, path) or ():
-            _remove_entry(storage, os.path.join(path, name))
-    _remove_file(storage, path)
-
-
-def _remove_file(storage: Storage, path: str) -> None:
-    try:
-        storage.remove(path)
-    except StorageError as error:
-        if error.errno not in _GONE_SOON:
-            raise

@@ -30,7 +30,8 @@ from milepost.commit.hidden import (
     siblings,
 )
 from milepost.commit.marks import checked_manifest, read_shards
-from milepost.commit.publish import publish, remove_tree, retire, sweep
+from milepost.commit.publish import publish, retire
+from milepost.commit.removal import remove_tree, sweep
 from milepost.errors import (
     EntryExistsError,
     EntryNotFoundError,

@@ -15,11 +15,17 @@ from milepost.commit.hidden import (
     ranks_in,
     read_beacons,
 )
-from milepost.errors import AbortedError, CommitTimeoutError, CorruptCheckpointError, EntryNotFoundError
+from milepost.errors import (
+    AbortedError,
+    CommitError,
+    CommitTimeoutError,
+    CorruptCheckpointError,
+    EntryNotFoundError,
+)
 from milepost.manifest import MANIFEST_NAME
 from milepost.storage import Folder
 
-__all__ = ["Wait", "raise_if_aborted", "timeout_error"]
+__all__ = ["Wait", "raise_if_aborted", "timeout_error", "unseen_error"]
 
 HEARTBEAT_SECONDS = 5.0
 STALL_SECONDS = 30.0
@@ -112,4 +118,13 @@ def timeout_error(folder: Folder, names: list[str], world_size: int, seconds: fl
         said.append(f"rank {rank}: {f'{word.phase}, {word.bytes_done} bytes' if word else 'never began'}")
     return CommitTimeoutError(
         f"ranks {numbers(missing)} did not arrive within {seconds:g} s ({'; '.join(said)})", hint=hint
+    )
+
+
+def unseen_error(path: str) -> CommitError:
+    """The error of a rank that does not see what it has written itself."""
+    return CommitError(
+        f"the folder of this attempt does not show what this rank has written there: {path}",
+        hint="was it removed, or does the file system show an old state of it? If it is there, "
+        "`milepost doctor` tells what is in it",
     )

@@ -1,0 +1,91 @@
+"""Removing what is ours: passing files, and the folders of attempts."""
+
+# Paths are str, here as in the storage package.
+from __future__ import annotations
+
+import errno
+import os
+
+from milepost.commit.hidden import NOTE_NAME, index_rank, is_aborted, is_own, names_of
+from milepost.errors import EntryNotFoundError, StorageError
+from milepost.manifest import MANIFEST_NAME
+from milepost.storage import Lock, Storage
+
+__all__ = ["NOT_EMPTY", "remove_file", "remove_tree", "sweep"]
+
+_ROUNDS = 5
+NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+_GONE_SOON = frozenset({errno.ENOENT, errno.EBUSY})
+
+
+def sweep(storage: Storage, path: str) -> None:
+    """Remove our passing files (attempt.json, beacons, abort marks) from a published checkpoint."""
+    names = names_of(storage, path) or []
+    if MANIFEST_NAME not in names:
+        return
+    for name in names:
+        if is_own(name) and name != MANIFEST_NAME:
+            remove_file(storage, os.path.join(path, name))
+
+
+def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) -> None:
+    """Remove an attempt's folder with everything in it, and release the lock on its ``attempt.json``.
+
+    With `word` the folder stays, with what says that the attempt was aborted.
+
+    The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's. When
+    ``attempt.json`` is gone the folder's name is free: what is in it then is another's, and stays.
+
+    Raises:
+        StorageError: Something could not be removed; it is left with the ``attempt.json``.
+    """
+    for _ in range(_ROUNDS):
+        names = [name for name in names_of(storage, path) or () if name != NOTE_NAME]
+        names = [name for name in names if not (word and is_aborted([name]))]
+        for name in sorted(names, key=_removal_order):
+            _remove_entry(storage, os.path.join(path, name))
+        if not names:
+            break
+    else:
+        raise StorageError(
+            f"what is removed here comes back as {', '.join(names[:5])}: {path}",
+            path=path,
+            operation="remove",
+            hint="end the processes that hold files in it open, then delete the folder",
+        )
+    if word:
+        return
+    _remove_entry(storage, os.path.join(path, NOTE_NAME))
+    lock.release()  # before the folder goes: NFS and FUSE keep a removed file that is open in it
+    try:
+        storage.remove(path)
+    except StorageError as error:
+        if not isinstance(error, EntryNotFoundError) and error.errno not in NOT_EMPTY:
+            raise
+
+
+def _removal_order(name: str) -> int:
+    if name == MANIFEST_NAME:
+        return 0
+    if index_rank(name) is not None:
+        return 1
+    return 3 if name.startswith("abort") else 2
+
+
+def _remove_entry(storage: Storage, path: str) -> None:
+    found = storage.stat(path)
+    if found is None:
+        return
+    if found.kind == "folder":
+        for name in names_of(storage, path) or ():
+            _remove_entry(storage, os.path.join(path, name))
+    remove_file(storage, path)
+
+
+def remove_file(storage: Storage, path: str) -> None:
+    """Remove a file or an empty folder, unless it is gone, or NFS keeps it while somebody has it open."""
+    try:
+        storage.remove(path)
+    except StorageError as error:
+        if error.errno not in _GONE_SOON:
+            raise
