@@ -265,7 +265,6 @@ def test_on_a_network_file_system_only_age_makes_an_attempt_dead(tmp_path):
     long_ago = time.time() - 25 * 3600
     for name in os.listdir(attempt.folder):
         os.utime(f"{attempt.folder}/{name}", (long_ago, long_ago))
-    os.utime(attempt.folder, (long_ago, long_ago))
     recent = f"{attempt.folder}/state_0.json"
     os.utime(recent)
     assert clean_up(storage, path) == []
@@ -359,3 +358,66 @@ def test_parts_do_not_pile_up(storage):
         save(storage, PATH, 3, attempt="one-3", rank=rank, world_size=2)
     assert clean_up(storage, PATH, keep="one-4") == ["/run/.step.one-1.partial", "/run/.step.one-2.partial"]
     assert_clean(storage, PATH)
+
+
+class Unreadable(Wrapper):
+    """Cannot read the manifest of what is published."""
+
+    def open_folder(self, path):
+        folder = Wrapper(self.inner.open_folder(path))
+        if path == PATH:
+
+            def read(name, limit):
+                raise StorageError.wrap(OSError(5, "Input/output error"), "read", f"{path}/{name}")
+
+            folder.read = read
+        return folder
+
+
+def test_an_unreadable_checkpoint_is_not_taken_for_none(storage):
+    """Where what is published cannot be read, nothing is published, cleared, or loaded in its place."""
+    older = arrive(storage, PATH, 1)
+    save(storage, PATH, 2)
+    newer = arrive(storage, PATH, 3)
+    for attempt in (older, newer):
+        attempt._release()
+    before = tree(storage, "/run")
+    for look in (roll_forward, loaded_step):
+        with pytest.raises(StorageError, match="Input/output error"):
+            look(Unreadable(storage), PATH)
+    assert clean_up(Unreadable(storage), PATH) == []
+    assert tree(storage, "/run") == before
+    assert roll_forward(storage, PATH) == [newer.folder]
+
+
+def test_a_committed_attempt_whose_files_seem_to_be_missing_is_left(storage):
+    """A manifest is a commit, and what it lists may only not be seen: a later save has to come first."""
+    folder = unpublished(storage, 2)
+    storage.remove(f"{folder}/checkpoint_0.pt")
+    assert clean_up(storage, PATH) == []
+    save(storage, PATH, 3)
+    save(storage, PATH, 4)
+    assert_clean(storage, PATH)
+
+
+def test_the_order_of_saves_does_not_depend_on_clocks(storage):
+    """A save whose clock is behind is still the later one: it is published, loaded and never cleared."""
+    save(storage, PATH, 1, fields={"time": 100_000.0})
+    folder = unpublished(storage, 2, fields={"time": 10.0})
+    assert loaded_step(storage, PATH) == 2
+    assert clean_up(storage, PATH) == []
+    assert roll_forward(storage, PATH) == [folder]
+    unpublished(storage, 3, fields={"time": 5.0})
+    save(storage, PATH, 4, fields={"time": 1.0})
+    clean_up(storage, PATH)
+    assert loaded_step(storage, PATH) == 4
+    assert_clean(storage, PATH)
+
+
+def test_a_day_of_patience_is_one_of_the_file_system(tmp_path, monkeypatch):
+    """On a network disk the host's clock does not count: a day ahead, it makes no attempt dead."""
+    storage, path = Network(LocalStorage()), str(tmp_path / "step")
+    arrive(storage, path, 2, attempt="job-1", rank=0, world_size=2).close()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    assert clean_up(storage, path) == []

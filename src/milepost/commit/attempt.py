@@ -315,7 +315,7 @@ class Attempt:
         return True
 
     def _is_superseded(self, names: list[str]) -> bool:
-        """Whether it was published, and perhaps replaced and cleared: the path must show it or a later one."""
+        """Whether it was published, and perhaps replaced and cleared: the path must show it or a later."""
         if not self.marked or index_name(self.rank) in names:
             return False
         published = published_manifest(self._storage, self.path)

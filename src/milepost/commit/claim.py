@@ -21,6 +21,7 @@ from milepost.commit.hidden import (
     NOTE_NAME,
     Hidden,
     Note,
+    is_note_aside,
     list_names,
     opened,
     read_note,
@@ -131,7 +132,7 @@ def _lock_note(storage: Storage, folder: str, note: bytes) -> Lock | None:
     path = os.path.join(folder, NOTE_NAME)
     if storage.stat(path) is None:
         # Locked before it has its name: there is no moment in which it looks abandoned.
-        ours = os.path.join(folder, f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp")
+        ours = os.path.join(folder, _note_aside())
         write_bytes(storage, ours, note, sync=False)
         lock = None
         try:
@@ -193,12 +194,24 @@ def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | No
 
 
 def _is_old(storage: Storage, path: str) -> bool:
+    """Whether no file in a folder has changed for a day, by the clock of its own file system."""
+    probe = _note_aside()
     with opened(storage, path) as folder:
         if folder is None:
             return False
-        stats = [storage.stat(path), *(folder.stat(name) for name in list_names(folder))]
-    newest = max((found.modified_seconds for found in stats if found is not None), default=0.0)
-    return _time.time() - newest > NETWORK_PATIENCE_SECONDS
+        found = [folder.stat(name) for name in list_names(folder) if not is_note_aside(name)]
+        write_bytes(storage, os.path.join(path, probe), b"", sync=False)
+        try:
+            now = folder.stat(probe)
+        finally:
+            storage.remove(os.path.join(path, probe))
+    times = [stat.modified_seconds for stat in (now, *found) if stat is not None]
+    # What is listed and then not seen is being worked on.
+    return len(times) == len(found) + 1 and times[0] - max(times[1:], default=0) > NETWORK_PATIENCE_SECONDS
+
+
+def _note_aside() -> str:
+    return f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp"
 
 
 def refuse_other_starts(storage: Storage, path: str, *, world_size: int, process: str) -> None:
