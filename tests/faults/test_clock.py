@@ -35,7 +35,7 @@ def save_that_dies(path, number):
 
 
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path):
-    """Each of these saves and recoveries has an earlier clock than the one before, and the last save loads."""
+    """Each of these saves and recoveries has an earlier clock than the one before: the last save loads."""
     path, storage = str(tmp_path / "step"), LocalStorage()
     save(path, 1)
     assert days_back(1, lambda: save(path, 2)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 
@@ -263,3 +264,47 @@ def test_a_listing_survives_folders_that_cannot_be_read(storage):
     save(storage, PATH, 1)
     make_folders(storage, "/run/secret")
     assert [entry.name for entry in scan(Forbidden(storage), "/run")] == ["step-100"]
+
+
+class FailsAt(Wrapper):
+    """Cannot open one folder."""
+
+    def __init__(self, inner, place, number):
+        super().__init__(inner)
+        self.place, self.number = place, number
+
+    def open_folder(self, path):
+        if path == self.place:
+            raise StorageError.wrap(OSError(self.number, os.strerror(self.number)), "open", path)
+        return self.inner.open_folder(path)
+
+
+def test_a_newer_save_that_cannot_be_read_is_no_reason_to_load_an_older_one(storage):
+    """Where the complete save beside a checkpoint cannot be opened for an I/O error, the load raises."""
+    save(storage, PATH, 1)
+    newer = arrive(storage, PATH, 2)
+    with pytest.raises(StorageError, match="Input/output error"):
+        located(FailsAt(storage, newer.folder, errno.EIO))
+    assert located(FailsAt(storage, newer.folder, errno.EACCES)).manifest.step == 1  # another user's, private
+    newer.abort(ValueError("no"))
+    newer.close()
+
+
+def test_a_folder_that_may_not_be_listed_still_loads(storage, caplog):
+    """Where the folder above a checkpoint cannot be listed, a load says that it saw no newer saves."""
+    save(storage, PATH, 1)
+    assert located(FailsAt(storage, "/run", errno.EACCES)).manifest.step == 1
+    assert "cannot look for newer saves" in caplog.text
+    with pytest.raises(StorageError):
+        located(FailsAt(storage, "/run", errno.EIO))
+
+
+def test_an_older_save_is_not_loaded_for_a_damaged_newer_one(storage):
+    """Where the checkpoint at the path has lost a file, what was saved before it does not take its place."""
+    older = arrive(storage, PATH, 1)
+    save(storage, PATH, 2)
+    storage.remove(f"{PATH}/checkpoint_0.pt")
+    with pytest.raises(CorruptCheckpointError, match="is missing"):
+        located(storage)
+    older.abort(ValueError("no"))
+    older.close()
