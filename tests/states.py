@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections import Counter, OrderedDict, defaultdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -175,19 +177,26 @@ def sharing(value):
     ]
 
 
-def savable_dtypes():
-    """Each dtype of this torch of which torch.save can save a tensor, dense ones first by name."""
-    import io
+def all_dtypes():
+    """Each dtype of this torch but the quantised ones, by name."""
+    found = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    return [found[name] for name in sorted(found) if not name.startswith("torch.q")]
 
-    found = {}
-    for dtype in vars(torch).values():
-        if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.quint")):
-            try:
-                torch.save(torch.zeros(1, dtype=torch.uint8).repeat(16).view(dtype), io.BytesIO())
-            except Exception:
-                continue
-            found[str(dtype).removeprefix("torch.")] = dtype
-    return [found[name] for name in sorted(found)]
+
+@cache
+def savable_dtypes():
+    """Those of which torch.save can save a tensor, and torch.load load it."""
+    found = []
+    for dtype in all_dtypes():
+        file = io.BytesIO()
+        try:
+            torch.save(torch.zeros(16, dtype=torch.uint8).view(dtype), file)
+            file.seek(0)
+            torch.load(file)
+        except Exception:
+            continue
+        found.append(dtype)
+    return found
 
 
 def bytes_tensor(dtype, shape, seed=0):
@@ -195,7 +204,7 @@ def bytes_tensor(dtype, shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     count = int(np.prod(shape, dtype=int))
     data = torch.randint(0, 2 if dtype is torch.bool else 256, (count * 16,), generator=generator)
-    data = data.to(torch.uint8)[: count * torch.empty(0, dtype=dtype).element_size()]
+    data = data.to(torch.uint8)[: count * dtype.itemsize]
     return data.view(dtype).as_strided(shape, torch.empty(shape, device="meta").stride())
 
 

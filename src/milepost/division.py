@@ -22,7 +22,7 @@ from milepost import syscalls
 from milepost.errors import StateError
 from milepost.paths import Path, path_text
 from milepost.placements import Placed, narrowed, ranges
-from milepost.rebuild import DTYPE_NAMES
+from milepost.rebuild import dtype_name
 from milepost.reshard import Box, Piece, cut, is_run, span, whole
 from milepost.shards import ON_EACH_MESH, Shards, encode_key
 from milepost.tree import Node
@@ -217,7 +217,7 @@ class _Divider:
             if mine != everything:
                 owned[member.number] = mine
             columns.tensor.append(member.number)
-            columns.dtype.append(DTYPE_NAMES[tensor.dtype])
+            columns.dtype.append(dtype_name(tensor.dtype))
             columns.kind.append(self.kinds[member.number])
             columns.shape.append(list(place.shape))
             columns.placement.append(self._text(member))

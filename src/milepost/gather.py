@@ -14,10 +14,11 @@ from functools import partial
 
 import torch
 
-from milepost.manifest import CHUNK_BYTES, DTYPE_BYTES, Index
+from milepost.manifest import CHUNK_BYTES, Index
 from milepost.placements import narrowed
 from milepost.rebuild import dtype_of
 from milepost.reshard import Box, is_run, span, split_for_reading
+from milepost.shards import dtype_bytes
 from milepost.sources import IndexedSource
 from milepost.storage.reading import Part
 from milepost.template import copy_into
@@ -76,7 +77,7 @@ class Gather:
         if not box.volume:
             return
         tensors = self._index.tensors
-        stride, size = tensors.stride[stored], DTYPE_BYTES[tensors.dtype[stored]]
+        stride, size = tensors.stride[stored], dtype_bytes(tensors.dtype[stored])
         record, base = tensors.record[stored], tensors.byte_offset[stored]
         as_it_is = target.is_cpu and not target.is_conj() and not target.is_neg()
         if as_it_is and is_run(box.size, stride, target.stride()):

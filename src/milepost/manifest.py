@@ -18,12 +18,11 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import msgspec
 
 from milepost.errors import CorruptCheckpointError, UnsupportedFormatError
-from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_leaves, check_shards
+from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_leaves, check_shards, dtype_bytes
 from milepost.tree import Node, check_tree
 
 __all__ = [
     "CHUNK_BYTES",
-    "DTYPE_BYTES",
     "MANIFEST_NAME",
     "DataFile",
     "FileDigest",
@@ -58,20 +57,6 @@ MAX_MANIFEST_BYTES = 1 << 28
 MAX_INT = (1 << 63) - 1
 
 Sequence = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
-
-DTYPE_BYTES = {
-    **dict.fromkeys(("bool", "uint8", "int8"), 1),
-    **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
-    **dict.fromkeys(("uint32", "int32", "float32", "complex32"), 4),
-    **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),
-    "complex128": 16,
-    **dict.fromkeys(
-        ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1
-    ),
-    **dict.fromkeys(("float4_e2m1fn_x2", "bits8", "bits1x8", "bits2x4", "bits4x2"), 1),
-    "bits16": 2,
-}
-"""Bytes per element of each dtype that a tensor in an index may have."""
 
 
 def data_name(rank: int) -> str:
@@ -301,7 +286,7 @@ def decode_index(data: bytes, path: str) -> Index:
     _check_tensors(index.tensors, index.records, check)
     if index.shards is not msgspec.UNSET:
         held = list(zip(index.tensors.dtype, index.tensors.shape, strict=True))
-        problem = check_shards(index.shards, held, frozenset(DTYPE_BYTES))
+        problem = check_shards(index.shards, held)
         check(problem is None, problem or "")
     try:
         check_tree(index.tree, tensors=len(index.tensors.record), records=len(index.records.length))
@@ -445,14 +430,14 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
         ),
         "the columns of the tensors differ in length",
     )
-    problem = check_leaves(tensors, frozenset(DTYPE_BYTES))
+    problem = check_leaves(tensors)
     check(problem is None, problem or "")
     for name in ("requires_grad", "conj", "neg"):
         numbers: list[int] = getattr(tensors, name)
         check(all(0 <= n < count for n in numbers), f"{name} names a tensor that is not there")
         check(all(a < b for a, b in pairwise(numbers)), f"{name} is not ascending")
     check(
-        all(tensors.dtype[n].startswith("complex") for n in tensors.conj),
+        all("complex" in tensors.dtype[n] for n in tensors.conj),
         "a tensor that is not complex has the conjugate bit",
     )
     check(
@@ -463,7 +448,7 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
     for number, (record, start, dtype, shape, stride) in enumerate(
         zip(tensors.record, tensors.byte_offset, tensors.dtype, tensors.shape, tensors.stride, strict=True)
     ):
-        size = DTYPE_BYTES[dtype]
+        size = dtype_bytes(dtype)
         reach = extent = size
         empty = False
         if len(shape) != len(stride) or len(shape) > 64:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,8 +91,16 @@ class _StorageOf:
     tensor: torch.Tensor
 
 
+_UNPICKLING = threading.RLock()
+"""Held while torch's list of sparse tensors to validate, and its switch for that, are in use."""
+
+
 def unpickle_object(data: bytes, storage_of: Callable[[int], torch.UntypedStorage]) -> Any:
-    """Read one object through torch's restricted unpickler: no code in it runs."""
+    """Read one object through torch's restricted unpickler: no code in it runs.
+
+    Sparse tensors are validated, whatever this version of torch does by itself: to use one whose indices
+    are out of range may end the process.
+    """
     given: list[tuple[torch.UntypedStorage, int]] = []
 
     def persistent_load(identity: Any) -> Any:
@@ -104,9 +113,16 @@ def unpickle_object(data: bytes, storage_of: Callable[[int], torch.UntypedStorag
 
     unpickler: Any = restricted.Unpickler(io.BytesIO(data), encoding="utf-8")
     unpickler.persistent_load = persistent_load
-    value = unpickler.load()
-    validate: Any = torch._utils._validate_loaded_sparse_tensors  # noqa: SLF001 - as torch.load does
-    validate()
+    utils: Any = torch._utils  # noqa: SLF001 - as torch.load does
+    checked: Any = torch.sparse.check_sparse_tensor_invariants
+    with _UNPICKLING:
+        try:
+            value = unpickler.load()
+            if not any(storage.device.type == "meta" for storage, _ in given):  # indices without data
+                with checked():
+                    utils._validate_loaded_sparse_tensors()  # noqa: SLF001
+        finally:
+            utils._sparse_tensors_to_validate.clear()  # noqa: SLF001
     if any(storage.nbytes() != size for storage, size in given):  # torch enlarges what is too small
         raise ValueError("a tensor in it reaches beyond its storage")
     return value

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from milepost.manifest import DTYPE_BYTES, Index
+from milepost.manifest import Index
+from milepost.shards import dtype_bytes
 from milepost.tree import Node, TreeDecoder
 
 __all__ = ["Line", "outline", "plain_value", "text_of"]
@@ -166,7 +167,7 @@ def _describe_tensor(index: Index, number: int, line: Line) -> None:
     if line.record >= 0:
         line.start = tensors.byte_offset[number]
         steps = zip(shape, tensors.stride[number], strict=True)
-        line.end = line.start + DTYPE_BYTES[dtype] * (1 + sum((length - 1) * step for length, step in steps))
-    line.size_bytes = prod(shape) * DTYPE_BYTES[dtype]
+        line.end = line.start + dtype_bytes(dtype) * (1 + sum((length - 1) * step for length, step in steps))
+    line.size_bytes = prod(shape) * dtype_bytes(dtype)
     line.text = f"{dtype} {list(shape)}"
     line.facts = {"dtype": dtype, "shape": list(shape), "device": tensors.device[number]}

@@ -16,7 +16,8 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from milepost.manifest import DTYPE_BYTES, Tensors
+from milepost.manifest import Tensors
+from milepost.shards import dtype_bytes
 from milepost.tree import Node, TreeDecoder
 
 __all__ = ["emit", "tensor_fragments"]
@@ -102,7 +103,7 @@ def tensor_fragments(tensors: Tensors, lengths: Sequence[int]) -> list[bytes]:
     gradients, conjugates, negatives = set(tensors.requires_grad), set(tensors.conj), set(tensors.neg)
     fragments = []
     for number, (record, dtype) in enumerate(zip(tensors.record, tensors.dtype, strict=True)):
-        size = DTYPE_BYTES[dtype]
+        size = dtype_bytes(dtype)
         length = lengths[record]
         plain = len(dtypes[record]) == 1 and length % size == 0
         legacy = _LEGACY_STORAGE.get(dtype) if plain else None
@@ -127,7 +128,7 @@ def tensor_fragments(tensors: Tensors, lengths: Sequence[int]) -> list[bytes]:
             + _int(tensors.byte_offset[number] // size)
             + _ints(tensors.shape[number])
             + _ints(tensors.stride[number])
-            + (_TRUE if number in gradients and not parameter else _FALSE)
+            + (_TRUE if number in gradients and legacy and not parameter else _FALSE)  # v3 fails with True
             + _ORDERED_DICT
             + (b"" if legacy else _global("torch", dtype))
             + (_EMPTY_DICT + _MARK + b"".join(bits) + _SETITEMS if bits else b"")

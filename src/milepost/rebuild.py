@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import ast
+import io
+import warnings
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from milepost.errors import CorruptCheckpointError
-from milepost.manifest import DTYPE_BYTES, Tensors
+from milepost.manifest import Tensors
 from milepost.objects import storage_from, unpickle_object
+from milepost.shards import dtype_bytes
 from milepost.tree import Node, TreeDecoder
 
-__all__ = ["DTYPE_NAMES", "NATIVE_LEAVES", "TensorBuilder", "dtype_of", "finished"]
+__all__ = ["NATIVE_LEAVES", "TensorBuilder", "dtype_name", "dtype_of", "finished"]
 
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES if hasattr(torch, name)}
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-"""The names in an index of the dtypes that this torch has."""
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in an index; empty if this torch cannot save tensors of it, which it is asked."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of dtypes that it calls experimental
+            torch.save(torch.empty(0, dtype=dtype, device="cpu"), io.BytesIO())
+    except Exception:  # noqa: BLE001 - KeyError, RuntimeError and others, by dtype
+        return ""
+    return name if dtype_bytes(name) == dtype.itemsize else ""
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -107,7 +120,7 @@ class TensorBuilder:
         dtype = dtype_of(columns.dtype[number])
         storage = self._storage_of(columns.record[number])
         tensor = torch.empty(0, dtype=dtype, device=storage.device)
-        offset = columns.byte_offset[number] // DTYPE_BYTES[columns.dtype[number]]
+        offset = columns.byte_offset[number] // dtype_bytes(columns.dtype[number])
         tensor.set_(storage, offset, columns.shape[number], columns.stride[number])
         if number in self._conjugates or number in self._negatives:
             bits = {

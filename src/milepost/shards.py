@@ -8,9 +8,11 @@ the ranks that it reads from.
 
 from __future__ import annotations
 
+import re
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import repeat
 from math import prod
 from operator import add, le, mul
@@ -37,6 +39,7 @@ __all__ = [
     "check_shards",
     "decode_key",
     "decode_shard_map",
+    "dtype_bytes",
     "encode_key",
     "encode_shard_map",
 ]
@@ -219,9 +222,7 @@ def encode_shard_map(shards: ShardMap) -> bytes:
     return msgspec.json.encode(shards)
 
 
-def decode_shard_map(
-    data: bytes, path: str, *, attempt: str, world_size: int, dtypes: frozenset[str]
-) -> ShardMap:
+def decode_shard_map(data: bytes, path: str, *, attempt: str, world_size: int) -> ShardMap:
     """The map in `data`, which was read from `path`; tables are checked when they are used.
 
     Raises:
@@ -243,19 +244,18 @@ def decode_shard_map(
     elif any(not 0 <= table < len(shards.tables) for table in shards.table):
         problem = "it names a table that is not there"
     else:
-        problem = check_described(shards, dtypes)
+        problem = check_described(shards)
     if problem:
         raise CorruptCheckpointError(f"{problem}: {path}", path=path)
     return shards
 
 
-def check_shards(shards: Shards, tensors: list[tuple[str, list[int]]], dtypes: frozenset[str]) -> str | None:
+def check_shards(shards: Shards, tensors: list[tuple[str, list[int]]]) -> str | None:
     """What is wrong with the columns of an index, None if nothing.
 
     Args:
         shards: The columns.
         tensors: Dtype and shape of each tensor of the index.
-        dtypes: The dtypes that there are.
     """
     count = len(shards.tensor)
     columns = (
@@ -273,7 +273,7 @@ def check_shards(shards: Shards, tensors: list[tuple[str, list[int]]], dtypes: f
     flat = sum(n * len(shape) for n, shape in zip(shards.pieces, shards.shape, strict=True))
     if not len(shards.start) == len(shards.local) == len(shards.size) == flat:
         return "the columns of the pieces differ in length"
-    problem = check_described(shards, dtypes)
+    problem = check_described(shards)
     if problem:
         return problem
     for entry, pieces in enumerate(shards.pieces_of_each()):
@@ -288,17 +288,38 @@ def check_shards(shards: Shards, tensors: list[tuple[str, list[int]]], dtypes: f
     return None
 
 
+_DTYPE_CHARACTERS = 32
+_DTYPE = re.compile(r"(?!q)[a-z]+([1-9][0-9]?[0-9]?)(?:x([1-9]))?(?:_[a-z0-9]+?)?(?:_x([1-9]))?")
+
+
+@lru_cache(maxsize=256)
+def dtype_bytes(name: str) -> int:
+    """Bytes per element of a dtype of torch, which its name tells; 0 if this is no name of one.
+
+    The first number is the bits of a value, and a factor after an x tells how many values make an element:
+    ``float32`` and ``bcomplex32`` have 4 bytes, ``float8_e4m3fn``, ``bits2x4`` and ``float4_e2m1fn_x2`` one.
+    Quantised dtypes, whose names begin with a q, are not among them: such tensors are saved as objects.
+    """
+    found = _DTYPE.fullmatch(name)
+    if found is None:
+        return int(name == "bool")
+    bits, inner, outer = (int(number or 1) for number in found.groups())
+    size = -(-bits * inner * outer // 8)
+    return size if size in (1, 2, 4, 8, 16) else 0
+
+
 class _Leaves(Protocol):
     dtype: list[str]
     kind: list[str]
     requires_grad: list[int]
 
 
-def check_leaves(columns: _Leaves, dtypes: frozenset[str]) -> str | None:
+def check_leaves(columns: _Leaves) -> str | None:
     """What is wrong with the dtypes, kinds and gradients of tensors, a rank's own or global ones."""
     count = len(columns.dtype)
-    if not set(columns.dtype) <= dtypes:
-        return f"unknown dtype {sorted(set(columns.dtype) - dtypes)}"
+    for name in set(columns.dtype):
+        if len(name) > _DTYPE_CHARACTERS or not dtype_bytes(name):
+            return f"unknown dtype {name[:80]!r}"
     if not set(columns.kind) <= {"tensor", "parameter", "ndarray"}:
         return f"unknown kind of tensor {sorted(set(columns.kind))}"
     for kind, dtype in set(zip(columns.kind, columns.dtype, strict=True)):
@@ -306,7 +327,10 @@ def check_leaves(columns: _Leaves, dtypes: frozenset[str]) -> str | None:
             return f"a numpy array of dtype {dtype}, which numpy has not"
     if any(not 0 <= number < count for number in columns.requires_grad):
         return "requires_grad names a tensor that is not there"
-    if any(not columns.dtype[n].startswith(("float", "bfloat", "complex")) for n in columns.requires_grad):
+    if any(
+        not columns.dtype[n].startswith(("float", "bfloat", "complex", "bcomplex"))
+        for n in columns.requires_grad
+    ):
         return "a tensor of a dtype that has no gradient requires one"
     return None
 
@@ -324,9 +348,9 @@ class _Described(_Leaves, Protocol):
     alias: list[int]
 
 
-def check_described(shards: _Described, dtypes: frozenset[str]) -> str | None:
+def check_described(shards: _Described) -> str | None:
     """What is wrong with the columns that an index and the map have in common."""
-    problem = check_leaves(shards, dtypes)
+    problem = check_leaves(shards)
     if problem:
         return problem
     for number, first in enumerate(shards.alias):

@@ -18,11 +18,12 @@ import torch
 from isal import isal_zlib
 
 from milepost.errors import ConfigError, CorruptCheckpointError, MilepostError, MismatchError
-from milepost.manifest import CHUNK_BYTES, DTYPE_BYTES, Index
+from milepost.manifest import CHUNK_BYTES, Index
 from milepost.names import Names
 from milepost.placements import narrowed
 from milepost.rebuild import TensorBuilder
 from milepost.reshard import Box
+from milepost.shards import dtype_bytes
 from milepost.sharing import raw_bytes, sharing_misfits
 from milepost.state import StateEncoder
 from milepost.storage import OpenFile
@@ -105,10 +106,19 @@ def _torch_load(file: OpenFile, map_location: Any) -> Any:
                 hint="allow your own types with torch.serialization.add_safe_globals, and load again",
             ) from error
         except Exception as error:
-            if not mmap:  # files of old versions of torch cannot be mapped
-                raise CorruptCheckpointError(
-                    f"torch.load cannot read {file.path}: {str(error).splitlines()[:1]}", path=file.path
+            if mmap:  # files of old versions of torch cannot be mapped
+                continue
+            if map_location != "cpu":
+                _torch_load(file, "cpu")  # raises if it is the file that torch cannot read
+                raise ConfigError(
+                    f"torch {torch.__version__} cannot load {file.path} with map_location="
+                    f"{map_location!r}: {(str(error) or type(error).__name__).splitlines()[0]}",
+                    hint='load it with "cpu" as map location, and move what you need to the device',
+                    path=file.path,
                 ) from error
+            raise CorruptCheckpointError(
+                f"torch.load cannot read {file.path}: {str(error).splitlines()[:1]}", path=file.path
+            ) from error
     raise AssertionError("unreachable")
 
 
@@ -293,7 +303,7 @@ class IndexedSource:
         length = self._index.records.length[columns.record[number]]
         return (
             target.is_cpu
-            and length == target.numel() * DTYPE_BYTES[columns.dtype[number]]
+            and length == target.numel() * dtype_bytes(columns.dtype[number])
             and is_dense(target)
             and columns.byte_offset[number] == 0
             and list(target.stride()) == columns.stride[number]

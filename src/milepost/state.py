@@ -24,7 +24,7 @@ from milepost.objects import pickle_object, storage_from, unpickle_object
 from milepost.paths import Path, path_text
 from milepost.pickle_view import tensor_fragments
 from milepost.placements import Placed, Replicated, declared_whole, local_of, placed
-from milepost.rebuild import DTYPE_NAMES, NATIVE_LEAVES
+from milepost.rebuild import NATIVE_LEAVES, dtype_name
 from milepost.records import check_memory, partition, refuse_meta
 from milepost.shards import ARRAY_DTYPES
 from milepost.snapshot import Shares, Snapshot
@@ -247,7 +247,7 @@ class StateEncoder:
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             # Every property that is asked for costs 2 ms a save of 20,000 tensors: quantised tensors show
             # by their dtype, and meta tensors are refused when their structure is planned.
-            if value.layout is torch.strided and value.dtype in DTYPE_NAMES and not value.is_nested:
+            if value.layout is torch.strided and dtype_name(value.dtype) and not value.is_nested:
                 if value.__dict__ and STAGED_SHARE in value.__dict__:
                     raise _share_error(path)
                 name = "tensor" if kind is torch.Tensor else "parameter"
@@ -267,7 +267,7 @@ class StateEncoder:
         local = local_of(value)
         if (
             local.layout is not torch.strided
-            or local.dtype not in DTYPE_NAMES
+            or not dtype_name(local.dtype)
             or type(local) is not torch.Tensor
         ):
             raise UnencodableError(
@@ -347,7 +347,7 @@ class StateEncoder:
         return walk.add_object(value, "object", data, name)
 
     def _inner(self, tensor: torch.Tensor, owner: Any, path: Path) -> int:
-        if tensor.dtype not in DTYPE_NAMES:
+        if not dtype_name(tensor.dtype):
             raise TypeError(f"torch cannot save tensors of {tensor.dtype}")
         return self._walk.add(tensor, "tensor", path, owner)
 
@@ -385,7 +385,7 @@ class StateEncoder:
         columns = Tensors(
             record=record_of,
             byte_offset=byte_offsets,
-            dtype=[DTYPE_NAMES[t.dtype] for t in tensors],
+            dtype=[dtype_name(t.dtype) for t in tensors],
             shape=[list(t.shape) for t in tensors],
             stride=[list(t.stride()) for t in tensors],
             kind=list(walk.kinds),

@@ -28,7 +28,6 @@ from milepost.checkpoint_writer import CheckpointWriter
 from milepost.commit import merge
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CommitError, CorruptCheckpointError, MismatchError
-from milepost.manifest import DTYPE_BYTES
 from milepost.shards import decode_shard_map
 from milepost.storage.local import LocalStorage
 from milepost.storage.memory import MemoryStorage
@@ -961,7 +960,7 @@ def test_a_malformed_shard_map_is_refused_as_it_is_decoded(on_disk, name):
     """Whatever stands in a field of shards.json, it is a CorruptCheckpointError or well-formed."""
     data = on_disk[1]["shards.json"]
     whole = json.loads(data)
-    facts = {"attempt": whole["attempt"], "world_size": 2, "dtypes": frozenset(DTYPE_BYTES)}
+    facts = {"attempt": whole["attempt"], "world_size": 2}
     assert len(decode_shard_map(data, "p", **facts).key) in (4, 4 + len(odd_ones()))
     passed = 0
     for where, other in mutations(whole[name]):
@@ -995,7 +994,7 @@ def test_a_malformed_shard_map_is_refused_as_it_is_decoded(on_disk, name):
 def test_a_shard_map_that_is_no_json_is_refused(junk):
     """Bytes that are no shard map at all are a CorruptCheckpointError with the path."""
     with pytest.raises(CorruptCheckpointError, match="where/it/is"):
-        decode_shard_map(junk, "where/it/is", attempt="a", world_size=1, dtypes=frozenset(DTYPE_BYTES))
+        decode_shard_map(junk, "where/it/is", attempt="a", world_size=1)
 
 
 HARMLESS = {"version", "placement", "requires_grad", "kind", "alias"}

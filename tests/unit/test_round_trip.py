@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from states import (
+    all_dtypes,
     array_values,
     assert_same,
     bytes_tensor,
@@ -24,6 +25,9 @@ from states import (
     sharing,
     torch_load,
 )
+
+from milepost.errors import StateError
+from milepost.shards import dtype_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore:.*:UserWarning")
 
@@ -87,6 +91,35 @@ def test_every_dtype_that_torch_saves_comes_back(tmp_path):
     assert_same(state, loaded)
     assert_same(state, torch_load(tmp_path / "checkpoint"))
     assert_same(state, torch_load(tmp_path / "checkpoint", mmap=True))
+
+
+def test_gradients_and_conjugates_of_every_dtype_come_back(tmp_path):
+    """What requires a gradient or is conjugated does so again; torch.load reads these files too."""
+    numbers = [dtype for dtype in savable_dtypes() if dtype.is_floating_point or dtype.is_complex]
+    state = {
+        "gradients": [bytes_tensor(dtype, (3,)).requires_grad_() for dtype in numbers],
+        "parameters": [torch.nn.Parameter(bytes_tensor(dtype, (3,))) for dtype in numbers],
+        "conjugates": [bytes_tensor(dtype, (3,)).conj() for dtype in numbers if dtype.is_complex],
+    }
+    floats = torch.arange(8.0)
+    state["two dtypes"] = [floats.view(torch.int32), floats.requires_grad_()]
+    assert_same(state, round_trip(tmp_path, state))
+    plain = torch_load(tmp_path / "checkpoint")
+    for name, tensors in state.items():  # torch.load fails on gradients of newer dtypes
+        assert_same([t.detach() for t in tensors], [t.detach() for t in plain[name]])
+    assert all(parameter.requires_grad for parameter in plain["parameters"])
+
+
+@pytest.mark.parametrize("dtype", all_dtypes(), ids=str)
+def test_a_dtype_is_refused_only_if_torch_cannot_save_it(dtype, tmp_path):
+    """Of each dtype of this torch a tensor is saved exactly if torch.save takes it."""
+    tensor = torch.zeros(16, dtype=torch.uint8).view(dtype)
+    if dtype in savable_dtypes():
+        assert_same(tensor, round_trip(tmp_path, {"t": tensor})["t"])
+        assert dtype_bytes(str(dtype).removeprefix("torch.")) == dtype.itemsize
+    else:
+        with pytest.raises(StateError, match="cannot save"):
+            save(tmp_path / "c", {"t": tensor})
 
 
 def test_nan_payloads_survive(tmp_path):

@@ -25,7 +25,6 @@ from milepost.errors import (
     UnsupportedFormatError,
 )
 from milepost.manifest import (
-    DTYPE_BYTES,
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
     FileDigest,
@@ -184,7 +183,6 @@ def read_shard_map(folder: Folder, manifest: Manifest) -> ShardMap | None:
         os.path.join(folder.path, SHARDS_NAME),
         attempt=manifest.attempt,
         world_size=manifest.world_size,
-        dtypes=frozenset(DTYPE_BYTES),
     )
 
 

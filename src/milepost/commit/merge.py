@@ -10,10 +10,9 @@ import msgspec
 
 from milepost.commit.hidden import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
-from milepost.manifest import DTYPE_BYTES
 from milepost.paths import path_text
 from milepost.shard_tree import key_trie
-from milepost.shards import ON_EACH_MESH, Key, ShardMap, Table, check_described, decode_key
+from milepost.shards import ON_EACH_MESH, Key, ShardMap, Table, check_described, decode_key, dtype_bytes
 
 __all__ = ["Merger"]
 
@@ -136,7 +135,7 @@ class Merger:
                 },
                 _Described,
             )
-            problem = check_described(described, frozenset(DTYPE_BYTES))
+            problem = check_described(described)
             if problem:
                 raise msgspec.ValidationError(problem)
             names = [msgspec.json.encode(name) for name in described.key]
@@ -223,7 +222,7 @@ class Merger:
                 kept_size += box[dims:]
                 kept += 1
             else:
-                volume = prod(box[dims:]) * DTYPE_BYTES[self._merged.dtype[row]]
+                volume = prod(box[dims:]) * dtype_bytes(self._merged.dtype[row])
                 self._twice[row] = self._twice.get(row, 0) + volume
         return kept_start, kept_size, kept
 
