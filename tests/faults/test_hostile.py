@@ -851,6 +851,17 @@ def test_a_tensor_in_an_object_stays_in_its_storage(forge, options):
     assert in_child(work) == 0
 
 
+def test_a_sparse_tensor_whose_indices_are_out_of_range_is_refused(forge):
+    """Indices that a later use of the tensor would follow out of its memory are found as it is loaded."""
+    tensors = forge.index["tensors"]
+    number = next(n for n, record in enumerate(tensors["record"]) if tensors["shape"][n] == [2, 2])
+    assert tensors["dtype"][number] == "int64"
+    place = forge.record(tensors["record"][number])
+    forge.data[place] = (1 << 40).to_bytes(8, "little") * ((place.stop - place.start) // 8)
+    forge.sign()
+    refused(forge.path, match="1099511627776", verified=False)
+
+
 def test_a_tensor_in_an_object_that_fits_loads(forge):
     """The tool of these tests makes objects that load, so that it is the range that is refused."""
     put_object(forge, rebuilt(forge.node("weight")[1]))

@@ -20,6 +20,7 @@ from states import (
     load,
     native_values,
     object_values,
+    round_trip,
     save,
     sharing,
     tensors_in,
@@ -355,9 +356,41 @@ def test_plain_torch_files_load_into_templates(plain, caplog):
         checkpointer.load(plain, {"nothing": 1}, strict=True)
 
 
-def test_plain_files_map_to_devices(plain):
+@pytest.mark.parametrize("where", ["meta", torch.device("meta"), {"cpu": "meta"}], ids=repr)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_plain_files_map_to_devices(tmp_path, where, legacy):
     """map_location works for plain files as in torch.load."""
-    assert load(plain, map_location="meta")["model"]["w"].device.type == "meta"
+    dense = {key: value for key, value in plain_state().items() if key != "sparse"}
+    torch.save(dense, tmp_path / "checkpoint_0.pt", _use_new_zipfile_serialization=not legacy)
+    loaded = load(tmp_path, map_location=where)
+    assert {tensor.device.type for tensor in tensors_in(loaded)} == {"meta"}
+    assert loaded["model"]["t"].stride() == (1, 4)
+    assert loaded["step"] == 7
+
+
+def test_what_torch_cannot_map_is_refused_with_a_way_out(plain):
+    """A plain file that this torch loads, but not to that device, is a ConfigError: it is not damaged."""
+    try:  # sparse tensors on meta devices: versions of torch differ
+        torch.load(f"{plain}/checkpoint_0.pt", map_location="meta")
+    except (NotImplementedError, RuntimeError):
+        with pytest.raises(ConfigError, match=rf"torch {torch.__version__[:3]}.*'meta'.*\n?.*\"cpu\""):
+            load(plain, map_location="meta")
+    else:
+        assert load(plain, map_location="meta")["sparse"].device.type == "meta"
+
+    def refuses(storage, location):
+        raise LookupError("no such place")
+
+    with pytest.raises(ConfigError, match="no such place"):
+        load(plain, map_location=refuses)
+    with pytest.raises(ConfigError, match="nowhere"):
+        load(plain, map_location="nowhere")
+
+
+def test_sparse_tensors_load_to_meta_devices(tmp_path):
+    """A sparse tensor of a checkpoint has no indices to validate on a meta device, and loads there."""
+    loaded = round_trip(tmp_path, {"coo": torch.eye(3).to_sparse()}, map_location="meta")
+    assert (loaded["coo"].device.type, loaded["coo"].shape) == ("meta", (3, 3))
 
 
 def test_a_plain_file_that_holds_no_dict(tmp_path):

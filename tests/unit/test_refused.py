@@ -70,6 +70,9 @@ VALUES = {
     "shrunk memory": shrunk,
     "opaque tensor": lambda: torch.ones(2, 2).to_mkldnn(),
     "dtype that torch cannot save": lambda: torch.empty(3, dtype=torch.uint4),
+    "sparse indices out of range": lambda: torch.sparse_coo_tensor(
+        torch.tensor([[0, 9]]), torch.ones(2), (3,), check_invariants=False
+    ),
     "dict subclass": lambda: MyDict(a=1),
     "tensor subclass": lambda: torch.ones(2).as_subclass(MyTensor),
     "lambda": lambda: lambda: 1,
