@@ -81,12 +81,14 @@ class Trainer:
         text = "\n".join(topics[name] for name in sorted(topics)).encode()
         self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
         torch.manual_seed(seed)  # every rank makes the whole model, and keeps its shards
-        self.model = Transformer()
+        self.model, self.excess = Transformer(), torch.ones(1)
         if dist.is_initialized():
             mesh = init_device_mesh("cpu", (world,))
             for block in self.model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
+            ones = torch.ones(world)  # gloo of torch 2.7 returns the sum where FSDP2 asks it for the mean
+            dist.reduce_scatter_tensor(self.excess, ones, op=dist.ReduceOp.AVG)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
 
     def batch(self) -> torch.Tensor:
@@ -102,7 +104,7 @@ class Trainer:
         guesses = self.model(batch[:, :-1])
         loss = functional.cross_entropy(guesses.flatten(0, 1), batch[:, 1:].flatten())
         self.optimizer.zero_grad()
-        loss.backward()  # FSDP2 takes the mean of the gradients over the ranks
+        (loss / self.excess).backward()  # FSDP2 takes the mean of the gradients over the ranks
         self.optimizer.step()
         self.step += 1
         mean = loss.detach()

@@ -7,9 +7,9 @@ from math import prod
 
 import msgspec
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from states import differences
+from states import differences, torch_parts
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -55,7 +55,7 @@ def by_torch(tensor, mesh, coordinate):
     for (parts, dim, factor), index in zip(mesh, coordinate, strict=True):
         if dim is not None:
             placement = Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
-            tensor = placement._split_tensor(tensor, parts, with_padding=False, contiguous=True)[0][index]
+            tensor = torch_parts(placement, tensor, parts)[index]
     return tensor
 
 
@@ -84,7 +84,7 @@ def part(tensor, start, size):
 # -- what a rank holds -----------------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.integers(0, 60), mesh_splits(1, most=4))
 def test_runs_are_what_torch_splits(length, mesh):
     """However often a dimension is split, strided or not, a rank holds the indices that torch gives it."""
@@ -104,7 +104,16 @@ def test_runs_are_as_few_as_can_be(length, mesh):
         assert all(a.start + a.size != b.start for a, b in itertools.pairwise(runs))
 
 
-@settings(max_examples=200)
+def test_uneven_strided_shards_are_what_torch_splits():
+    """A rank holds the indices that torch gives it where a strided shard does not divide evenly."""
+    for length, coordinate in itertools.product(range(8), [(0,), (1,), (2,)]):
+        mesh = [(3, 0, 2)]
+        runs = runs_of(length, splits_of((length,), mesh, coordinate)[0])
+        held = [index for run in runs for index in range(run.start, run.start + run.size)]
+        assert held == by_torch(torch.arange(length), mesh, coordinate).tolist()
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much])
 @given(layouts())
 def test_pieces_are_what_torch_splits(layout):
     """The pieces, put where they say in a tensor of the local shape, make exactly torch's local tensor."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from states import bytes_tensor, raw_bytes
+from states import bytes_tensor, raw_bytes, torch_parts
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -81,7 +81,7 @@ def local_of(full, mesh, placements, rank):
     local = full
     for n, index, placement in zip(mesh.shape, mesh.coordinate(rank), placements, strict=True):
         if not isinstance(placement, Replicate):
-            local = placement._split_tensor(local, n, with_padding=False, contiguous=True)[0][index]
+            local = torch_parts(placement, local, n)[index]
     return local.clone(memory_format=torch.contiguous_format)
 
 
