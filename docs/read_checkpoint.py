@@ -3,8 +3,7 @@
 import base64, hashlib, json, struct, sys, zlib  # noqa: E401 - short on purpose
 import numpy as np  # isort: skip
 
-BITS = {"bfloat16": "<u2", "bits16": "<u2", "bool": "?"}  # what numpy lacks, as its bits
-BITS |= dict.fromkeys(("complex32", "bcomplex32"), "<u4")
+BITS = {"bfloat16": "<u2", "complex32": "<u4", "bcomplex32": "<u4", "bits16": "<u2", "bool": "?"}  # as bits
 
 
 def expect(condition, name):
