@@ -327,10 +327,7 @@ def check_leaves(columns: _Leaves) -> str | None:
             return f"a numpy array of dtype {dtype}, which numpy has not"
     if any(not 0 <= number < count for number in columns.requires_grad):
         return "requires_grad names a tensor that is not there"
-    if any(
-        not columns.dtype[n].startswith(("float", "bfloat", "complex", "bcomplex"))
-        for n in columns.requires_grad
-    ):
+    if any(not columns.dtype[n].lstrip("b").startswith(("float", "complex")) for n in columns.requires_grad):
         return "a tensor of a dtype that has no gradient requires one"
     return None
 
