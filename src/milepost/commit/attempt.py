@@ -301,6 +301,8 @@ class Attempt:
             if created:
                 self.committed = True
                 publish(self._storage, self.path, assembled[0])
+                if self.world_size > 1:  # all ranks have passed the earlier attempts of this start
+                    tidy(self._storage, self.path, keep=self.id)
             elif not self._sees_commit(self._names()):
                 raise CommitError(f"the folder of this attempt is gone: {self.folder}")
             return created
@@ -451,8 +453,7 @@ class Attempt:
             self._release()
 
     def _release(self) -> None:
-        lock, self._lock = self._lock, None
-        root, self._root = self._root, None
+        lock, root, self._lock, self._root = self._lock, self._root, None, None
         if self._owner != os.getpid():
             return
         if lock is not None:
