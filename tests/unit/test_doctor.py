@@ -221,6 +221,19 @@ def test_ranks_that_may_still_come_are_waited_for(run):
     assert invoke(path, "--repair").exit_code == 0
 
 
+def test_a_wrong_clock_does_not_give_up_ranks_that_may_still_come(run, monkeypatch):
+    """A repair on a host whose clock is a day ahead leaves an attempt that was begun just now alone."""
+    path = f"{run}/step-5"
+    (attempt,) = partial(path, (1,), 2)
+    attempt._release()
+    before = tree(STORAGE, run)
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 86_400)
+    invoke(path, "--repair")
+    assert tree(STORAGE, run) == before
+    die(attempt)
+
+
 def test_a_save_that_died_as_it_began(run):
     """A folder in which attempt.json has not got its name yet is given up when it is minutes old."""
     folder = join_hidden(f"{run}/step-5", "job-1")

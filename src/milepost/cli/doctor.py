@@ -12,6 +12,7 @@ from typing import Literal
 from milepost.cli.output import DAMAGED, FAILED, OK, Session, size
 from milepost.cli.verify import _bar
 from milepost.commit import clean_up, roll_forward
+from milepost.commit.claim import unchanged_seconds
 from milepost.commit.hidden import is_own, names_of, numbers
 from milepost.commit.listing import causes, ranks_named
 from milepost.diagnosis import LATE_SECONDS, Damage, Diagnosis, Finding, RankState, Watch, diagnose
@@ -89,7 +90,7 @@ def repair(storage: Storage, diagnosis: Diagnosis) -> list[Action]:
             by_target.setdefault(finding.target, []).append(finding)
     for target, findings in by_target.items():
         if not all(finding.published and not finding.leftovers for finding in findings):
-            refusal = _refusal(findings)
+            refusal = _refusal(storage, findings)
             try:
                 if refusal is None:
                     actions += _mend(storage, target, findings)
@@ -105,12 +106,16 @@ def _is_former(finding: Finding) -> bool:
     return finding.state in _FORMER and not finding.problem
 
 
-def _refusal(findings: list[Finding]) -> str | None:
+def _refusal(storage: Storage, findings: list[Finding]) -> str | None:
     """Why recovery is not let loose on a path, if so; "" while ranks may still come."""
     for finding in findings:
-        if finding.state == "incomplete" and finding.alive is None:
-            late = time.time() - finding.time >= LATE_SECONDS
-            return f"it cannot be told whether somebody works on it: {_shown(finding.path)}" if late else ""
+        silent = not finding.aborted and any(rank.state == "silent" for rank in finding.ranks)
+        if finding.state == "incomplete" and (finding.alive is None or (silent and not finding.alive)):
+            # By the file system's clock, as a wrong one here must not give a live job up.
+            if unchanged_seconds(storage, finding.path) < LATE_SECONDS:
+                return ""
+            if not silent:
+                return f"it cannot be told whether somebody works on it: {_shown(finding.path)}"
         if not finding.published and any(damage.file != MANIFEST_NAME for damage in finding.damage):
             return f"a save that seemed complete is damaged; delete it yourself: {_shown(finding.path)}"
     damaged = any(finding.published and finding.state in ("damaged", "unreadable") for finding in findings)

@@ -47,6 +47,7 @@ __all__ = [
     "make_parents",
     "refuse_other_starts",
     "take_over",
+    "unchanged_seconds",
 ]
 
 NETWORK_PATIENCE_SECONDS = 24 * 3600.0
@@ -185,7 +186,8 @@ def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | No
     path = os.path.join(hidden.path, NOTE_NAME)
     try:
         if ask is not None and ask(hidden.path):
-            return _NoLock() if _is_old(storage, hidden.path) else None
+            old = unchanged_seconds(storage, hidden.path) > NETWORK_PATIENCE_SECONDS
+            return _NoLock() if old else None
         if note is not None and storage.stat(path) is None:
             publish_bytes(storage, path, note, "create", sync=False)
         return storage.lock(path, exclusive=True)
@@ -193,21 +195,25 @@ def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | No
         return None
 
 
-def _is_old(storage: Storage, path: str) -> bool:
-    """Whether no file in a folder has changed for a day, by the clock of its own file system."""
+def unchanged_seconds(storage: Storage, path: str) -> float:
+    """How long no file in a folder has changed, in seconds, by the clock of its own file system.
+
+    0 where that cannot be told: the folder is gone, or a file was listed and then not seen.
+    """
     probe = _note_aside()
     with opened(storage, path) as folder:
         if folder is None:
-            return False
-        found = [folder.stat(name) for name in list_names(folder) if not is_note_aside(name)]
+            return 0.0
+        names = list_names(folder)
+        # Probes of others pass by, so they count only where nothing else is there.
+        found = [folder.stat(name) for name in [n for n in names if not is_note_aside(n)] or names]
         write_bytes(storage, os.path.join(path, probe), b"", sync=False)
         try:
             now = folder.stat(probe)
         finally:
             storage.remove(os.path.join(path, probe))
     times = [stat.modified_seconds for stat in (now, *found) if stat is not None]
-    # What is listed and then not seen is being worked on.
-    return len(times) == len(found) + 1 and times[0] - max(times[1:], default=0) > NETWORK_PATIENCE_SECONDS
+    return times[0] - max(times[1:], default=0.0) if len(times) == len(found) + 1 else 0.0
 
 
 def _note_aside() -> str:
