@@ -17,9 +17,10 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
-from milepost.errors import CorruptCheckpointError, UnsupportedFormatError
+from milepost.errors import CorruptCheckpointError, StateError, UnsupportedFormatError
+from milepost.limits import MAX_DIMS, MAX_INT, MAX_NODES, count_nodes, is_device, sizes_fit
+from milepost.nodes import Node, check_tree
 from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_leaves, check_shards, dtype_bytes
-from milepost.tree import Node, check_tree
 
 __all__ = [
     "CHUNK_BYTES",
@@ -38,6 +39,7 @@ __all__ = [
     "digest",
     "encode_index",
     "encode_manifest",
+    "encode_tree",
     "index_name",
     "is_plain_name",
 ]
@@ -54,7 +56,7 @@ FEATURES: frozenset[str] = frozenset({SHARDS_FEATURE})
 
 MAX_INDEX_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 1 << 28
-MAX_INT = (1 << 63) - 1
+MAX_METADATA_BYTES = 1 << 26
 
 Sequence = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 
@@ -222,9 +224,46 @@ def digest(name: str, data: bytes) -> FileDigest:
     return FileDigest(name, len(data), hashlib.sha256(data).hexdigest())
 
 
+def encode_tree(tree: Node, limit: int = MAX_INDEX_BYTES) -> msgspec.Raw:
+    """A tree as an index holds it, which a load will not refuse for its size.
+
+    Raises:
+        StateError: It has more nodes, or more than `limit` bytes; names the key that takes most of them.
+    """
+    data = msgspec.json.encode(tree)
+    problem = _excess(data, limit)
+    if problem is None:
+        return msgspec.Raw(data)
+    pairs = tree[1] if tree[0] in ("dict", "ordered", "default") else ()
+    key, _ = max(pairs, key=lambda pair: len(msgspec.json.encode(pair)), default=(None, None))
+    raise StateError(
+        f"the state's plain values are too many: {problem}",
+        key=None if key is None else str(key[1])[:200],
+        hint="convert long lists of numbers to tensors or numpy arrays, and long texts to bytes",
+    )
+
+
+def _excess(data: bytes, limit: int = MAX_INDEX_BYTES) -> str | None:
+    """Why these bytes of JSON are too large to be decoded, None if they are not."""
+    if len(data) > limit:
+        return f"{len(data):,} bytes of JSON, where {limit:,} can be read"
+    nodes = count_nodes(data)
+    return f"{nodes:,} values, where {MAX_NODES:,} can be read" if nodes > MAX_NODES else None
+
+
 def encode_index(index: Index) -> bytes:
-    """The bytes of an index file: one JSON object without white space."""
-    return msgspec.json.encode(index)
+    """The bytes of an index file: one JSON object without white space.
+
+    Raises:
+        StateError: It would be too large to be read.
+    """
+    data = msgspec.json.encode(index)
+    problem = _excess(data)
+    if problem is not None:
+        raise StateError(
+            f"the index of this rank is too large: {problem}", hint="save fewer tensors and values"
+        )
+    return data
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -289,7 +328,7 @@ def decode_index(data: bytes, path: str) -> Index:
         problem = check_shards(index.shards, held)
         check(problem is None, problem or "")
     try:
-        check_tree(index.tree, tensors=len(index.tensors.record), records=len(index.records.length))
+        check_tree(index.tree, tensors=len(index.tensors.record), records=index.records.length)
     except ValueError as error:
         check.fail(str(error))
     return index
@@ -325,6 +364,8 @@ _T = TypeVar("_T", Manifest, Mark, Index)
 
 def _decode(kind: type[_T], data: bytes, name: str, path: str, *, columns: tuple[str, ...] = ()) -> _T:
     """Decode one JSON object; version and features first, so that later formats get the right error."""
+    problem = _excess(data)
+    _Checker(path)(problem is None, f"the file is too large: {problem}")
     try:
         fields = _fields(data)
         for column in columns:
@@ -379,7 +420,7 @@ def _check_mark(mark: Mark, check: _Checker) -> None:
 def _check_metadata(metadata: Node | None, check: _Checker) -> None:
     if metadata is not None:
         try:
-            check_tree(metadata, tensors=0, records=0)
+            check_tree(metadata)
         except ValueError as error:
             check.fail(f"metadata: {error}")
 
@@ -432,6 +473,8 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
     )
     problem = check_leaves(tensors)
     check(problem is None, problem or "")
+    for device in set(tensors.device):
+        check(is_device(device), f"a tensor was saved on an unknown device: {device[:80]!r}")
     for name in ("requires_grad", "conj", "neg"):
         numbers: list[int] = getattr(tensors, name)
         check(all(0 <= n < count for n in numbers), f"{name} names a tensor that is not there")
@@ -451,7 +494,7 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
         size = dtype_bytes(dtype)
         reach = extent = size
         empty = False
-        if len(shape) != len(stride) or len(shape) > 64:
+        if len(shape) != len(stride) or len(shape) > MAX_DIMS:
             check.fail(f"tensor {number} has shape {shape} and stride {stride}")
         for length, step in zip(shape, stride, strict=True):
             if not (0 <= length <= MAX_INT and 0 <= step <= MAX_INT):
@@ -459,7 +502,7 @@ def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
             empty = empty or length == 0
             extent *= length
             reach += (length - 1) * step * size
-        if extent > MAX_INT:
+        if extent > MAX_INT or (tensors.kind[number] == "ndarray" and not sizes_fit(shape, size)):
             check.fail(f"tensor {number} has too many elements: {shape}")
         if not -1 < record < len(lengths):
             check.fail(f"tensor {number} lies in record {record} of {len(lengths)}")

@@ -14,12 +14,22 @@ import numpy as np
 import torch
 
 from milepost.errors import CorruptCheckpointError
+from milepost.limits import numpy_size
 from milepost.manifest import Tensors
 from milepost.objects import storage_from, unpickle_object
 from milepost.shards import dtype_bytes
 from milepost.tree import Node, TreeDecoder
 
-__all__ = ["NATIVE_LEAVES", "TensorBuilder", "dtype_name", "dtype_of", "finished"]
+__all__ = [
+    "NATIVE_LEAVES",
+    "TensorBuilder",
+    "device_of",
+    "dtype_name",
+    "dtype_of",
+    "finished",
+    "first_line",
+    "numpy_dtype",
+]
 
 
 @cache
@@ -121,7 +131,12 @@ class TensorBuilder:
         storage = self._storage_of(columns.record[number])
         tensor = torch.empty(0, dtype=dtype, device=storage.device)
         offset = columns.byte_offset[number] // dtype_bytes(columns.dtype[number])
-        tensor.set_(storage, offset, columns.shape[number], columns.stride[number])
+        try:
+            tensor.set_(storage, offset, columns.shape[number], columns.stride[number])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise CorruptCheckpointError(
+                f"torch cannot make a tensor of shape {str(columns.shape[number])[:80]}: {first_line(error)}"
+            ) from error
         if number in self._conjugates or number in self._negatives:
             bits = {
                 name: True
@@ -136,15 +151,13 @@ class TensorBuilder:
         return finished(self.tensor(number), self._tensors.kind[number], number in self._gradients)
 
     def _array(self, node: Node) -> Any:
-        dtype, data, shape = _numpy_dtype(node[2]), self._bytes_of(node[1]), node[3]
-        count = 1
-        for length in shape:
-            count *= length
-        if count * dtype.itemsize != len(data):
+        dtype, data, shape = numpy_dtype(node[2]), self._bytes_of(node[1]), node[3]
+        try:
+            return np.frombuffer(bytearray(data), dtype).reshape(shape) if data else np.zeros(shape, dtype)
+        except ValueError as error:
             raise CorruptCheckpointError(
-                f"a numpy array of shape {shape} and dtype {dtype} has {len(data)} bytes"
-            )
-        return np.frombuffer(bytearray(data), dtype).reshape(shape) if data else np.zeros(shape, dtype)
+                f"numpy cannot make an array of shape {str(shape)[:80]} and dtype {str(dtype)[:80]}: {error}"
+            ) from error
 
     def _object(self, node: Node) -> Any:
         def storage(number: int) -> torch.UntypedStorage:
@@ -156,40 +169,48 @@ class TensorBuilder:
             return unpickle_object(self._bytes_of(node[1]), storage)
         except Exception as error:
             raise CorruptCheckpointError(
-                f"an object of type {node[2]} could not be read: {str(error) or type(error).__name__}",
+                f"an object of type {node[2]} could not be read: {first_line(error)}",
                 key=self._path_of(node[1]),
                 hint=f"if it is a type of yours, allow it: torch.serialization.add_safe_globals([{node[2]}])",
             ) from error
 
 
-def _torch_device(name: str) -> torch.device:
+def first_line(error: Exception) -> str:
+    """What an error says, without a trace of C++ and without what a file made it repeat."""
+    return (str(error) or type(error).__name__).splitlines()[0][:500]
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; `CorruptCheckpointError` if this torch has none."""
     try:
         return torch.device(name)
     except RuntimeError as error:
         raise CorruptCheckpointError(f"unknown device {name[:80]!r}") from error
 
 
-def _numpy_dtype(descr: str) -> np.dtype[Any]:
+def numpy_dtype(descr: str) -> np.dtype[Any]:
+    """The numpy dtype of a text in an index; `CorruptCheckpointError` if there is none."""
     try:
+        size = numpy_size(descr)  # before numpy or ast see the text
         parsed: Any = ast.literal_eval(descr) if descr.startswith("[") else descr
         dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(parsed)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError) as error:
         raise CorruptCheckpointError(f"unknown numpy dtype {descr[:80]!r}") from error
-    if dtype.hasobject:
-        raise CorruptCheckpointError(f"a numpy dtype holds Python objects: {descr[:80]!r}")
+    if dtype.itemsize != size:
+        raise CorruptCheckpointError(
+            f"numpy dtype {descr[:80]!r} has {dtype.itemsize} bytes here, not {size}"
+        )
     return dtype
 
 
 def _numpy_scalar(node: Node) -> Any:
-    dtype, data = _numpy_dtype(node[1]), bytes.fromhex(node[2])
-    if len(data) != dtype.itemsize:
-        raise CorruptCheckpointError(f"a numpy scalar of dtype {dtype} has {len(data)} bytes")
+    dtype, data = numpy_dtype(node[1]), bytes.fromhex(node[2])
     return np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
 
 
 NATIVE_LEAVES: dict[str, Callable[[Node], Any]] = {
     "size": lambda node: torch.Size(node[1]),
     "dtype": lambda node: dtype_of(node[1]),
-    "device": lambda node: _torch_device(node[1]),
+    "device": lambda node: device_of(node[1]),
     "scalar": _numpy_scalar,
 }

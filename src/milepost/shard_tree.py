@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 
 from milepost.errors import CorruptCheckpointError
+from milepost.limits import MAX_EQUAL_HASHES
 from milepost.manifest import Tensors
 from milepost.paths import path_text
 from milepost.reshard import steps_of
@@ -66,6 +68,7 @@ def key_trie(keys: Sequence[Key]) -> _Trie:
     """
     root: _Trie = {}
     paths: dict[Any, int] = {}
+    hashes: Counter[int] = Counter()
     for number, key in enumerate(keys):
         node: Any = root
         for part in key[:-1]:
@@ -80,6 +83,10 @@ def key_trie(keys: Sequence[Key]) -> _Trie:
         for depth in range(1, len(path) + 1):
             # Steps that are equal, such as 1 and True, must be written alike.
             known = paths.setdefault(path[:depth], number)
+            if known == number:
+                hashes[hash(path[:depth])] += 1
+                if hashes[hash(path[:depth])] > MAX_EQUAL_HASHES:
+                    raise _conflict(key, "has the same hash as very many others")
             if known != number and keys[known][:depth] != key[:depth]:
                 raise _conflict(
                     key, f"has a step that is equal to one of {path_text(decode_key(keys[known]))}"

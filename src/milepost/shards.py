@@ -21,9 +21,11 @@ from typing import Any, Protocol
 import msgspec
 
 from milepost.errors import CorruptCheckpointError
+from milepost.limits import MAX_DEPTH, MAX_DIMS, MAX_INT
+from milepost.nodes import check_tree
 from milepost.paths import ATTRIBUTES, Item, Path
 from milepost.reshard import Box, Piece, disjoint, intersection
-from milepost.tree import Node, TreeDecoder, TreeEncoder, UnencodableError, check_tree
+from milepost.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
 
 __all__ = [
     "ARRAY_DTYPES",
@@ -52,7 +54,6 @@ ON_EACH_MESH = ", on each mesh"
 """The end of the placement of tensors whose mesh is a part of the job, so that several may hold it."""
 
 MAX_SHARDS_BYTES = 1 << 31
-_MAX_INT = (1 << 63) - 1
 
 Key = list[Any]
 """A typed path: text for a key that is text, ["item", n] for a position, ["attributes"] for the attributes of
@@ -356,7 +357,7 @@ def check_described(shards: _Described) -> str | None:
         if (shards.dtype[first], shards.shape[first]) != (shards.dtype[number], shards.shape[number]):
             return "an alias names an entry of another dtype or shape"
     for shape in shards.shape:
-        if len(shape) > 64 or any(n < 0 for n in shape) or prod(shape) > _MAX_INT // 16:
+        if len(shape) > MAX_DIMS or any(n < 0 for n in shape) or prod(shape) > MAX_INT // 16:
             return f"a global tensor has shape {shape}"
     for key in shards.key:
         if not _is_key(key):
@@ -433,6 +434,8 @@ def decode_key(key: Key) -> Path:
 
 
 def _is_key(key: Key) -> bool:
+    if len(key) > MAX_DEPTH + 1:
+        return False
     for part in key:
         if isinstance(part, str):
             continue
@@ -445,7 +448,7 @@ def _is_key(key: Key) -> bool:
         if part == ATTRIBUTES_STEP:
             continue
         try:
-            check_tree(["set", [part]], tensors=0, records=0)
+            check_tree(["set", [part]])
         except ValueError:
             return False
     return True

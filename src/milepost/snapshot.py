@@ -23,7 +23,16 @@ import milepost
 from milepost.commit import Attempt
 from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
-from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
+from milepost.manifest import (
+    MAX_METADATA_BYTES,
+    DataFile,
+    Index,
+    Records,
+    Tensors,
+    data_name,
+    encode_index,
+    encode_tree,
+)
 from milepost.paths import path_text
 from milepost.pickle_view import emit
 from milepost.shards import SHARDS_FEATURE, Shards
@@ -181,7 +190,9 @@ class Labels:
             raise UnencodableError(f"metadata cannot hold a {type(value).__name__}", path)
 
         try:
-            return cls(step, TreeEncoder(refuse).encode(metadata))
+            node = TreeEncoder(refuse).encode(metadata)
+            encode_tree(node, MAX_METADATA_BYTES)
+            return cls(step, node)
         except UnencodableError as error:
             raise StateError(
                 f"{error}: metadata{f' at {path_text(error.path)}' if error.path else ''}",
@@ -364,6 +375,7 @@ def _directory(folder: str) -> Iterator[None]:
 
 def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> Index:
     """Write the data file; it is durable on return. The index describes it, without labels."""
+    tree = encode_tree(snapshot.tree)
     identity = {"format": "milepost", "version": [1, 0], "attempt": options.attempt, "rank": options.rank}
     image = Image(
         snapshot.layout,
@@ -397,7 +409,7 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         writer=_writer_facts() | options.writer,
         records=_records(snapshot, image),
         tensors=snapshot.tensors,
-        tree=snapshot.tree,
+        tree=tree,
     )
     if shares is not None:
         index.requires = [SHARDS_FEATURE]

@@ -17,14 +17,15 @@ import torch
 
 from milepost.accelerator import copy_bytes
 from milepost.division import STAGED_SHARE, Division, Member, is_share_array
-from milepost.errors import StateError, UnsupportedTypeError
+from milepost.errors import CorruptCheckpointError, StateError, UnsupportedTypeError
 from milepost.image import Layout
+from milepost.limits import is_array
 from milepost.manifest import Tensors
 from milepost.objects import pickle_object, storage_from, unpickle_object
 from milepost.paths import Path, path_text
 from milepost.pickle_view import tensor_fragments
 from milepost.placements import Placed, Replicated, declared_whole, local_of, placed
-from milepost.rebuild import NATIVE_LEAVES, dtype_name
+from milepost.rebuild import NATIVE_LEAVES, dtype_name, numpy_dtype
 from milepost.records import check_memory, partition, refuse_meta
 from milepost.shards import ARRAY_DTYPES
 from milepost.snapshot import Shares, Snapshot
@@ -322,9 +323,12 @@ class StateEncoder:
             raise UnencodableError(
                 f"a numpy array of dtype {value.dtype} holds Python objects; convert it to a list", path
             )
-        return self._walk.add_object(
-            value, "array", value.tobytes(), _descr(value.dtype, path), list(value.shape)
-        )
+        descr, data, shape = _descr(value.dtype, path), value.tobytes(), list(value.shape)
+        if not is_array(descr, shape, len(data)):
+            raise UnencodableError(
+                f"a numpy array of shape {shape} and dtype {descr[:80]} cannot be read", path
+            )
+        return self._walk.add_object(value, "array", data, descr, shape)
 
     def _object(self, value: Any, path: Path) -> Node:
         kind = type(value)
@@ -456,5 +460,12 @@ def _descr(dtype: np.dtype[Any], path: Path) -> str:
     """A numpy dtype as text: its ``str``, or for structured ones the repr of its description."""
     if dtype.hasobject:
         raise UnencodableError(f"a numpy value of dtype {dtype} holds Python objects", path)
-    descr: object = np.lib.format.dtype_to_descr(dtype)
-    return str(descr) if isinstance(descr, str) else repr(descr)
+    try:
+        described: object = np.lib.format.dtype_to_descr(dtype)
+        descr = described if isinstance(described, str) else repr(described)
+        same = numpy_dtype(descr) == dtype
+    except (ValueError, CorruptCheckpointError):
+        same = False
+    if not same:
+        raise UnencodableError(f"a numpy value of dtype {str(dtype)[:80]} could not be read back", path)
+    return descr
