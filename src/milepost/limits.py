@@ -22,6 +22,8 @@ __all__ = [
     "MAX_INT",
     "MAX_NAME",
     "MAX_NODES",
+    "MAX_OBJECT_DEPTH",
+    "MAX_OBJECT_WORK",
     "count_nodes",
     "crowded",
     "is_array",
@@ -49,6 +51,12 @@ MAX_NAME = 1024
 
 MAX_EQUAL_HASHES = 100
 """So many keys of one dict or set may have the same hash: each is compared with all the others."""
+
+MAX_OBJECT_DEPTH = 1000
+"""What an object holds is nested no deeper."""
+
+MAX_OBJECT_WORK = 1 << 27
+"""So many values may be visited to hash what an object holds: a tuple may hold one of its parts very often."""
 
 _MAX_DESCR = 1 << 16
 _MAX_ITEM = (1 << 31) - 1

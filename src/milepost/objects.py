@@ -19,6 +19,7 @@ import torch
 from torch import _weights_only_unpickler as restricted
 
 from milepost.errors import StateError
+from milepost.pickle_scan import scan
 from milepost.utils import is_dtensor
 
 __all__ = ["pickle_object", "storage_from", "unpickle_object"]
@@ -96,11 +97,12 @@ _UNPICKLING = threading.RLock()
 
 
 def unpickle_object(data: bytes, storage_of: Callable[[int], torch.UntypedStorage]) -> Any:
-    """Read one object through torch's restricted unpickler: no code in it runs.
+    """Read one object through torch's restricted unpickler: no code in it runs, and `scan` has passed it.
 
     Sparse tensors are validated, whatever this version of torch does by itself: to use one whose indices
     are out of range may end the process.
     """
+    scan(data)
     given: list[tuple[torch.UntypedStorage, int]] = []
 
     def persistent_load(identity: Any) -> Any:

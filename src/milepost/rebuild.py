@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable
@@ -171,7 +172,9 @@ class TensorBuilder:
             raise CorruptCheckpointError(
                 f"an object of type {node[2]} could not be read: {first_line(error)}",
                 key=self._path_of(node[1]),
-                hint=f"if it is a type of yours, allow it: torch.serialization.add_safe_globals([{node[2]}])",
+                hint=f"if it is a type of yours, allow it: torch.serialization.add_safe_globals([{node[2]}])"
+                if isinstance(error, pickle.UnpicklingError)
+                else None,
             ) from error
 
 

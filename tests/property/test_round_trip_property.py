@@ -16,8 +16,8 @@ from states import assert_same, sharing, tensors_in
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
-from milepost.storage.memory import MemoryStorage
 from milepost.nodes import check_tree
+from milepost.storage.memory import MemoryStorage
 from milepost.tree import TreeDecoder, TreeEncoder
 from milepost.types import RankInfo
 
