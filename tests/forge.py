@@ -61,6 +61,24 @@ class Forge:
         offset = self.index["records"]["offset"][number]
         return slice(offset, offset + self.index["records"]["length"][number])
 
+    def empty_record(self) -> int:
+        """The number of a record without bytes."""
+        number: int = self.index["records"]["length"].index(0)
+        return number
+
+    def put_object(self, key: str, data: bytes) -> None:
+        """Make these bytes the pickle of an object of the state dict, and sign everything."""
+        records, number = self.index["records"], self.node(key)[1]
+        place = self.record(number)
+        if len(data) > place.stop - place.start:  # make room, before the records that follow
+            self.data[place.stop : place.stop] = bytes(len(data))
+            later = range(number + 1, len(records["offset"]))
+            for follower in later:
+                records["offset"][follower] += len(data)
+        records["length"][number] = len(data)
+        self.data[place.start : place.start + len(data)] = data
+        self.sign()
+
     def node(self, key: str) -> Any:
         """The node of a value of the state dict."""
         return next(value for name, value in self.index["tree"][1] if name == ["str", key])

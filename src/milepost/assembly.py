@@ -30,7 +30,7 @@ from milepost.sharing import raw_bytes, sharing_misfits
 from milepost.sources import IndexedSource
 from milepost.storage import OpenFile
 from milepost.template import Fill, Match, copy_into, match
-from milepost.tree import Node, paths_of
+from milepost.tree import Node, numbers_of
 from milepost.types import STATE_DICT
 
 __all__ = ["ShardedSource"]
@@ -407,7 +407,7 @@ class ShardedSource:
 
     def _decode(self, node: Node) -> Any:
         """The value of a node; the global tensors in it are made in one go."""
-        self._make_missing(paths_of(node, "tensor"))
+        self._make_missing(numbers_of(node, "tensor"))
         return self._own.source.decode(node)
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Literal
 
 from milepost.commit import Entry, absolute_path, locate, scan
@@ -436,7 +437,7 @@ def _keys_beyond(folder: Folder, name: str) -> tuple[str, ...]:
         records = index.records
         return tuple(
             line.path
-            for line in outline(index)
+            for line in outline(index, inf)
             if line.record >= 0
             and index.files[records.file[line.record]].name == name
             and records.offset[line.record] + line.end > size

@@ -56,7 +56,7 @@ MAX_OBJECT_DEPTH = 1000
 """What an object holds is nested no deeper."""
 
 MAX_OBJECT_WORK = 1 << 27
-"""So many values may be visited to hash what an object holds: a tuple may hold one of its parts very often."""
+"""So many values may be visited to hash what an object holds; what occurs twice counts twice."""
 
 _MAX_DESCR = 1 << 16
 _MAX_ITEM = (1 << 31) - 1

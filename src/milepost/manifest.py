@@ -21,6 +21,7 @@ from milepost.errors import CorruptCheckpointError, StateError, UnsupportedForma
 from milepost.limits import MAX_DIMS, MAX_INT, MAX_NODES, count_nodes, is_device, sizes_fit
 from milepost.nodes import Node, check_tree
 from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_leaves, check_shards, dtype_bytes
+from milepost.utils import gc_paused
 
 __all__ = [
     "CHUNK_BYTES",
@@ -318,8 +319,13 @@ def decode_mark(data: bytes, path: str) -> Mark:
 
 def decode_index(data: bytes, path: str) -> Index:
     """The index in `data`, which was read from `path` (for messages), checked whole."""
-    index = _decode(Index, data, "milepost.index", path, columns=("records", "tensors"))
-    check = _Checker(path)
+    with gc_paused():  # very many small lists, none of which is garbage
+        index = _decode(Index, data, "milepost.index", path, columns=("records", "tensors"))
+        _check_index(index, _Checker(path))
+    return index
+
+
+def _check_index(index: Index, check: _Checker) -> None:
     _check_mark(index, check)
     _check_records(index.records, index.files, check)
     _check_tensors(index.tensors, index.records, check)
@@ -331,7 +337,6 @@ def decode_index(data: bytes, path: str) -> Index:
         check_tree(index.tree, tensors=len(index.tensors.record), records=index.records.length)
     except ValueError as error:
         check.fail(str(error))
-    return index
 
 
 def is_plain_name(name: str) -> bool:

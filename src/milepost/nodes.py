@@ -86,7 +86,9 @@ def check_tree(root: Node, *, tensors: int = 0, records: Sequence[int] = ()) -> 
             if tag in ("tensor", "array", "blob", "object"):
                 _check_reference(node, tensors, records)
             elif tag in ("list", "tuple", "set"):
-                stack.extend((child, depth + 1, key or tag == "set") for child in node[1])
+                for child in node[1]:
+                    if not _is_fine(child):
+                        stack.append((child, depth + 1, key or tag == "set"))
                 if tag == "set":
                     _check_keys(node, (), [_frozen(child, depth) for child in node[1]])
             elif tag in ("dict", "ordered", "default"):
@@ -116,6 +118,13 @@ def check_node(node: Node, *, key: bool = False) -> None:
         raise ValueError(f"a dictionary key of kind {tag!r}")
 
 
+def _is_fine(node: Node) -> bool:
+    """Whether a node is a plain value, well-formed: nearly all are, so this is the fast way past them."""
+    if type(node) is not list or not node or type(node[0]) is not str or node[0] not in DECODERS:
+        return False
+    return _CHECKS[node[0]](node)
+
+
 def _check_reference(node: Node, tensors: int, records: Sequence[int]) -> None:
     tag, number = node[0], node[1]
     limit = tensors if tag == "tensor" else len(records)
@@ -139,7 +148,8 @@ def _check_entries(node: Node, depth: int, stack: list[tuple[Node, int, bool]]) 
         else:
             stack.append((key_node, depth + 1, True))
             others.append(_frozen(key_node, depth))
-        stack.append((child, depth + 1, False))
+        if not _is_fine(child):
+            stack.append((child, depth + 1, False))
     _check_keys(node, texts, others)
     if node[0] == "ordered" and node[2] is not None:
         if not _has_text_keys(node[2]):

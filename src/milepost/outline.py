@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -22,6 +21,7 @@ _CONTAINERS = {
     "tuple": "tuple",
     "set": "set",
 }
+_PLAIN = {"none", "bool", "int", "float", "complex", "str", "bytes", "size", "dtype", "device", "scalar"}
 _NUMBERS = dict(
     zip(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"), "efdbhiqBHIQ", strict=True)
 )
@@ -74,67 +74,106 @@ class Line:
 
     Attributes:
         label: Its own key, or its position in brackets.
-        path: The whole path, as in ``model.layers[0].weight``.
         depth: How many containers it is in.
-        parent: Number of the line of the container that it is in, -1 for the root.
+        above: The line of the container that it is in, None for the root.
         kind: "dict", "tensor", "parameter", "array", "object", "int" and so on.
         text: A tensor's dtype and shape, a container's number of entries, a plain value itself.
         size_bytes: Bytes of the elements, in a container of all that is in it.
         record: Number of the record that holds the bytes, -1 if none does.
         start: First byte of the value in its record.
         end: One more than the last.
+        left_out: How many values in it have no line.
         facts: Further facts about it, for machines.
     """
 
-    label: str
-    path: str
-    depth: int
-    parent: int
     kind: str
-    text: str
+    label: str = ""
+    text: str = ""
+    depth: int = 0
+    above: Line | None = None
     size_bytes: int = 0
     record: int = -1
     start: int = 0
     end: int = 0
+    left_out: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def path(self) -> str:
+        """The whole path, as in ``model.layers[0].weight``; long keys are cut."""
+        labels, line = [], self
+        while line.above is not None:
+            label = line.label if len(line.label) <= _LONGEST else f"{line.label[:_LONGEST]}…"
+            labels.append(label if label.startswith("[") else f".{label}")
+            line = line.above
+        return "".join(reversed(labels)).removeprefix(".")
 
-def outline(index: Index) -> list[Line]:
-    """The lines of an index, containers before what they hold, in the order of the state dict."""
+
+_LONGEST = 1000
+
+MOST_LINES = 1 << 17
+"""So many values are described by default, and of the plain ones in one container MOST_PLAIN."""
+
+MOST_PLAIN = 1000
+
+
+def outline(index: Index, most: float = MOST_LINES) -> list[Line]:
+    """The lines of an index, containers before what they hold, in the order of the state dict.
+
+    Args:
+        index: What to describe.
+        most: How many values get a line, the root always. What has none is counted in ``left_out`` of the
+            container that it is in, and in its size.
+    """
     lines: list[Line] = []
-    stack: list[tuple[str, Node, int]] = [("", index.tree, -1)]
+    stack: list[tuple[Any, Node, int]] = [("", index.tree, -1)]
     while stack:
-        label, node, parent = stack.pop()
+        step, node, parent = stack.pop()
         line = _line(index, node)
-        line.label = line.path = label
-        if parent >= 0:
-            above = lines[parent]
-            line.parent, line.depth = parent, above.depth + 1
-            if above.path:
-                line.path = above.path + (label if label.startswith("[") else f".{label}")
-        lines.append(line)
+        if parent >= 0 and len(lines) >= most:
+            lines[parent].left_out += 1
+            lines[parent].size_bytes += line.size_bytes
+            here = parent
+        else:
+            here = len(lines)
+            if parent >= 0:
+                line.above, line.depth = lines[parent], lines[parent].depth + 1
+                line.label = _label(step)
+            lines.append(line)
         if node[0] in _CONTAINERS:
-            here = len(lines) - 1
-            stack.extend(reversed([(text, child, here) for text, child in _children(node)]))
+            stack.extend(reversed(_children(node, here, lines[here])))
     for line in reversed(lines):
-        if line.parent >= 0:
-            lines[line.parent].size_bytes += line.size_bytes
+        if line.above is not None:
+            line.above.size_bytes += line.size_bytes
     return lines
 
 
-def _children(node: Node) -> Iterator[tuple[str, Node]]:
-    if node[0] in ("list", "tuple", "set"):
-        for position, child in enumerate(node[1]):
-            yield f"[{position}]", child
-        return
-    for key, child in node[1]:
-        value = plain_value(key)
-        yield value if isinstance(value, str) else text_of(value), child
+def _children(node: Node, number: int, line: Line) -> list[tuple[Any, Node, int]]:
+    """What a container holds, with the steps to it; most plain values are only counted."""
+    children: list[tuple[Any, Node, int]] = []
+    in_list, plain = node[0] in ("list", "tuple", "set"), 0
+    for position, entry in enumerate(node[1]):
+        child = entry if in_list else entry[1]
+        if child[0] in _PLAIN:
+            plain += 1
+            if plain > MOST_PLAIN:
+                line.left_out += 1
+                continue
+        children.append((position if in_list else entry[0], child, number))
+    return children
+
+
+def _label(step: Any) -> str:
+    """The label of a value: its position in brackets, or its key."""
+    if isinstance(step, int):
+        return f"[{step}]"
+    key = plain_value(step)
+    return key if isinstance(key, str) else text_of(key)
 
 
 def _line(index: Index, node: Node) -> Line:
     tag = node[0]
-    line = Line("", "", 0, -1, tag, "")
+    line = Line(tag)
     if tag in _CONTAINERS:
         line.kind = _CONTAINERS[tag]
         line.text = f"{len(node[1]):,} {'entry' if len(node[1]) == 1 else 'entries'}"

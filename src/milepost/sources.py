@@ -30,7 +30,7 @@ from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
 from milepost.storage.stream import FileStream
 from milepost.template import Fill, Match, copy_into, is_dense, match
-from milepost.tree import Node, paths_of
+from milepost.tree import Node, numbers_of, paths_of
 from milepost.types import STATE_DICT
 from milepost.utils import gc_paused
 
@@ -224,7 +224,7 @@ class IndexedSource:
     def decode(self, node: Node) -> Any:
         """The value of a node; what it holds of tensors is read in one go."""
         known = len(self._index.tensors.record)
-        self.read_aside([number for number in paths_of(node, "tensor") if number < known])
+        self.read_aside([number for number in numbers_of(node, "tensor") if number < known])
         return self._builder.decode(node)
 
     def relocated(self, tensor: torch.Tensor, location: str) -> torch.Tensor:

@@ -36,6 +36,7 @@ __all__ = [
     "TreeDecoder",
     "TreeEncoder",
     "UnencodableError",
+    "numbers_of",
     "paths_of",
 ]
 
@@ -264,17 +265,39 @@ def _unique(value: _Sized, node: Node) -> _Sized:
     return value
 
 
+_Trail = tuple[Any, Any]
+"""The steps to a value, the last one first: (the trail to what it is in, key node or `Item`)."""
+
+
 def paths_of(node: Node, *kinds: str) -> dict[int, str]:
     """The path of each value of these kinds in a checked tree, by its number; the first of several."""
-    paths: dict[int, str] = {}
     decoder = TreeDecoder({tag: lambda key: key[1] for tag in ("size", "dtype", "device", "scalar")})
-    stack: list[tuple[Node, Path]] = [(node, ())]
-    while stack:
-        node, path = stack.pop()
-        if node[0] in kinds:
-            paths.setdefault(node[1], path_text(path))
-        elif node[0] in ("dict", "ordered", "default"):
-            stack += [(value, (*path, decoder.decode(key))) for key, value in reversed(node[1])]
-        elif node[0] in ("list", "tuple", "set"):
-            stack += [(item, (*path, Item(i))) for i, item in reversed(list(enumerate(node[1])))]
+    paths: dict[int, str] = {}
+    for number, found in _trails_of(node, kinds).items():
+        trail, steps = found, list[Any]()
+        while trail:
+            trail, step = trail
+            steps.append(step if type(step) is Item else decoder.decode(step))
+        paths[number] = path_text(tuple(reversed(steps)))
     return paths
+
+
+def numbers_of(node: Node, *kinds: str) -> set[int]:
+    """The numbers of the values of these kinds in a checked tree."""
+    return set(_trails_of(node, kinds))
+
+
+def _trails_of(node: Node, kinds: tuple[str, ...]) -> dict[int, _Trail | tuple[()]]:
+    trails: dict[int, _Trail | tuple[()]] = {}
+    wanted = {*kinds, *_TAGS.values()}
+    stack: list[tuple[Node, _Trail | tuple[()]]] = [(node, ())]
+    while stack:
+        node, trail = stack.pop()
+        if node[0] in kinds:
+            trails.setdefault(node[1], trail)
+        elif node[0] in ("dict", "ordered", "default"):
+            stack += [(value, (trail, key)) for key, value in reversed(node[1]) if value[0] in wanted]
+        elif node[0] in ("list", "tuple", "set"):
+            items = [(item, (trail, Item(i))) for i, item in enumerate(node[1]) if item[0] in wanted]
+            stack += reversed(items)
+    return trails

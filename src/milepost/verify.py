@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from math import inf
 
 from isal.isal_zlib import crc32_combine
 
@@ -309,7 +310,7 @@ class _Keys:
         assert self._index is not None
         if self._by_record is None:
             self._by_record = {}
-            for line in outline(self._index):
+            for line in outline(self._index, inf):
                 self._by_record.setdefault(line.record, []).append(line)
         base = self._index.records.offset[record]
         lines = self._by_record.get(record, [])

@@ -9,6 +9,8 @@ import pickle
 import resource
 import shutil
 import socket
+import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from milepost.errors import (
     MismatchError,
     UnsupportedFormatError,
 )
+from milepost.manifest import decode_index
+from milepost.outline import MOST_LINES, outline
 from milepost.storage import default_storage
 from milepost.verify import verify
 
@@ -562,6 +566,7 @@ def test_a_dict_may_not_have_equal_keys(forge, keys, tag):
     refused(forge.path, CorruptCheckpointError, MismatchError, verified=False)
 
 
+EMPTY = "the empty record"
 NODES = [
     ["unknown"],
     ["none", 1],
@@ -616,9 +621,13 @@ NODES = [
     ["dtype", "float31"],
     ["dtype", "__name__"],
     ["dtype", "a" * 1000],
+    ["dtype", "_inductor"],
+    ["dtype", "Tensor"],
     ["device", "nowhere:0"],
     ["device", ""],
     ["device", "cpu:99999999999999999999"],
+    ["device", "hpu:128"],
+    ["device", "cpu:007"],
     ["tensor", -1],
     ["tensor", 1000],
     ["tensor", True],
@@ -630,6 +639,18 @@ NODES = [
     ["scalar", "[", "00"],
     ["scalar", "[" * 10_000, "00"],
     ["scalar", "__import__('os').system('true')", "00"],
+    ["scalar", "<M8[ns/0]", "00" * 8],
+    ["scalar", "<M8[0s]", "00" * 8],
+    ["scalar", "<M8[99999999999s]", "00" * 8],
+    ["scalar", "=f4", "00" * 4],
+    ["scalar", "f4,f4", "00" * 8],
+    ["scalar", "(1000000,1000000)f4", "00"],
+    ["scalar", "<U2000000000", ""],
+    ["scalar", "[" + "('a','<f4')," * 180_000 + "]", "00"],
+    ["scalar", "[('a'," * 1000 + "'<f4'" + ")]" * 1000, "00"],
+    ["scalar", "[('a', " + "-" * 60_000 + "1)]", "00"],
+    ["scalar", "[('a', '<f4', (2000000000, 2000000000))]", "00"],
+    ["float", 10**30],
     ["array", 0, "<f4", [1 << 62]],
     ["array", 0, "<f4", [1 << 32, 1 << 32]],
     ["array", 0, "|O", [1]],
@@ -638,8 +659,14 @@ NODES = [
     ["array", 0, "<U0", [1 << 40]],
     ["array", 1000, "<f4", [1]],
     ["array", 0, "<f4", [1] * 100],
-    ["array", 2, "<f4", [0, TOO_BIG]],
-    ["array", 2, "<f4", [0, BIG, BIG]],
+    ["array", 0, "<f4", [1] * 64 + [12]],
+    ["array", EMPTY, "<f4", [0] + [1] * 64],
+    ["array", EMPTY, "<f4", [0, 1 << 62]],
+    ["array", EMPTY, "<f4", [0, TOO_BIG]],
+    ["array", EMPTY, "<f4", [0, BIG, BIG]],
+    ["array", EMPTY, "|S0", [1 << 33]],
+    ["array", EMPTY, "<U0", [1 << 33]],
+    ["array", EMPTY, "|S2000000000", [0]],
     ["blob", -1],
     ["blob", 1000],
     ["object", 0, "os.system"],
@@ -652,9 +679,82 @@ NODES = [
 def test_malformed_nodes_are_refused(forge, node):
     """A value of no known kind, of a wrong form, or that names what is not there, is refused."""
     forge.sign()
-    forge.set("numbers", node)
+    forge.set("numbers", [forge.empty_record() if part is EMPTY else part for part in node] if node else node)
     forge.sign_index(dump(forge.index))
     assert in_child(lambda: (_limit_memory(), _refused_anew(forge.path))) == 0
+
+
+PRIME = (1 << 61) - 1
+"""Python's hash of an integer is its remainder by this."""
+
+MANY = range(20_000)
+CROWDS = {
+    "int": [["int", hex(n * PRIME)] for n in MANY],
+    "tuple": [["tuple", [["int", hex(n * PRIME)]]] for n in MANY],
+    "complex": [["complex", ["float", 1_000_003 * n], ["float", -n]] for n in MANY],
+    "numpy": [["scalar", "<c16", struct.pack("<dd", 1_000_003 * n, -n).hex()] for n in MANY],
+}
+
+
+@pytest.mark.parametrize("tag", ["dict", "set"])
+@pytest.mark.parametrize("kind", CROWDS)
+def test_keys_of_one_hash_are_refused(forge, kind, tag):
+    """A dict or set of very many keys that Python gives one hash is refused, before it takes minutes."""
+    forge.sign()
+    forge.set("numbers", [tag, [[key, ["none"]] for key in CROWDS[kind]] if tag == "dict" else CROWDS[kind]])
+    forge.sign_index(dump(forge.index))
+    refused(forge.path, match="one hash", verified=kind != "numpy")
+
+
+def test_a_structure_of_numpy_is_no_key(forge):
+    """A structured scalar, which has no hash, is refused as a key."""
+    forge.sign()
+    for descr in ("|V2", "[('a', '|i1'), ('b', '|i1')]"):
+        forge.set("numbers", ["dict", [[["scalar", descr, "0000"], ["none"]]]])
+        forge.sign_index(dump(forge.index))
+        refused(forge.path, match="key of kind 'scalar'")
+
+
+@pytest.mark.parametrize(
+    "device", ["hpu", "hpu:3", "privateuseone", "privateuseone:7", "vulkan", "xla", "lazy"]
+)
+def test_a_device_that_is_not_here_is_an_error_with_a_way_out(forge, device):
+    """Torch may look for a module of the device's name: still an error of Milepost's, and the CPU helps."""
+    forge.index["tensors"]["device"] = [device] * len(forge.index["tensors"]["device"])
+    forge.sign()
+
+    def work():
+        with pytest.raises(ConfigError, match="map_location"):
+            load(forge.path)
+        assert same(load(forge.path, map_location="cpu"), make_state(1))
+
+    assert in_child(work) == 0
+
+
+def test_the_place_of_a_malformed_node_is_named(forge):
+    """The error about a node says which value of the state dict it is."""
+    forge.sign()
+    forge.set("numbers", ["list", [["none"], ["dict", [[["str", "deep"], ["dtype", "load"]]]]]])
+    forge.sign_index(dump(forge.index))
+    refused(forge.path, match=r"numbers\[1\]\.deep")
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "nested"])
+def test_a_million_values_are_shown_in_seconds(forge, kind):
+    """`milepost show` describes some of very many values, says how many it leaves out, and takes little memory."""
+    node = {
+        "list": ["list", [["none"]] * 1_000_000],
+        "dict": ["dict", [[["int", n], ["none"]] for n in range(300_000)]],
+        "nested": ["list", [["list", []]] * 300_000],
+    }[kind]
+    forge.sign()
+    forge.set("numbers", node)
+    forge.sign_index(dump(forge.index))
+    index = decode_index(Path(f"{forge.path}/index_0.json").read_bytes(), forge.path)
+    lines = outline(index)
+    assert len(lines) + sum(line.left_out for line in lines) > len(node[1])
+    assert len(lines) <= MOST_LINES
+    assert sum(line.size_bytes for line in lines if line.depth == 1) == lines[0].size_bytes > 0
 
 
 def _refused_anew(path):
@@ -708,29 +808,13 @@ class _Run:
         return (os.system, (f"touch {self.path}",))
 
 
-def put_object(forge, data):
-    """Make a pickle the bytes of the object record."""
-    number = forge.node("sparse")[1]
-    grown = forge.record(number)
-    forge.index["records"]["length"][number] = len(data)
-    rest = forge.index["records"]["offset"][number + 1 :]
-    if len(data) > grown.stop - grown.start:  # put it at the end; later records would have to follow
-        assert not rest or number == len(forge.index["records"]["length"]) - 1 or True
-        shift = len(data)
-        forge.data[grown.stop : grown.stop] = bytes(shift)
-        for later in range(number + 1, len(forge.index["records"]["offset"])):
-            forge.index["records"]["offset"][later] += shift
-    forge.data[grown.start : grown.start + len(data)] = data
-    forge.sign()
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("maker", [_Touch, _Run])
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_a_pickle_that_would_run_code_does_not(forge, tmp_path, maker, protocol):
     """An object record whose pickle calls a function is refused, and nothing has been called."""
     sentinel = f"{tmp_path}/sentinel"
-    put_object(forge, pickle.dumps(maker(sentinel), protocol))
+    forge.put_object("sparse", pickle.dumps(maker(sentinel), protocol))
     refused(forge.path, verified=False)
     verify(default_storage(), forge.path)
     assert not os.path.exists(sentinel)
@@ -790,7 +874,7 @@ IDS = [
 @pytest.mark.parametrize("identity", IDS, ids=[f"{n}-{str(identity)[:40]}" for n, identity in enumerate(IDS)])
 def test_bad_storage_ids_in_an_object_are_refused(forge, identity):
     """An object whose pickle names a storage that is not there, or names it wrongly, is refused."""
-    put_object(forge, with_ids([_WithId(identity)]))
+    forge.put_object("sparse", with_ids([_WithId(identity)]))
     refused(forge.path, verified=False)
 
 
@@ -835,7 +919,7 @@ def rebuilt(number, *, offset=0, size=(2,), stride=(1,), dtype=torch.float32, co
 )
 def test_a_tensor_in_an_object_stays_in_its_storage(forge, options):
     """A pickle that asks for more of a storage than is there gets an error and no foreign bytes."""
-    put_object(forge, rebuilt(forge.node("weight")[1], **options))
+    forge.put_object("sparse", rebuilt(forge.node("weight")[1], **options))
 
     def work():
         _limit_memory()
@@ -864,7 +948,7 @@ def test_a_sparse_tensor_whose_indices_are_out_of_range_is_refused(forge):
 
 def test_a_tensor_in_an_object_that_fits_loads(forge):
     """The tool of these tests makes objects that load, so that it is the range that is refused."""
-    put_object(forge, rebuilt(forge.node("weight")[1]))
+    forge.put_object("sparse", rebuilt(forge.node("weight")[1]))
     assert load(forge.path)["sparse"].tolist() == [100.0, 101.0]
 
 
@@ -873,8 +957,61 @@ def test_a_tensor_in_an_object_that_fits_loads(forge):
 )
 def test_a_broken_pickle_is_an_error(forge, data):
     """Bytes that are no pickle are refused."""
-    put_object(forge, data)
+    forge.put_object("sparse", data)
     refused(forge.path, verified=False)
+
+
+def _pushed(value):
+    """The opcodes that put a value onto the stack of an unpickler."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def _keys(kind):
+    return b"".join(kind(n) + b"N" for n in MANY)
+
+
+_NESTED = b")" + b"\x85" * 1_000_000
+_DOUBLED = b")q\0" + b"".join(bytes((*b"h", n, *b"h", n, 0x86, *b"q", n + 1)) for n in range(60))
+_SIZED = b"c__builtin__\nbytearray\n" + _pushed((1 << 33,))
+_STRIDED = b"ctorch._utils\n_rebuild_tensor_v2\n(N" + _pushed(0) + _pushed((1 << 62,)) + b"N\x89NtR"
+BOMBS = {
+    "a deep tuple as a key": b"}" + _NESTED + b"Ns",
+    "a deep tuple": _NESTED,
+    "a tuple that doubles as a key": b"}" + _DOUBLED + b"Ns",
+    "a tuple that doubles in a set": b"c__builtin__\nset\n](" + _DOUBLED + b"e\x85R",
+    "a tuple that doubles in a list that is a key's part": b"}]" + _DOUBLED + b"a\x85Ns",
+    "a large bytearray": _SIZED + b"R",
+    "a large bytearray, made by another function": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(" + _SIZED[:-7].split(b"\x80")[0] + b"N" + _pushed((1 << 33,)) + b"NtR"
+    ),
+    "a large bytearray by another name": _SIZED.replace(b"__builtin__", b"builtins") + b"R",
+    "a bytearray of a tensor": b"c__builtin__\nbytearray\n" + _STRIDED + b"\x85R",
+    "a set of a tensor": b"c__builtin__\nset\n" + _STRIDED + b"\x85R",
+    "a size of a tensor": b"ctorch\nSize\n" + _STRIDED + b"\x85R",
+    "a tensor of very many elements": _STRIDED,
+    "integers of one hash": b"}(" + _keys(lambda n: _pushed(n * PRIME)) + b"u",
+    "integers of one hash in a set": (
+        b"c__builtin__\nset\n](" + b"".join(_pushed(n * PRIME) for n in MANY) + b"e\x85R"
+    ),
+    "pairs of one hash": b"}(" + _keys(lambda n: _pushed((n * PRIME, 1))) + b"u",
+    "complex numbers of one hash": (
+        b"}(" + _keys(lambda n: b"c__builtin__\ncomplex\n" + _pushed((1e6 * n + 3.0 * n, -1.0 * n)) + b"R") + b"u"
+    ),
+    "one text made into bytes again and again": (
+        _pushed("a" * 1_000_000) + b"q\0" + b"](" + b"c_codecs\nencode\nh\0" + _pushed("latin1") + b"\x86R"
+        + b"h\0h\0" * 2 + b"c_codecs\nencode\nh\0h\1\x86R" * 2000 + b"e"
+    ),
+    "an encoding that takes long": b"c_codecs\nencode\n" + _pushed(("é" * 500_000, "idna")) + b"R",
+    "a name of a megabyte": b"c" + b"a" * 1_000_000 + b"\nb\n",
+    "an opcode that torch does not read": b"\x95" + bytes(8) + b"N",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_pickle_that_would_kill_its_reader_is_refused(forge, bomb):
+    """An object that would overflow the stack, or take gigabytes or hours, is refused before it is built."""
+    forge.put_object("sparse", b"\x80\x02" + BOMBS[bomb] + b".")
+    assert in_child(lambda: (_limit_memory(), refused(forge.path, match="sparse", verified=False))) == 0
 
 
 @pytest.mark.parametrize(
@@ -890,7 +1027,7 @@ def test_a_broken_pickle_is_an_error(forge, data):
 )
 def test_huge_lengths_in_a_pickle_take_no_memory(forge, opcode):
     """A pickle that announces gigabytes is refused without memory for them."""
-    put_object(forge, b"\x80\x02" + opcode + b"a.")
+    forge.put_object("sparse", b"\x80\x02" + opcode + b"a.")
     assert in_child(lambda: (_limit_memory(), refused(forge.path, verified=False))) == 0
 
 

@@ -16,7 +16,7 @@ from milepost.outline import Line, outline, plain_value, text_of
 from milepost.shard_tree import with_global_columns, with_shards
 from milepost.shards import ShardMap, Shards
 from milepost.storage import default_storage
-from milepost.tree import paths_of
+from milepost.tree import numbers_of
 
 _MOST_CHARACTERS = 100
 _MOST_ITEMS = 8
@@ -41,15 +41,20 @@ def run(
         shards = read_shard_map(located.folder, manifest)
     lines = outline(index) if shards is None else _outline_with(shards, index)
     pattern = _pattern(only) if only is not None else None
+    left_out = sum(line.left_out for line in lines)
     if as_json:
         chosen = [line for line in lines[1:] if _is_chosen(line, depth, pattern)]
-        session.json(_facts(path, located, manifest, index) | {"values": [_as_data(line) for line in chosen]})
+        facts = _facts(path, located, manifest, index) | {"left_out": left_out}
+        session.json(facts | {"values": [_as_data(line) for line in chosen]})
         return OK
     _print_head(session, path, located, manifest, index, lines[0].size_bytes, exact=exact)
     rows = _filtered(lines, depth, pattern, exact) if pattern else _tree(lines, depth, exact)
     if rows:
         session.line()
         session.table(("key", "value", "size"), rows)
+    if left_out:
+        session.line()
+        session.line(f"{left_out:,} more values are not described, as there are so many")
     return OK
 
 
@@ -108,12 +113,12 @@ def _tree(lines: list[Line], depth: int | None, exact: bool) -> list[Row]:
         line = lines[number]
         number += 1
         count = line.facts.get("entries", 0)
-        below = lines[number : number + count]
+        below = lines[number : number + count - line.left_out]
         beginning = ""
         if line.kind in _LISTS and count and all("value" in item.facts for item in below):
             shown = [item.text for item in below[:_MOST_ITEMS]] + ["…"] * (count > _MOST_ITEMS)
             beginning = ", ".join(shown)
-            number += count
+            number += len(below)
         if depth is None or line.depth <= depth:
             label = "  " * (line.depth - 1) + line.label
             rows.append((label, *_cells(line, beginning, exact=exact)))
@@ -207,7 +212,7 @@ def _print_head(
         session.line(f"by rank   {_by_rank(manifest, exact=exact)}")
     of_rank = f" for rank {index.rank}" if manifest.world_size > 1 else ""
     record = index.tensors.record  # below 0 in global tensors, and the same in those that share memory
-    tensors = len({n if record[n] >= 0 else record[n] for n in paths_of(index.tree, "tensor")})
+    tensors = len({n if record[n] >= 0 else record[n] for n in numbers_of(index.tree, "tensor")})
     session.line(
         f"content   {tensors:,} tensor{'s' if tensors != 1 else ''}{of_rank}, {size(content, exact=exact)}"
     )
