@@ -25,7 +25,7 @@ from milepost.limits import (
 )
 from milepost.paths import Item, path_text
 
-__all__ = ["DECODERS", "FACTORIES", "Node", "check_node", "check_tree"]
+__all__ = ["DECODERS", "FACTORIES", "Node", "check_node", "check_tree", "place_of"]
 
 Node = Any
 """A node as in `tree`: a tuple or list."""
@@ -94,7 +94,7 @@ def check_tree(root: Node, *, tensors: int = 0, records: Sequence[int] = ()) -> 
             elif tag in ("dict", "ordered", "default"):
                 _check_entries(node, depth, stack)
     except ValueError as error:
-        place = _place_of(root, node)
+        place = place_of(root, node)
         raise ValueError(f"{error} (at {place})" if place else str(error)) from None
 
 
@@ -165,7 +165,7 @@ def _check_keys(node: Node, texts: Collection[str], others: list[Any]) -> None:
         raise ValueError(f"a {node[0]} of the tree has the same key twice")
 
 
-def _place_of(root: Node, wanted: Node) -> str:
+def place_of(root: Node, wanted: Node) -> str:
     """The path of a node in a tree that may be malformed elsewhere, cut to a readable length."""
     stack: list[tuple[Node, Any]] = [(root, None)]
     while stack:

@@ -76,7 +76,7 @@ class TensorBuilder:
         tensors: The columns of a checked index.
         storage_of: The storage that holds a record's bytes, on the device where it is to be.
         bytes_of: The bytes of a record that is no tensor.
-        path_of: The path of the object in a record, for messages.
+        path_of: The path of a node in the index's tree, for messages.
         beyond: Makes the values whose numbers are beyond the columns: tensors that several ranks hold.
     """
 
@@ -85,28 +85,36 @@ class TensorBuilder:
         tensors: Tensors,
         storage_of: Callable[[int], torch.UntypedStorage],
         bytes_of: Callable[[int], bytes],
-        path_of: Callable[[int], str | None] = lambda _: None,
+        path_of: Callable[[Node], str | None] = lambda _: None,
         beyond: Callable[[int], Any] | None = None,
     ) -> None:
         self._tensors = tensors
         self._storage_of = storage_of
         self._bytes_of = bytes_of
-        self._path_of = path_of
         self._beyond = beyond
         self._built: dict[int, Any] = {}
         self._gradients = set(tensors.requires_grad)
         self._conjugates = set(tensors.conj)
         self._negatives = set(tensors.neg)
         this = weakref.proxy(self)  # no cycle: what was built goes when the last reference goes
-        self._decoder = TreeDecoder(
-            {
-                **NATIVE_LEAVES,
-                "tensor": lambda node: this.value(node[1]),
-                "array": lambda node: this._array(node),  # noqa: PLW0108, SLF001 - a bound method is a cycle
-                "blob": lambda node: bytes_of(node[1]),
-                "object": lambda node: this._object(node),  # noqa: PLW0108, SLF001 - as above
-            }
-        )
+
+        def located(leaf: Callable[[Node], Any]) -> Callable[[Node], Any]:
+            def decode(node: Node) -> Any:
+                try:
+                    return leaf(node)
+                except CorruptCheckpointError as error:
+                    raise error.located(key=path_of(node) or None)
+
+            return decode
+
+        leaves: dict[str, Callable[[Node], Any]] = {
+            **NATIVE_LEAVES,
+            "tensor": lambda node: this.value(node[1]),
+            "array": lambda node: this._array(node),  # noqa: PLW0108, SLF001 - a bound method is a cycle
+            "blob": lambda node: bytes_of(node[1]),
+            "object": lambda node: this._object(node),  # noqa: PLW0108, SLF001 - as above
+        }
+        self._decoder = TreeDecoder({tag: located(leaf) for tag, leaf in leaves.items()})
 
     def decode(self, node: Node) -> Any:
         """The value of a node; a tensor that occurs twice is one object, as it was when saved."""
@@ -171,7 +179,6 @@ class TensorBuilder:
         except Exception as error:
             raise CorruptCheckpointError(
                 f"an object of type {node[2]} could not be read: {first_line(error)}",
-                key=self._path_of(node[1]),
                 hint=f"if it is a type of yours, allow it: torch.serialization.add_safe_globals([{node[2]}])"
                 if isinstance(error, pickle.UnpicklingError)
                 else None,

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -20,6 +21,7 @@ from isal import isal_zlib
 from milepost.errors import ConfigError, CorruptCheckpointError, MilepostError, MismatchError
 from milepost.manifest import CHUNK_BYTES, Index
 from milepost.names import Names
+from milepost.nodes import place_of
 from milepost.placements import narrowed
 from milepost.rebuild import TensorBuilder, device_of, first_line
 from milepost.reshard import Box
@@ -153,7 +155,7 @@ class IndexedSource:
             index.tensors,
             self._storage_of,
             self._bytes_of,
-            lambda record: paths_of(index.tree, "object").get(record),
+            partial(place_of, index.tree),
             beyond,
         )
         self._map: memoryview | None = None
