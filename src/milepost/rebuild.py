@@ -103,7 +103,8 @@ class TensorBuilder:
                 try:
                     return leaf(node)
                 except CorruptCheckpointError as error:
-                    raise error.located(key=path_of(node) or None)
+                    error.located(key=path_of(node) or None)
+                    raise
 
             return decode
 

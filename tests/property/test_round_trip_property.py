@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from states import assert_same, sharing, tensors_in
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
+from milepost.errors import StateError
 from milepost.nodes import check_tree
 from milepost.storage.memory import MemoryStorage
 from milepost.tree import TreeDecoder, TreeEncoder
@@ -144,6 +146,70 @@ def test_plain_torch_opens_any_state(state):
         assert len(plain) == len(state)
     finally:
         shutil.rmtree(folder)
+
+
+PRIME = (1 << 61) - 1
+HASHED = st.one_of(
+    keys, st.complex_numbers(allow_nan=False), st.integers(-3, 3).map(lambda n: n * PRIME),
+    st.just(torch.Size([1])),
+    hnp.scalar_dtypes().flatmap(lambda kind: hnp.from_dtype(kind, allow_nan=False)),
+    st.sampled_from([torch.float32, torch.device("cuda:127"), torch.device("cuda:128"), torch.device("hpu")]),
+)  # fmt: skip
+
+
+def deep(depth, make, leaf):
+    """A value in so many containers."""
+    for _ in range(depth):
+        leaf = make(leaf)
+    return leaf
+
+
+odd = st.one_of(
+    st.sampled_from([99, 100, 101, 150]).map(lambda n: {i * PRIME: 1 for i in range(n)}),
+    st.sampled_from([99, 101]).map(lambda n: {(i * PRIME, "a") for i in range(n)}),
+    st.sampled_from([100, 101]).map(lambda n: Counter({complex(1_000_003 * i, -i): 1 for i in range(n)})),
+    st.dictionaries(HASHED, st.integers(), max_size=4),
+    st.dictionaries(st.one_of(keys, st.complex_numbers(allow_nan=False)), scalars, max_size=4).map(Counter),
+    st.tuples(
+        st.sampled_from([1, 30, 150, 190, 197, 198, 199, 200, 400]), st.sampled_from([tuple, list])
+    ).map(lambda pair: deep(pair[0], lambda inner: pair[1]([inner]), 1)),
+    st.sampled_from([1, 197, 198, 199, 300, 600]).map(
+        lambda n: Counter({deep(n, lambda inner: (inner,), 1): 1})
+    ),
+    st.sampled_from([1, 197, 198, 199]).map(lambda n: {deep(n, lambda inner: (inner,), 1): 1}),
+    hnp.arrays(hnp.nested_dtypes(), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)),
+    hnp.array_dtypes(allow_subarrays=True).map(lambda kind: np.zeros((2, 0), kind)),
+    st.sampled_from([32, 64]).map(lambda n: np.zeros((1,) * n, "<M8[25s]")),
+    st.binary(max_size=9).map(bytearray),
+    st.lists(st.integers(0, 1), min_size=4, max_size=4).map(
+        lambda n: torch.tensor(n).reshape(2, 2).to_sparse()
+    ),
+    st.sampled_from(
+        [np.zeros(2, "S0"), np.zeros((0, 1 << 40), "S2"), np.zeros(0, "S100000"), np.void(b"ab")]
+    ),
+)
+
+
+@settings(suppress_health_check=[*HealthCheck], max_examples=150)
+@given(st.dictionaries(keys, st.one_of(odd, st.lists(odd, max_size=2)), max_size=2))
+def test_what_save_accepts_loads(saved, state):
+    """A state near the limits of the format is refused by name when it is saved, or it loads as it was."""
+    try:
+        reader = saved(state)
+    except StateError as error:
+        assert error.key or "" in state  # noqa: PT017 - it may also be saved
+        return
+    assert_same(state, reader.read("/run/c")[0])
+    assert_same(state, reader.read("/run/c", dict.fromkeys(state))[0])
+
+
+@pytest.mark.parametrize(
+    "count", [1_000_000, pytest.param(10_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+def test_very_many_integers_load(saved, count):
+    """An honest list of millions of integers saves and loads."""
+    state = {"ids": list(range(count))}
+    assert saved(state).read("/run/c")[0] == state
 
 
 plain_values = st.recursive(scalars, containers, max_leaves=20)

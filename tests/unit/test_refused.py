@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -176,6 +176,50 @@ def test_nesting_is_limited_to_200(tmp_path, name):
     assert_same({**state}, {**torch_load(tmp_path / "checkpoint")} if name != "default" else state)
     with pytest.raises(StateError, match="200 deep"):
         save(tmp_path / "deeper", nested(200, MAKERS[name]))
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+PRIME = (1 << 61) - 1
+
+LIMITED = {
+    "keys of one hash": lambda: {n * PRIME: n for n in range(200)},
+    "complex keys of one hash": lambda: {complex(1_000_003 * n, -n): n for n in range(200)},
+    "items of one hash": lambda: {(n * PRIME,) for n in range(200)},
+    "keys of one hash in an object": lambda: Counter({n * PRIME: n for n in range(200)}),
+    "a device beyond torch's own": lambda: torch.device("cuda:128"),
+    "an array without bytes": lambda: np.zeros(3, [("a", "S0")])["a"],
+    "fields that overlap": lambda: np.zeros(2, np.dtype({"names": ["a", "b"], "formats": ["i4", "i4"],
+                                                         "offsets": [0, 2]})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_what_a_load_would_refuse_is_refused(tmp_path, name):
+    """A value beyond a limit of the format is an error that names its key, and nothing is written."""
+    with pytest.raises(StateError) as caught:
+        save(tmp_path / "c", {"model": [LIMITED[name]()]})
+    assert caught.value.key.startswith("model[0]")
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_many_values_are_refused(tmp_path, monkeypatch):
+    """A state with more values than a load reads is an error that names the largest key; so are metadata."""
+    state = {"small": [1], "[text]": "[" * 2000, "ids": list(range(1000))}
+    monkeypatch.setattr("milepost.limits.MAX_NODES", 1100)
+    monkeypatch.setattr("milepost.manifest.MAX_NODES", 1100)
+    assert_same(state, round_trip(tmp_path, state))
+    for name, value, key in (
+        ("milepost.manifest.MAX_NODES", 1000, "ids"),
+        ("milepost.manifest.MAX_INDEX_BYTES", 1000, "ids"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            with pytest.raises(StateError, match="tensors or numpy arrays") as caught:
+                save(tmp_path / "c", state)
+            assert caught.value.key == key
+    monkeypatch.setattr("milepost.snapshot.MAX_METADATA_BYTES", 100)
+    with pytest.raises(StateError, match="too many"), milepost.make_sync_checkpointer() as checkpointer:
+        checkpointer.save(str(tmp_path / "c"), {}, metadata={"log": "x" * 100})
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 
