@@ -225,7 +225,7 @@ def digest(name: str, data: bytes) -> FileDigest:
     return FileDigest(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def encode_tree(tree: Node, limit: int = MAX_INDEX_BYTES) -> msgspec.Raw:
+def encode_tree(tree: Node, limit: int | None = None) -> msgspec.Raw:
     """A tree as an index holds it, which a load will not refuse for its size.
 
     Raises:
@@ -244,8 +244,9 @@ def encode_tree(tree: Node, limit: int = MAX_INDEX_BYTES) -> msgspec.Raw:
     )
 
 
-def _excess(data: bytes, limit: int = MAX_INDEX_BYTES) -> str | None:
+def _excess(data: bytes, limit: int | None = None) -> str | None:
     """Why these bytes of JSON are too large to be decoded, None if they are not."""
+    limit = limit or MAX_INDEX_BYTES
     if len(data) > limit:
         return f"{len(data):,} bytes of JSON, where {limit:,} can be read"
     nodes = count_nodes(data)
