@@ -19,13 +19,13 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_DIMS",
     "MAX_EQUAL_HASHES",
+    "MAX_INDEX_BYTES",
     "MAX_INT",
     "MAX_NAME",
-    "MAX_NODES",
     "MAX_OBJECT_DEPTH",
     "MAX_OBJECT_WORK",
-    "count_nodes",
     "crowded",
+    "excess",
     "is_array",
     "is_device",
     "is_dtype",
@@ -38,8 +38,11 @@ __all__ = [
 MAX_DEPTH = 200
 """Containers may be nested this deep."""
 
+MAX_INDEX_BYTES = 1 << 30
+"""An index has no more bytes."""
+
 MAX_NODES = 1 << 26
-"""A tree has no more nodes than this."""
+"""An index has no more JSON arrays, which is what the nodes of a tree are."""
 
 MAX_DIMS = 64
 """Arrays and tensors have no more dimensions, as in numpy and torch."""
@@ -102,12 +105,15 @@ def crowded(keys: Collection[Any]) -> bool:
     return max(Counter(map(hash, keys)).values()) > MAX_EQUAL_HASHES
 
 
-def count_nodes(data: bytes) -> int:
-    """How many arrays there are in JSON that is valid, which is how many nodes a tree has, or more."""
-    count = data.count(b"[")
-    if count > MAX_NODES:  # perhaps text has them
-        count = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data).count(b"[")
-    return count
+def excess(data: bytes, limit: int | None = None) -> str | None:
+    """Why these bytes of JSON are too large to be decoded, None if they are not."""
+    limit = limit or MAX_INDEX_BYTES
+    if len(data) > limit:
+        return f"{len(data):,} bytes of JSON, where {limit:,} can be read"
+    nodes = data.count(b"[")
+    if nodes > MAX_NODES:  # perhaps text has them
+        nodes = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data).count(b"[")
+    return f"{nodes:,} values, where {MAX_NODES:,} can be read" if nodes > MAX_NODES else None
 
 
 # -- numpy -----------------------------------------------------------------------------------------

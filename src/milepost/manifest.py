@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import msgspec
 
 from milepost.errors import CorruptCheckpointError, StateError, UnsupportedFormatError
-from milepost.limits import MAX_DIMS, MAX_INT, MAX_NODES, count_nodes, is_device, sizes_fit
+from milepost.limits import MAX_DIMS, MAX_INDEX_BYTES, MAX_INT, excess, is_device, sizes_fit
 from milepost.nodes import Node, check_tree
 from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_leaves, check_shards, dtype_bytes
 from milepost.utils import gc_paused
@@ -26,6 +26,7 @@ from milepost.utils import gc_paused
 __all__ = [
     "CHUNK_BYTES",
     "MANIFEST_NAME",
+    "MAX_INDEX_BYTES",
     "DataFile",
     "FileDigest",
     "Index",
@@ -40,7 +41,6 @@ __all__ = [
     "digest",
     "encode_index",
     "encode_manifest",
-    "encode_tree",
     "index_name",
     "is_plain_name",
 ]
@@ -55,7 +55,6 @@ VERSION = (1, 0)
 FEATURES: frozenset[str] = frozenset({SHARDS_FEATURE})
 """The optional features that this version of the library can read."""
 
-MAX_INDEX_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_METADATA_BYTES = 1 << 26
 
@@ -225,34 +224,6 @@ def digest(name: str, data: bytes) -> FileDigest:
     return FileDigest(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def encode_tree(tree: Node, limit: int | None = None) -> msgspec.Raw:
-    """A tree as an index holds it, which a load will not refuse for its size.
-
-    Raises:
-        StateError: It has more nodes, or more than `limit` bytes; names the key that takes most of them.
-    """
-    data = msgspec.json.encode(tree)
-    problem = _excess(data, limit)
-    if problem is None:
-        return msgspec.Raw(data)
-    pairs = tree[1] if tree[0] in ("dict", "ordered", "default") else ()
-    key, _ = max(pairs, key=lambda pair: len(msgspec.json.encode(pair)), default=(None, None))
-    raise StateError(
-        f"the state's plain values are too many: {problem}",
-        key=None if key is None else str(key[1])[:200],
-        hint="convert long lists of numbers to tensors or numpy arrays, and long texts to bytes",
-    )
-
-
-def _excess(data: bytes, limit: int | None = None) -> str | None:
-    """Why these bytes of JSON are too large to be decoded, None if they are not."""
-    limit = limit or MAX_INDEX_BYTES
-    if len(data) > limit:
-        return f"{len(data):,} bytes of JSON, where {limit:,} can be read"
-    nodes = count_nodes(data)
-    return f"{nodes:,} values, where {MAX_NODES:,} can be read" if nodes > MAX_NODES else None
-
-
 def encode_index(index: Index) -> bytes:
     """The bytes of an index file: one JSON object without white space.
 
@@ -260,11 +231,9 @@ def encode_index(index: Index) -> bytes:
         StateError: It would be too large to be read.
     """
     data = msgspec.json.encode(index)
-    problem = _excess(data)
+    problem = excess(data)
     if problem is not None:
-        raise StateError(
-            f"the index of this rank is too large: {problem}", hint="save fewer tensors and values"
-        )
+        raise StateError(f"the index is too large: {problem}", hint="save fewer tensors and values")
     return data
 
 
@@ -370,7 +339,7 @@ _T = TypeVar("_T", Manifest, Mark, Index)
 
 def _decode(kind: type[_T], data: bytes, name: str, path: str, *, columns: tuple[str, ...] = ()) -> _T:
     """Decode one JSON object; version and features first, so that later formats get the right error."""
-    problem = _excess(data)
+    problem = excess(data)
     _Checker(path)(problem is None, f"the file is too large: {problem}")
     try:
         fields = _fields(data)

@@ -31,14 +31,13 @@ from milepost.manifest import (
     Tensors,
     data_name,
     encode_index,
-    encode_tree,
 )
 from milepost.paths import path_text
 from milepost.pickle_view import emit
 from milepost.shards import SHARDS_FEATURE, Shards
 from milepost.storage import Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
-from milepost.tree import Node, TreeEncoder, UnencodableError
+from milepost.tree import Node, TreeEncoder, UnencodableError, encode_tree
 from milepost.utils import beside
 
 __all__ = [

@@ -25,8 +25,10 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sized
 from typing import Any, TypeVar
 
-from milepost.errors import CorruptCheckpointError
-from milepost.limits import MAX_DEPTH, crowded
+import msgspec
+
+from milepost.errors import CorruptCheckpointError, StateError
+from milepost.limits import MAX_DEPTH, crowded, excess
 from milepost.nodes import DECODERS, FACTORIES, Node, check_node
 from milepost.paths import ATTRIBUTES, Item, Path, path_text
 
@@ -36,6 +38,7 @@ __all__ = [
     "TreeDecoder",
     "TreeEncoder",
     "UnencodableError",
+    "encode_tree",
     "numbers_of",
     "paths_of",
 ]
@@ -197,6 +200,25 @@ _TAGS: dict[type, str] = {
     OrderedDict: "ordered",
     defaultdict: "default",
 }
+
+
+def encode_tree(tree: Node, limit: int | None = None) -> msgspec.Raw:
+    """A tree as an index holds it, which a load will not refuse for its size.
+
+    Raises:
+        StateError: It has more nodes, or more than `limit` bytes; names the key that takes most of them.
+    """
+    data = msgspec.json.encode(tree)
+    problem = excess(data, limit)
+    if problem is None:
+        return msgspec.Raw(data)
+    pairs = tree[1] if tree[0] in ("dict", "ordered", "default") else ()
+    key, _ = max(pairs, key=lambda pair: len(msgspec.json.encode(pair)), default=(None, None))
+    raise StateError(
+        f"the state's plain values are too many: {problem}",
+        key=None if key is None else str(key[1])[:200],
+        hint="convert long lists of numbers to tensors or numpy arrays, and long texts to bytes",
+    )
 
 
 def _factory_name(factory: Any, path: Path) -> str | None:

@@ -206,11 +206,10 @@ def test_too_many_values_are_refused(tmp_path, monkeypatch):
     """A state with more values than a load reads is an error that names the largest key; so are metadata."""
     state = {"small": [1], "[text]": "[" * 2000, "ids": list(range(1000))}
     monkeypatch.setattr("milepost.limits.MAX_NODES", 1100)
-    monkeypatch.setattr("milepost.manifest.MAX_NODES", 1100)
     assert_same(state, round_trip(tmp_path, state))
     for name, value, key in (
-        ("milepost.manifest.MAX_NODES", 1000, "ids"),
-        ("milepost.manifest.MAX_INDEX_BYTES", 1000, "ids"),
+        ("milepost.limits.MAX_NODES", 1000, "ids"),
+        ("milepost.limits.MAX_INDEX_BYTES", 1000, "ids"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, value)

@@ -40,10 +40,10 @@ from milepost.errors import (
     StorageError,
     TargetError,
 )
+from milepost.limits import MAX_INT
 from milepost.manifest import (
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
-    MAX_INT,
     Manifest,
     Mark,
     decode_mark,
