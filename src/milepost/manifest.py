@@ -432,20 +432,15 @@ def _check_records(records: Records, files: list[DataFile], check: _Checker) -> 
 
 def _check_tensors(tensors: Tensors, records: Records, check: _Checker) -> None:
     count = len(tensors.record)
-    check(
-        all(
-            len(column) == count
-            for column in (
-                tensors.byte_offset,
-                tensors.dtype,
-                tensors.shape,
-                tensors.stride,
-                tensors.kind,
-                tensors.device,
-            )
-        ),
-        "the columns of the tensors differ in length",
+    columns = (
+        tensors.byte_offset,
+        tensors.dtype,
+        tensors.shape,
+        tensors.stride,
+        tensors.kind,
+        tensors.device,
     )
+    check(all(len(column) == count for column in columns), "the columns of the tensors differ in length")
     problem = check_leaves(tensors)
     check(problem is None, problem or "")
     for device in set(tensors.device):

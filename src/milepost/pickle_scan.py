@@ -183,25 +183,23 @@ class _Scan:
     def call(self) -> None:
         """Call a function."""
         function, arguments = self.top(2)
-        result = _Stand(None, None)
-        self._check_call(function.name, arguments.parts or [], result)
-        self._give(arguments, result)
-        self._stack.append(result)
+        self.push()
+        self._check_call(function.name, arguments.parts or [], self._stack[-1])
+        self._give(arguments)
 
     def make(self) -> None:
         """Make an object of a class, without calling the class."""
         kind, arguments = self.top(2)
         if kind.name in _CALLED:
             raise ValueError(f"it makes a {kind.name} in an unknown way")
-        result = _Stand(None, None)
-        self._give(arguments, result)
-        self._stack.append(result)
+        self.push()
+        self._give(arguments)
 
     def build(self) -> None:
         """Give an object its state."""
         (state,) = self.top(1)
         self._count_elements(state.parts or [])
-        self._give(state, self._stack[-1])
+        self._give(state)
 
     # -- limits ------------------------------------------------------------------------------------
 
@@ -244,10 +242,10 @@ class _Scan:
             shape = [part.value for part in parts[2].parts]
             self._spend(abs(prod(length for length in shape if isinstance(length, int))) >> 10)
 
-    def _give(self, stand: _Stand, target: _Stand) -> None:
-        """Make a value part of an object, which may hash all that is in it."""
+    def _give(self, stand: _Stand) -> None:
+        """Make a value part of the object on top of the stack, which may hash all that is in it."""
         self._spend(stand.work)
-        target.hold([stand])
+        self._stack[-1].hold([stand])
 
     def _hash(self, target: _Stand, keys: list[_Stand]) -> None:
         """Refuse very many keys of one hash in one dict or set."""

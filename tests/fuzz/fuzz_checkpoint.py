@@ -9,6 +9,7 @@ data file without a manifest). Whatever the bytes: a value, or an error of Milep
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import tempfile
@@ -49,6 +50,15 @@ ALLOWED = (
 TARGETS = ("index", "manifest", "object", "plain")
 
 
+OBJECTS = [
+    b"\x80\x02}(K\1NG?\xf0\0\0\0\0\0\0Nu.",
+    b"\x80\x02c__builtin__\nset\n](K\1\x8a\1\2e\x85R.",
+    b"\x80\x02c__builtin__\nbytearray\nc_codecs\nencode\nX\1\0\0\0aX\6\0\0\0latin1\x86R\x85R.",
+    b"\x80\x02ccollections\nCounter\n})q\0h\0\x85q\1K\1s\x85R.",
+]
+"""Small pickles of the kinds that a scan follows."""
+
+
 class Fuzzed:
     """A checkpoint, one part of which is replaced again and again."""
 
@@ -59,13 +69,14 @@ class Fuzzed:
         save(self.path, 1)
         self.forge = Forge(self.path)
         self.object = self.forge.record(self.forge.node("sparse")[1])
+        self.whole = bytes(self.forge.data), dump(self.forge.index)
 
     def seeds(self) -> list[bytes]:
         """Valid inputs."""
         return {
             "index": [dump(self.forge.index)],
             "manifest": [dump(self.forge.body)],
-            "object": [bytes(self.forge.data[self.object])],
+            "object": [bytes(self.forge.data[self.object]), *OBJECTS],
             "plain": [bytes(self.forge.data)],
         }[self.target]
 
@@ -76,10 +87,8 @@ class Fuzzed:
         elif self.target == "manifest":
             self.forge.sign_manifest(data)
         elif self.target == "object":
-            data = data[: self.object.stop - self.object.start]
-            self.forge.index["records"]["length"][self.forge.node("sparse")[1]] = len(data)
-            self.forge.data[self.object.start : self.object.start + len(data)] = data
-            self.forge.sign()
+            self.forge.data, self.forge.index = bytearray(self.whole[0]), json.loads(self.whole[1])
+            self.forge.put_object("sparse", data[:20_000])
         else:
             Path(f"{self.path}/manifest.json").unlink(missing_ok=True)
             Path(f"{self.path}/index_0.json").unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import pickle
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,14 @@ JUNK = st.one_of(
             "index_0.json",
             "..",
             "<f4",
+            "<M8[ns/0]",
+            "|S0",
+            "[('a', '<f4', (2,))]",
+            "_inductor",
+            "hpu:128",
+            "privateuseone",
+            hex(2**61 - 1),
+            hex(2**63 - 4),
             "|O",
             "ff",
             "0x1",
@@ -61,6 +70,14 @@ JUNK = st.one_of(
 def fuzzed(request):
     """A checkpoint to change."""
     target = Fuzzed(request.param)
+    yield target
+    shutil.rmtree(Path(target.path).parent)
+
+
+@pytest.fixture(scope="module")
+def opcodes():
+    """A checkpoint with an object to change."""
+    target = Fuzzed("object")
     yield target
     shutil.rmtree(Path(target.path).parent)
 
@@ -141,6 +158,30 @@ def mutate_bytes(fuzzed, data):
 def test_a_changed_index_or_manifest_is_a_value_or_an_error(structured, data):
     """Values replaced, removed, repeated, moved or off by a little, and signed: no crash, no other error."""
     mutate_structure(structured, data)
+
+
+OPCODES = [
+    *[bytes([code]) for code in b"N]}()tRbQaesu.0" + b"\x81\x85\x86\x87\x88\x89\x8f"],
+    *[bytes((*b"q", n)) for n in range(3)],
+    *[bytes((*b"h", n)) for n in range(3)],
+    *[f"c{name}\n".encode() for name in (
+        "__builtin__\nset", "builtins\nbytearray", "__builtin__\ncomplex", "collections\nCounter",
+        "collections\nOrderedDict", "_codecs\nencode", "torch\nSize", "torch\nFloatStorage", "torch\nfloat32",
+        "torch._utils\n_rebuild_tensor_v2", "torch._tensor\n_rebuild_from_type_v2", "torch\nTensor",
+        "torch.nn.parameter\nParameter", "torch\ndevice",
+    )],
+    *[pickle.dumps(value, 2)[2:-1] for value in (
+        1 << 33, (1 << 61) - 1, -1.0, "latin1", "storage", (2,), ("storage", "0"), {}, [(1, 2)], (1 << 62, 0)
+    )],
+    b")" + b"\x85" * 2000, b"q\0" + b"h\0h\0\x86q\0" * 40,
+]  # fmt: skip
+
+
+@examples(300)
+@given(pieces=st.lists(st.sampled_from(OPCODES), max_size=12))
+def test_any_opcodes_are_a_value_or_an_error(opcodes, pieces):
+    """Opcodes of pickle in any order, and signed: no crash, no hang, no other error."""
+    opcodes.check(b"\x80\x02" + b"".join(pieces) + b".")
 
 
 @examples(150)
