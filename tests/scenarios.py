@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from milepost.checkpoint_writer import (
 from milepost.errors import CheckpointNotFoundError, IncompleteCheckpointError
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import write_bytes
+from milepost.testing import FaultyStorage
 from milepost.types import RankInfo
 from milepost.verify import verify
 
@@ -255,8 +258,11 @@ def torch_save(storage: Storage, path: str, state: Any) -> None:
     put(storage, path, stream.getvalue())
 
 
-def in_child(work: Callable[[], Any]) -> int:
-    """Run `work` in a forked child; its exit code, negative for a signal. Torch must stay single-threaded."""
+def in_child(work: Callable[[], Any], seconds: float | None = None) -> int:
+    """Run `work` in a forked child; its exit code, negative for a signal. Torch must stay single-threaded.
+
+    A child that takes longer than `seconds` is killed, and that is a failure.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -270,10 +276,65 @@ def in_child(work: Callable[[], Any]) -> int:
         finally:
             sys.stderr.flush()
             os._exit(code)
-    _, status = os.waitpid(pid, 0)
+    try:
+        if seconds is not None:
+            with open(os.pidfd_open(pid), "rb") as ended:
+                in_time = select.select([ended], [], [], seconds)[0]
+            assert in_time, f"the child had not ended after {seconds} s, and was killed"
+        _, status = os.waitpid(pid, 0)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
     return os.waitstatus_to_exitcode(status)
 
 
 def descriptors() -> int:
     """How many descriptors this process has open."""
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+KILLED = -signal.SIGKILL
+
+
+def killed_saves(scenario, root, kind="kill", counts=None, stride=1):
+    """Kill a save at its operation 1, 1 + `stride`, … until one gets through; yields number and path."""
+    number = 1
+    while True:
+        folder = f"{root}/{number}"
+        os.mkdir(folder)
+        path = scenario.prepare(folder)
+        storage = FaultyStorage(default_storage(), counts=counts).fail_at(number, kind)
+        code = in_child(lambda path=path, storage=storage: scenario.save(path, 2, storage))
+        if code == 0:
+            assert number > (4 if counts else 40), "there were too few operations to believe"
+            assert scenario.found(path) == 2
+            scenario.check_tidy(path)
+            return
+        assert code == KILLED
+        yield number, path
+        number += stride
+
+
+def check_recovery(scenario, path, number):
+    """A save after the kill gets through and leaves nothing of the killed one behind.
+
+    On a network file system it may leave what is not a day old; then that is made so, and a second one saves.
+    """
+    newest = 3
+    scenario.save(path, newest)
+    if default_storage().is_network(path):
+        assert scenario.found(path) == newest, f"killed at operation {number}"
+        make_old(os.path.dirname(path))
+        newest = 4
+        scenario.save(path, newest)
+    assert scenario.found(path) == newest, f"killed at operation {number}"
+    scenario.check_tidy(path)
+
+
+def make_old(folder):
+    """Make everything in a folder more than a day older than it is."""
+    for above, folders, files in os.walk(folder, topdown=False):
+        for name in (*folders, *files):
+            then = os.lstat(f"{above}/{name}").st_mtime - 25 * 3600
+            os.utime(f"{above}/{name}", (then, then), follow_symlinks=False)

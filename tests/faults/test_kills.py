@@ -4,42 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 
 import pytest
-from scenarios import SCENARIOS, descriptors, in_child
+from scenarios import KILLED, SCENARIOS, check_recovery, descriptors, in_child, killed_saves
 
 from milepost.storage import default_storage
 from milepost.testing import MUTATIONS, FaultyStorage
-
-KILLED = -signal.SIGKILL
-
-
-def killed_saves(scenario, root, kind="kill", counts=None):
-    """Kill a save at its operation 1, 2, … until one gets through; yields number and path."""
-    number = 0
-    while True:
-        number += 1
-        folder = f"{root}/{number}"
-        os.mkdir(folder)
-        path = scenario.prepare(folder)
-        storage = FaultyStorage(default_storage(), counts=counts).fail_at(number, kind)
-        code = in_child(lambda path=path, storage=storage: scenario.save(path, 2, storage))
-        if code == 0:
-            assert number > (4 if counts else 40), "there were too few operations to believe"
-            assert scenario.found(path) == 2
-            scenario.check_tidy(path)
-            return
-        assert code == KILLED
-        yield number, path
-
-
-def check_recovery(scenario, path, number):
-    """A save after the kill gets through and leaves nothing of the killed one behind."""
-    scenario.save(path, 3)
-    assert scenario.found(path) == 3, f"killed at operation {number}"
-    scenario.check_tidy(path)
-
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=repr)
 def test_a_save_that_is_killed_at_any_operation_loses_nothing(quick_path, scenario):

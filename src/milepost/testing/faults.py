@@ -101,6 +101,18 @@ class FaultyStorage:
             elif operation != "discard":  # which never raises
                 raise _as_storage_error(error, operation, path)
 
+    def __getattr__(self, name: str) -> Callable[[str], Any]:
+        """What a storage may also offer, where the inner one does."""
+        if name not in {"sync_file", "is_network"}:
+            raise AttributeError(name)
+        call = getattr(self.inner, name)
+
+        def counted(path: str) -> Any:
+            self._step(name, path)
+            return call(path)
+
+        return counted
+
     def create(self, path: str, *, direct: bool = False) -> NewFile:
         """See `Storage.create`."""
         self._step("create", path)

@@ -1,0 +1,238 @@
+"""File systems to try things on, each mounted in namespaces of its own: all of it ends with its process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from background import wait_until
+from scenarios import in_child
+
+LYING = Path(__file__).with_name("lying.py")
+USER = 12345
+"""The user whose quota is limited."""
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_NEW_NAMESPACES = 0x00020000 | 0x20000000  # CLONE_NEWNS, CLONE_NEWPID
+_PR_SET_PDEATHSIG = 1
+_NOT_HERE = 77
+"""The exit code of a child in which an optional file system could not be mounted."""
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """One to try.
+
+    Attributes:
+        name: Its name in tests and documents.
+        kernel: What the kernel calls it.
+        programs: What is needed to make and mount it.
+        mount: Called in the namespaces as ``mount(scratch)``; returns the mounted folder.
+        optional: Whether a kernel that has it may still refuse to mount it.
+    """
+
+    name: str
+    kernel: str
+    programs: tuple[str, ...]
+    mount: Callable[[str], str]
+    optional: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def missing(self) -> str | None:
+        """Why it cannot be tried here, or None."""
+        if not sys.platform.startswith("linux") or os.geteuid() != 0:
+            return "only root may mount file systems"
+        known = {line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()}
+        if self.kernel not in known:
+            return f"this kernel has no {self.kernel}"
+        gone = [program for program in self.programs if not shutil.which(program)]
+        gone += [path for path in _devices(self.programs) if not os.path.exists(path)]
+        if gone:
+            return f"there is no {' and no '.join(gone)} here"
+        return None
+
+
+def _devices(programs: tuple[str, ...]) -> list[str]:
+    return ["/dev/loop-control"] if any(program.startswith("mkfs") for program in programs) else []
+
+
+def run_on(file_system: FileSystem, scratch: str, work: Callable[[str], None], *, seconds: float) -> str | None:
+    """Run ``work(folder)`` in a child on this file system, which is gone afterwards, as are its processes.
+
+    Args:
+        file_system: Which.
+        scratch: An empty folder; what the child sees there is its own.
+        work: Raises if the file system does not do as it should.
+        seconds: A child that takes longer is killed, which fails the test.
+
+    Returns:
+        Why the file system could not be tried, or None if it was.
+    """
+
+    def first_process() -> None:
+        _die_with_parent()
+        torch.set_num_threads(1)
+        _run("mount", "--make-rprivate", "/")
+        _run("mount", "-t", "proc", "proc", "/proc")
+        _run("mount", "-t", "tmpfs", "-o", "size=2g", "scratch", scratch)
+        try:
+            folder = file_system.mount(scratch)
+        except subprocess.CalledProcessError as error:
+            print(error.stderr, file=sys.stderr)
+            os._exit(_NOT_HERE if file_system.optional else 1)
+        work(folder)
+
+    def enter() -> None:
+        _die_with_parent()
+        if _LIBC.unshare(_NEW_NAMESPACES):
+            os._exit(_NOT_HERE)
+        os._exit(in_child(first_process) & 0xFF)
+
+    reason = file_system.missing()
+    if reason:
+        return reason
+    code = in_child(enter, seconds)
+    if code == _NOT_HERE:
+        return "this machine refuses to mount it"
+    assert code == 0, f"failed on {file_system}: the child's traceback is above (exit code {code})"
+    return None
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() == 1 and os.getpid() != 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def mount_fuse(command: list[str], folder: str) -> None:
+    """Start a FUSE server that stays in the foreground; returns when it has mounted the folder."""
+    server = subprocess.Popen(command)
+    wait_until(lambda: os.path.ismount(folder) or server.poll() is not None, f"the mount of {command[0]}")
+    assert server.poll() is None, f"{command[0]} has ended"
+
+
+def mount_lying(backing: str, folder: str) -> str:
+    """Mount one more client of a folder that is served by `lying`."""
+    os.makedirs(folder, exist_ok=True)
+    mount_fuse([sys.executable, str(LYING), backing, folder], folder)
+    return folder
+
+
+def _folders(scratch: str, *names: str) -> list[str]:
+    paths = [f"{scratch}/{name}" for name in names]
+    for path in paths:
+        os.mkdir(path)
+    return paths
+
+
+def _image(size: str, mkfs: str, *options: str, mount: str = "loop") -> Callable[[str], str]:
+    def make(scratch: str) -> str:
+        (folder,) = _folders(scratch, "mounted")
+        image = f"{scratch}/image"
+        _run("truncate", "-s", size, image)
+        _run(mkfs, "-q", *options, image)
+        _run("mount", "-o", mount, image, folder)
+        return folder
+
+    return make
+
+
+def _ext4_quota(scratch: str) -> str:
+    folder = _image("64m", "mkfs.ext4", "-F", "-O", "quota")(scratch)
+    _run("setquota", "-u", str(USER), "0", "4096", "0", "0", folder)
+    os.chmod(folder, 0o777)
+    return folder
+
+
+def _btrfs_quota(scratch: str) -> str:
+    folder = _image("256m", "mkfs.btrfs")(scratch)
+    _run("btrfs", "quota", "enable", folder)
+    _run("btrfs", "subvolume", "create", f"{folder}/limited")
+    _run("btrfs", "qgroup", "limit", "4m", f"{folder}/limited")
+    os.chmod(f"{folder}/limited", 0o777)
+    return f"{folder}/limited"
+
+
+def _tmpfs(scratch: str) -> str:
+    (folder,) = _folders(scratch, "mounted")
+    _run("mount", "-t", "tmpfs", "-o", "size=64m", "small", folder)
+    return folder
+
+
+def _overlay(scratch: str) -> str:
+    small = _tmpfs(scratch)
+    lower, upper, work = _folders(small, "lower", "upper", "work")
+    (folder,) = _folders(scratch, "merged")
+    _run("mount", "-t", "overlay", "-o", f"lowerdir={lower},upperdir={upper},workdir={work}", "o", folder)
+    return folder
+
+
+def _bindfs(scratch: str) -> str:
+    small = _tmpfs(scratch)
+    (folder,) = _folders(scratch, "bound")
+    mount_fuse(["bindfs", "-f", small, folder], folder)
+    return folder
+
+
+def _lying(scratch: str) -> str:
+    return mount_lying(_tmpfs(scratch), f"{scratch}/client")
+
+
+def _nfs(scratch: str) -> str:
+    folder = _image("64m", "mkfs.ext4", "-F")(scratch)
+    (mounted,) = _folders(scratch, "nfs")
+    _run("rpcbind")
+    _run("exportfs", "-o", "rw,no_root_squash,insecure,fsid=1", f"127.0.0.1:{folder}")
+    _run("rpc.nfsd", "2")
+    _run("rpc.mountd")
+    _run("mount", "-t", "nfs4", f"127.0.0.1:{folder}", mounted)
+    return mounted
+
+
+BTRFS = FileSystem("btrfs", "btrfs", ("mkfs.btrfs",), _image("256m", "mkfs.btrfs"))
+LYING_FUSE = FileSystem("lying-fuse", "fuse", ("fusermount3",), _lying)
+FILE_SYSTEMS = [
+    FileSystem("ext4", "ext4", ("mkfs.ext4",), _image("64m", "mkfs.ext4", "-F")),
+    FileSystem("ext4-quota", "ext4", ("mkfs.ext4", "setquota"), _ext4_quota, optional=True),
+    FileSystem("xfs", "xfs", ("mkfs.xfs",), _image("320m", "mkfs.xfs")),
+    BTRFS,
+    FileSystem("btrfs-quota", "btrfs", ("mkfs.btrfs", "btrfs"), _btrfs_quota),
+    FileSystem("tmpfs", "tmpfs", (), _tmpfs),
+    FileSystem("overlay", "overlay", (), _overlay),
+    FileSystem("bindfs", "fuse", ("bindfs",), _bindfs),
+    LYING_FUSE,
+    FileSystem("nfs", "nfs4", ("mkfs.ext4", "exportfs", "rpc.nfsd", "rpcbind"), _nfs, optional=True),
+]
+
+
+def fill(folder: str, leave: int) -> str:
+    """Take all the space of a file system but about so many bytes; returns the path of the file that has it."""
+    path = f"{folder}/filler"
+    size, position = 64 << 20, 0
+    with open(path, "wb", buffering=0) as file:
+        while size >= 4096:
+            try:
+                position += file.write(bytes(size))
+                os.fsync(file.fileno())
+            except OSError:
+                size //= 2
+        if leave:
+            file.truncate(max(position - leave, 0))
+            with suppress(OSError):
+                os.fsync(file.fileno())
+    return path
