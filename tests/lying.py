@@ -17,9 +17,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from ctypes.util import find_library
 from dataclasses import dataclass
 
-from mfusepy import FUSE, Operations
+os.environ.setdefault("FUSE_LIBRARY_PATH", find_library("fuse3") or "")
+from mfusepy import FUSE, Operations  # noqa: E402 - it loads the library, and would take version 2 first
 
 PATIENCE = 3
 NOBODY = 65534
