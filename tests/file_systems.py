@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from background import wait_until
@@ -24,8 +26,6 @@ USER = 12345
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NEW_NAMESPACES = 0x00020000 | 0x20000000  # CLONE_NEWNS, CLONE_NEWPID
 _PR_SET_PDEATHSIG = 1
-_NOT_HERE = 77
-"""The exit code of a child in which an optional file system could not be mounted."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class FileSystem:
         programs: What is needed to make and mount it.
         mount: Called in the namespaces as ``mount(scratch)``; returns the mounted folder.
         optional: Whether a kernel that has it may still refuse to mount it.
+        user: Who works on it, where that must not be root.
     """
 
     name: str
@@ -45,6 +46,7 @@ class FileSystem:
     programs: tuple[str, ...]
     mount: Callable[[str], str]
     optional: bool = False
+    user: int = 0
 
     def __repr__(self) -> str:
         return self.name
@@ -67,46 +69,61 @@ def _devices(programs: tuple[str, ...]) -> list[str]:
     return ["/dev/loop-control"] if any(program.startswith("mkfs") for program in programs) else []
 
 
-def run_on(file_system: FileSystem, scratch: str, work: Callable[[str], None], *, seconds: float) -> str | None:
+def run_on(file_system: FileSystem, work: Callable[[str], None], *, seconds: float) -> str | None:
     """Run ``work(folder)`` in a child on this file system, which is gone afterwards, as are its processes.
 
     Args:
         file_system: Which.
-        scratch: An empty folder; what the child sees there is its own.
         work: Raises if the file system does not do as it should.
         seconds: A child that takes longer is killed, which fails the test.
 
     Returns:
         Why the file system could not be tried, or None if it was.
     """
-
-    def first_process() -> None:
-        _die_with_parent()
-        torch.set_num_threads(1)
-        _run("mount", "--make-rprivate", "/")
-        _run("mount", "-t", "proc", "proc", "/proc")
-        _run("mount", "-t", "tmpfs", "-o", "size=2g", "scratch", scratch)
-        try:
-            folder = file_system.mount(scratch)
-        except subprocess.CalledProcessError as error:
-            print(error.stderr, file=sys.stderr)
-            os._exit(_NOT_HERE if file_system.optional else 1)
-        work(folder)
-
-    def enter() -> None:
-        _die_with_parent()
-        if _LIBC.unshare(_NEW_NAMESPACES):
-            os._exit(_NOT_HERE)
-        os._exit(in_child(first_process) & 0xFF)
-
     reason = file_system.missing()
     if reason:
         return reason
-    code = in_child(enter, seconds)
-    if code == _NOT_HERE:
-        return "this machine refuses to mount it"
-    assert code == 0, f"failed on {file_system}: the child's traceback is above (exit code {code})"
-    return None
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as refused:
+        os.chmod(scratch, 0o755)
+
+        def first_process() -> None:
+            _die_with_parent()
+            torch.set_num_threads(1)
+            _run("mount", "--make-rprivate", "/")
+            _run("mount", "-t", "proc", "proc", "/proc")
+            _run("mount", "-t", "tmpfs", "-o", "size=2g,mode=755", "scratch", scratch)
+            try:
+                folder = file_system.mount(scratch)
+            except subprocess.CalledProcessError as error:
+                if not file_system.optional:
+                    raise AssertionError(f"{error}: {error.stderr}") from error
+                _say(refused, error.stderr)
+                return
+            if file_system.user:
+                os.setgroups([])
+                os.setgid(file_system.user)
+                os.setuid(file_system.user)
+                _die_with_parent()
+            work(folder)
+
+        def enter() -> None:
+            _die_with_parent()
+            if _LIBC.unshare(_NEW_NAMESPACES):
+                _say(refused, "namespaces cannot be made here")
+            else:
+                os._exit(in_child(first_process) & 0xFF)
+
+        code = in_child(enter, seconds)
+        refused.seek(0)
+        reason = refused.read()
+    assert code == 0, f"failed on {file_system}: the traceback is in what the child wrote (exit code {code})"
+    return reason.strip() or None
+
+
+def _say(file: TextIO, text: str) -> None:
+    """Write into a file that another process reads."""
+    file.write(text)
+    file.flush()
 
 
 def _die_with_parent() -> None:
@@ -208,10 +225,10 @@ BTRFS = FileSystem("btrfs", "btrfs", ("mkfs.btrfs",), _image("256m", "mkfs.btrfs
 LYING_FUSE = FileSystem("lying-fuse", "fuse", ("fusermount3",), _lying)
 FILE_SYSTEMS = [
     FileSystem("ext4", "ext4", ("mkfs.ext4",), _image("64m", "mkfs.ext4", "-F")),
-    FileSystem("ext4-quota", "ext4", ("mkfs.ext4", "setquota"), _ext4_quota, optional=True),
+    FileSystem("ext4-quota", "ext4", ("mkfs.ext4", "setquota"), _ext4_quota, True, USER),
     FileSystem("xfs", "xfs", ("mkfs.xfs",), _image("320m", "mkfs.xfs")),
     BTRFS,
-    FileSystem("btrfs-quota", "btrfs", ("mkfs.btrfs", "btrfs"), _btrfs_quota),
+    FileSystem("btrfs-quota", "btrfs", ("mkfs.btrfs", "btrfs"), _btrfs_quota, user=USER),
     FileSystem("tmpfs", "tmpfs", (), _tmpfs),
     FileSystem("overlay", "overlay", (), _overlay),
     FileSystem("bindfs", "fuse", ("bindfs",), _bindfs),
