@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -20,9 +19,6 @@ from background import wait_until
 from scenarios import in_child
 
 LYING = Path(__file__).with_name("lying.py")
-USER = 12345
-"""The user whose quota is limited."""
-
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NEW_NAMESPACES = 0x00020000 | 0x20000000  # CLONE_NEWNS, CLONE_NEWPID
 _PR_SET_PDEATHSIG = 1
@@ -38,7 +34,6 @@ class FileSystem:
         programs: What is needed to make and mount it.
         mount: Called in the namespaces as ``mount(scratch)``; returns the mounted folder.
         optional: Whether a kernel that has it may still refuse to mount it.
-        user: Who works on it, where that must not be root.
     """
 
     name: str
@@ -46,7 +41,6 @@ class FileSystem:
     programs: tuple[str, ...]
     mount: Callable[[str], str]
     optional: bool = False
-    user: int = 0
 
     def __repr__(self) -> str:
         return self.name
@@ -99,11 +93,6 @@ def run_on(file_system: FileSystem, work: Callable[[str], None], *, seconds: flo
                     raise AssertionError(f"{error}: {error.stderr}") from error
                 _say(refused, error.stderr)
                 return
-            if file_system.user:
-                os.setgroups([])
-                os.setgid(file_system.user)
-                os.setuid(file_system.user)
-                _die_with_parent()
             work(folder)
 
         def enter() -> None:
@@ -130,6 +119,16 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() == 1 and os.getpid() != 1:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _obey_quotas() -> None:
+    """Give up CAP_SYS_RESOURCE, with which root may exceed a quota."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    capabilities = (ctypes.c_uint32 * 6)()
+    assert _LIBC.capget(header, capabilities) == 0
+    for word in (0, 1):  # effective, permitted
+        capabilities[word] &= ~(1 << 24)
+    assert _LIBC.capset(header, capabilities) == 0
 
 
 def _run(*command: str) -> None:
@@ -171,8 +170,8 @@ def _image(size: str, mkfs: str, *options: str, mount: str = "loop") -> Callable
 
 def _ext4_quota(scratch: str) -> str:
     folder = _image("64m", "mkfs.ext4", "-F", "-O", "quota")(scratch)
-    _run("setquota", "-u", str(USER), "0", "4096", "0", "0", folder)
-    os.chmod(folder, 0o777)
+    _run("setquota", "-u", "root", "0", "4096", "0", "0", folder)
+    _obey_quotas()
     return folder
 
 
@@ -181,7 +180,6 @@ def _btrfs_quota(scratch: str) -> str:
     _run("btrfs", "quota", "enable", folder)
     _run("btrfs", "subvolume", "create", f"{folder}/limited")
     _run("btrfs", "qgroup", "limit", "4m", f"{folder}/limited")
-    os.chmod(f"{folder}/limited", 0o777)
     return f"{folder}/limited"
 
 
@@ -225,10 +223,10 @@ BTRFS = FileSystem("btrfs", "btrfs", ("mkfs.btrfs",), _image("256m", "mkfs.btrfs
 LYING_FUSE = FileSystem("lying-fuse", "fuse", ("fusermount3",), _lying)
 FILE_SYSTEMS = [
     FileSystem("ext4", "ext4", ("mkfs.ext4",), _image("64m", "mkfs.ext4", "-F")),
-    FileSystem("ext4-quota", "ext4", ("mkfs.ext4", "setquota"), _ext4_quota, True, USER),
+    FileSystem("ext4-quota", "ext4", ("mkfs.ext4", "setquota"), _ext4_quota, optional=True),
     FileSystem("xfs", "xfs", ("mkfs.xfs",), _image("320m", "mkfs.xfs")),
     BTRFS,
-    FileSystem("btrfs-quota", "btrfs", ("mkfs.btrfs", "btrfs"), _btrfs_quota, user=USER),
+    FileSystem("btrfs-quota", "btrfs", ("mkfs.btrfs", "btrfs"), _btrfs_quota),
     FileSystem("tmpfs", "tmpfs", (), _tmpfs),
     FileSystem("overlay", "overlay", (), _overlay),
     FileSystem("bindfs", "fuse", ("bindfs",), _bindfs),
@@ -239,17 +237,17 @@ FILE_SYSTEMS = [
 
 def fill(folder: str, leave: int) -> str:
     """Take all the space of a file system but about so many bytes; returns the path of the file that has it."""
-    path = f"{folder}/filler"
-    size, position = 64 << 20, 0
-    with open(path, "wb", buffering=0) as file:
-        while size >= 4096:
-            try:
-                position += file.write(bytes(size))
-                os.fsync(file.fileno())
-            except OSError:
-                size //= 2
-        if leave:
-            file.truncate(max(position - leave, 0))
-            with suppress(OSError):
-                os.fsync(file.fileno())
+    path, spare = f"{folder}/filler", f"{folder}/spare"
+    Path(spare).write_bytes(bytes(leave))
+    size = 64 << 20
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    while size >= 4096:
+        try:
+            os.write(descriptor, bytes(size))
+            os.fsync(descriptor)
+        except OSError:
+            size //= 2
+    os.close(descriptor)
+    os.unlink(spare)
+    os.sync()
     return path

@@ -132,7 +132,7 @@ class Lies(Operations):
         if not listing.left:
             listing = self._open_folders[fh] = _Listing(set(os.listdir(fh)), PATIENCE)
         listing.left -= 1
-        return [".", "..", *sorted(listing.names)]
+        return [(name, {"st_ino": 1}, 0) for name in (".", "..", *sorted(listing.names))]  # 0 would hide it
 
     def releasedir(self, path, fh):
         del self._open_folders[fh]
