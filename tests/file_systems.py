@@ -185,7 +185,7 @@ def _btrfs_quota(scratch: str) -> str:
 
 def _tmpfs(scratch: str) -> str:
     (folder,) = _folders(scratch, "mounted")
-    _run("mount", "-t", "tmpfs", "-o", "size=64m", "small", folder)
+    _run("mount", "-t", "tmpfs", "-o", "size=24m", "small", folder)
     return folder
 
 

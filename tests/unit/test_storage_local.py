@@ -450,6 +450,18 @@ def test_folders_get_the_mode_of_any_new_folder(tmp_path):
         assert (parent / "private").stat().st_mode == (parent / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_folders_whose_mode_is_fixed_stay_private(tmp_path, monkeypatch, caplog, number):
+    """Where no mode can be changed a folder stays private, and the log says so; real errors are raised."""
+    STORAGE.make_folder(f"{tmp_path}/f", private=True)
+    monkeypatch.setattr(os, "chmod", failing(number))
+    STORAGE.make_public(f"{tmp_path}/f")
+    assert f"others may not read it: {tmp_path}/f" in caplog.text
+    monkeypatch.setattr(os, "chmod", failing(errno.EIO))
+    with pytest.raises(StorageError):
+        STORAGE.make_public(f"{tmp_path}/f")
+
+
 def refuse_rename_flags(monkeypatch):
     monkeypatch.setattr(syscalls, "rename_exchange", failing(errno.ENOSYS))
     monkeypatch.setattr(syscalls, "rename_noreplace", failing(errno.EINVAL))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import stat as stat_modes
 import weakref
@@ -22,6 +23,7 @@ from milepost.storage.files import LocalNewFile, LocalOpenFile, wrapped
 
 __all__ = ["LocalStorage"]
 
+_logger = logging.getLogger(__name__)
 _O_PATH: int = getattr(os, "O_PATH", os.O_RDONLY)
 _FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -229,7 +231,12 @@ class LocalStorage:
     def make_public(self, path: str) -> None:
         with wrapped("make public", path):
             special = stat_modes.S_IMODE(os.stat(path, follow_symlinks=False).st_mode) & 0o7000
-            os.chmod(path, special | (0o777 & ~syscalls.umask()))
+            try:
+                os.chmod(path, special | (0o777 & ~syscalls.umask()))
+            except OSError as error:
+                if error.errno != errno.EPERM and error.errno not in syscalls.UNSUPPORTED:
+                    raise
+                _logger.warning("this file system keeps the folder's mode, others may not read it: %s", path)
 
     def rename(self, source: str, target: str, mode: RenameMode) -> None:
         with wrapped("rename", target):
