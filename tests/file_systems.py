@@ -20,7 +20,7 @@ from scenarios import in_child
 
 LYING = Path(__file__).with_name("lying.py")
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_NEW_NAMESPACES = 0x00020000 | 0x20000000  # CLONE_NEWNS, CLONE_NEWPID
+_NEW_MOUNTS, _NEW_PROCESSES = 0x00020000, 0x20000000  # CLONE_NEWNS, CLONE_NEWPID
 _PR_SET_PDEATHSIG = 1
 
 
@@ -97,7 +97,7 @@ def run_on(file_system: FileSystem, work: Callable[[str], None], *, seconds: flo
 
         def enter() -> None:
             _die_with_parent()
-            if _LIBC.unshare(_NEW_NAMESPACES):
+            if _LIBC.unshare(_NEW_MOUNTS | _NEW_PROCESSES):
                 _say(refused, "namespaces cannot be made here")
             else:
                 os._exit(in_child(first_process) & 0xFF)
@@ -147,6 +147,12 @@ def mount_lying(backing: str, folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     mount_fuse([sys.executable, str(LYING), backing, folder], folder)
     return folder
+
+
+def become_client(other: str, folder: str) -> None:
+    """From now on this process sees the folder of another client in place of its own."""
+    assert _LIBC.unshare(_NEW_MOUNTS) == 0
+    _run("mount", "--bind", other, folder)
 
 
 def _folders(scratch: str, *names: str) -> list[str]:

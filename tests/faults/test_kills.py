@@ -11,6 +11,7 @@ from scenarios import KILLED, SCENARIOS, check_recovery, descriptors, in_child, 
 from milepost.storage import default_storage
 from milepost.testing import MUTATIONS, FaultyStorage
 
+
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=repr)
 def test_a_save_that_is_killed_at_any_operation_loses_nothing(quick_path, scenario):
     """Killed before any operation: the old state loads, from the commit on the new; a save tidies up."""
