@@ -91,7 +91,7 @@ def run_on(file_system: FileSystem, work: Callable[[str], None], *, seconds: flo
             except subprocess.CalledProcessError as error:
                 if not file_system.optional:
                     raise AssertionError(f"{error}: {error.stderr}") from error
-                _say(refused, error.stderr)
+                _say(refused, error.stderr.splitlines()[0])
                 return
             work(folder)
 
@@ -106,7 +106,7 @@ def run_on(file_system: FileSystem, work: Callable[[str], None], *, seconds: flo
         refused.seek(0)
         reason = refused.read()
     assert code == 0, f"failed on {file_system}: the traceback is in what the child wrote (exit code {code})"
-    return reason.strip() or None
+    return reason or None
 
 
 def _say(file: TextIO, text: str) -> None:
