@@ -17,7 +17,7 @@ GAZETTEER := $(MAKE) -C gazetteer VENV=$(GAZETTEER_VENV) PYTHON=$(PYTHON)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-slow cov check lint types docs bench fmt fmt-check size \
+.PHONY: help setup demo demo-distributed test test-slow test-filesystems cov check lint types docs bench fmt fmt-check size \
 	gazetteer gazetteer-demo clean
 
 help: ## this list
@@ -35,8 +35,8 @@ demo: $(STAMP) ## train, kill the trainer in the middle of a save, resume, compa
 demo-distributed: $(STAMP) ## train on 4 ranks, kill them, go on on 2, kill them, go on on one
 	$(BIN)/python examples/demo_distributed.py
 
-test: $(STAMP) ## what proves the promises, but for the long runs (test-slow)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+test: $(STAMP) ## what proves the promises, but for the long runs (test-slow, test-filesystems)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not filesystems" $(PYTEST_ARGS)
 ifneq ($(HAVE_GAZETTEER),)
 	$(GAZETTEER) test self NAME=Milepost
 endif
@@ -44,9 +44,12 @@ endif
 test-slow: $(STAMP) ## soaks and long property runs only
 	$(BIN)/python -m pytest -m slow --timeout 3600 -o faulthandler_timeout=3700 $(PYTEST_ARGS)
 
+test-filesystems: $(STAMP) ## saves on every kind of file system that root can mount here
+	$(BIN)/python -m pytest -n $(WORKERS) --timeout 900 -o faulthandler_timeout=1000 tests/filesystems $(PYTEST_ARGS)
+
 cov: $(STAMP) ## the tests with branch coverage, child processes included
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m coverage run -m pytest -m "not slow and not filesystems" $(PYTEST_ARGS)
 	$(BIN)/python -m coverage combine
 	$(BIN)/python -m coverage report
 
@@ -70,11 +73,16 @@ lint: $(STAMP) ## ruff, spelling, and the dependency rule
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy --strict src
 
-docs: $(STAMP) ## run the code in the documents, and compare docs/cli.md with the command line
+docs: $(STAMP) ## run the code in the documents, and compare docs/cli.md and docs/filesystems.md with what they tell of
 	$(BIN)/python -m pytest -p no:randomly README.md docs $(PYTEST_ARGS)
-	$(BIN)/python -m cogapp --check --diff -p "import sys; sys.path.insert(0, 'tools')" docs/cli.md
+	$(BIN)/python -m cogapp --check --diff -p "import sys; sys.path.insert(0, 'tools')" docs/cli.md docs/filesystems.md
 
-docs/cli.md: $(STAMP) FORCE ## write the command line's help into it
+docs/filesystems.md: docs/filesystems.json
+
+docs/filesystems.json: $(STAMP) FORCE # as root
+	MILEPOST_FILESYSTEMS=$@ $(BIN)/python -m pytest tests/filesystems/test_features.py
+
+docs/cli.md docs/filesystems.md: $(STAMP) FORCE ## write the command line's help, and what was found, into them
 	$(BIN)/python -m cogapp -r -p "import sys; sys.path.insert(0, 'tools')" $@
 
 bench: $(STAMP) ## benchmarks, as tables with ratios

@@ -18,7 +18,8 @@ import torch
 from background import wait_until
 from scenarios import in_child
 
-LYING = Path(__file__).with_name("lying.py")
+LOOKS = 3
+"""How often a client of the lying file system tells what has changed since."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NEW_MOUNTS, _NEW_PROCESSES = 0x00020000, 0x20000000  # CLONE_NEWNS, CLONE_NEWPID
 _PR_SET_PDEATHSIG = 1
@@ -145,7 +146,9 @@ def mount_fuse(command: list[str], folder: str) -> None:
 def mount_lying(backing: str, folder: str) -> str:
     """Mount one more client of a folder that is served by `lying`."""
     os.makedirs(folder, exist_ok=True)
-    mount_fuse([sys.executable, str(LYING), backing, folder], folder)
+    mount_fuse(
+        [sys.executable, str(Path(__file__).with_name("lying.py")), backing, folder, str(LOOKS)], folder
+    )
     return folder
 
 
@@ -195,12 +198,18 @@ def _tmpfs(scratch: str) -> str:
     return folder
 
 
-def _overlay(scratch: str) -> str:
-    small = _tmpfs(scratch)
-    lower, upper, work = _folders(small, "lower", "upper", "work")
-    (folder,) = _folders(scratch, "merged")
-    _run("mount", "-t", "overlay", "-o", f"lowerdir={lower},upperdir={upper},workdir={work}", "o", folder)
-    return folder
+def overlay_over(make: Callable[[str], None]) -> FileSystem:
+    """An overlay over what ``make(folder)`` makes in its lower layer."""
+
+    def mount(scratch: str) -> str:
+        small = _tmpfs(scratch)
+        lower, upper, work = _folders(small, "lower", "upper", "work")
+        (folder,) = _folders(scratch, "merged")
+        make(lower)
+        _run("mount", "-t", "overlay", "-o", f"lowerdir={lower},upperdir={upper},workdir={work}", "o", folder)
+        return folder
+
+    return FileSystem("overlay", "overlay", (), mount)
 
 
 def _bindfs(scratch: str) -> str:
@@ -234,7 +243,7 @@ FILE_SYSTEMS = [
     BTRFS,
     FileSystem("btrfs-quota", "btrfs", ("mkfs.btrfs", "btrfs"), _btrfs_quota),
     FileSystem("tmpfs", "tmpfs", (), _tmpfs),
-    FileSystem("overlay", "overlay", (), _overlay),
+    overlay_over(lambda lower: None),
     FileSystem("bindfs", "fuse", ("bindfs",), _bindfs),
     LYING_FUSE,
     FileSystem("nfs", "nfs4", ("mkfs.ext4", "exportfs", "rpc.nfsd", "rpcbind"), _nfs, optional=True),
@@ -242,7 +251,7 @@ FILE_SYSTEMS = [
 
 
 def fill(folder: str, leave: int) -> str:
-    """Take all the space of a file system but about so many bytes; returns the path of the file that has it."""
+    """Take all the space of a file system but about so many bytes; the path of the file that has it."""
     path, spare = f"{folder}/filler", f"{folder}/spare"
     Path(spare).write_bytes(bytes(leave))
     size = 64 << 20

@@ -1,9 +1,9 @@
 """A FUSE file system that passes everything on to a folder and lies as network file systems do.
 
-Started as ``python lying.py FOLDER MOUNT_POINT``; each such process is one client of the folder.
+Started as ``python lying.py FOLDER MOUNT_POINT LOOKS``; each such process is one client of the folder.
 
-- A name that was looked up in vain, or a folder that was listed, stays as it was seen for the next
-  `PATIENCE` looks of this client, whatever other clients have made there since. Its own changes show at
+- A name that was looked up in vain, or a folder that was listed, stays as it was seen for so many
+  looks of this client, whatever other clients have made there since. Its own changes show at
   once, except in a listing through a descriptor that was opened before them.
 - A file that is removed or replaced while it is open stays as ``.nfs<number>``, which cannot be removed
   until it is closed.
@@ -21,9 +21,8 @@ from ctypes.util import find_library
 from dataclasses import dataclass
 
 os.environ.setdefault("FUSE_LIBRARY_PATH", find_library("fuse3") or "")
-from mfusepy import FUSE, Operations  # noqa: E402 - it loads the library, and would take version 2 first
+from mfusepy import FUSE, Operations
 
-PATIENCE = 3
 NOBODY = 65534
 _NEVER_FAIL = {"init", "destroy", "release", "releasedir", "setxattr", "getxattr", "listxattr", "removexattr"}
 
@@ -39,8 +38,8 @@ class _Listing:
 class Lies(Operations):
     use_ns = True
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self, root: str, looks: int) -> None:
+        self.root, self._looks = root, looks
         self._missing: dict[str, int] = {}
         self._listed: dict[str, _Listing] = {}
         self._open_files: dict[int, str] = {}
@@ -111,7 +110,7 @@ class Lies(Operations):
         try:
             found = os.lstat(self._real(path)) if fh is None else os.fstat(fh)
         except FileNotFoundError:
-            self._missing[path] = PATIENCE
+            self._missing[path] = self._looks
             raise
         shown = ("st_mode", "st_ino", "st_nlink", "st_size", "st_blocks")
         times = {f"st_{kind}time": getattr(found, f"st_{kind}time_ns") for kind in "amc"}
@@ -120,17 +119,17 @@ class Lies(Operations):
     def opendir(self, path):
         listing = self._listed.get(path)
         if listing is None or not listing.left:
-            listing = self._listed[path] = _Listing(set(os.listdir(self._real(path))), PATIENCE)
+            listing = self._listed[path] = _Listing(set(os.listdir(self._real(path))), self._looks)
         else:
             listing.left -= 1
         handle = os.open(self._real(path), os.O_RDONLY | os.O_DIRECTORY)
-        self._open_folders[handle] = _Listing(set(listing.names), PATIENCE)
+        self._open_folders[handle] = _Listing(set(listing.names), self._looks)
         return handle
 
     def readdir(self, path, fh):
         listing = self._open_folders[fh]
         if not listing.left:
-            listing = self._open_folders[fh] = _Listing(set(os.listdir(fh)), PATIENCE)
+            listing = self._open_folders[fh] = _Listing(set(os.listdir(fh)), self._looks)
         listing.left -= 1
         return [(name, {"st_ino": 1}, 0) for name in (".", "..", *sorted(listing.names))]  # 0 would hide it
 
@@ -247,4 +246,6 @@ class _Client(FUSE):
 
 
 if __name__ == "__main__":
-    _Client(Lies(sys.argv[1]), sys.argv[2], foreground=True, nothreads=True, allow_other=True)
+    _Client(
+        Lies(sys.argv[1], int(sys.argv[3])), sys.argv[2], foreground=True, nothreads=True, allow_other=True
+    )

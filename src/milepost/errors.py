@@ -220,6 +220,7 @@ _HINTS = {
     errno.EDQUOT: "the disk quota is used up: free space, or save somewhere else",
     errno.EACCES: "check the permissions of the folder",
     errno.EROFS: "the file system is mounted read-only: save somewhere else",
+    errno.EXDEV: "the checkpoint there came with a container image (a lower layer): save to another path",
     errno.EIO: "the device reports an error: check the disk before you trust it again",
 }
 

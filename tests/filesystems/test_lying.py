@@ -9,8 +9,7 @@ import os
 
 import pytest
 import torch
-from file_systems import LYING_FUSE, become_client, mount_lying, run_on
-from lying import PATIENCE
+from file_systems import LOOKS, LYING_FUSE, become_client, mount_lying, run_on
 from scenarios import SCENARIOS, check_recovery
 
 from milepost import syscalls
@@ -43,9 +42,9 @@ def test_the_lies_are_told():
         assert syscalls.is_network_file_system(opened)
         assert not os.path.exists(f"{folder}/late")
         os.mkdir(f"{other}/late")
-        seen = [os.path.exists(f"{folder}/late") for _ in range(PATIENCE + 1)]
-        assert seen == [False] * PATIENCE + [True]
-        assert [os.listdir(opened) for _ in range(PATIENCE + 1)] == [[]] * PATIENCE + [["late"]]
+        seen = [os.path.exists(f"{folder}/late") for _ in range(LOOKS + 1)]
+        assert seen == [False] * LOOKS + [True]
+        assert [os.listdir(opened) for _ in range(LOOKS + 1)] == [[]] * LOOKS + [["late"]]
         with open(f"{folder}/file", "w") as file:
             os.unlink(f"{folder}/file")
             (kept,) = os.listdir(folder)

@@ -11,8 +11,8 @@ import os
 import pytest
 import torch
 from background import KillOnce, close, error_of, make, result, state_of, step_at
-from file_systems import FILE_SYSTEMS, fill, run_on
-from scenarios import SCENARIOS, SINGLE, check_recovery, killed_saves, make_old, make_state
+from file_systems import FILE_SYSTEMS, fill, overlay_over, run_on
+from scenarios import SCENARIOS, SINGLE, check_recovery, killed_saves, make_old, make_state, save, which
 
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
 from milepost.errors import MilepostError
@@ -27,7 +27,7 @@ LARGE = {"numbers": [2], "large": torch.arange(1 << 20)}
 
 @pytest.fixture(params=FILE_SYSTEMS, ids=repr)
 def run(request):
-    """Runs a case in a child on one of the file systems; skips, with the reason, where it cannot be mounted."""
+    """Runs a case in a child on one of the file systems; skips where it cannot be mounted, and says why."""
 
     def run_case(case, seconds=SECONDS):
         reason = run_on(request.param, case, seconds=seconds)
@@ -77,9 +77,11 @@ def test_saves_and_replaces(run):
     run(case)
 
 
-@pytest.mark.parametrize("leave", [0, 1 << 20], ids=["at-once", "on-the-way"])
+@pytest.mark.parametrize(
+    "leave", [0, pytest.param(1 << 20, marks=pytest.mark.filesystems)], ids=["at-once", "on-the-way"]
+)
 def test_a_full_file_system(run, leave):
-    """A save that finds no room says so; the old checkpoint loads, and when there is room the next one saves."""
+    """A save that finds no room says so; the old checkpoint loads, and the next save finds room again."""
 
     def case(folder):
         for scenario, path in each((FRESH, ALL), folder):
@@ -96,7 +98,7 @@ def test_a_full_file_system(run, leave):
 
 
 def test_a_failing_hook(run):
-    """A hook that fails ends the save with its error; the old checkpoint loads, and nothing of ours is left."""
+    """A hook that fails ends the save with its error; the old one loads, and nothing of ours is left."""
 
     def case(folder):
         for scenario, path in each((FRESH, ALL), folder):
@@ -111,8 +113,11 @@ def test_a_failing_hook(run):
     run(case)
 
 
-@pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.filesystems)])
-@pytest.mark.parametrize("scenario", [FRESH, ALL], ids=repr)
+@pytest.mark.parametrize(
+    ("scenario", "stride"),
+    [(ALL, 37), *(pytest.param(each, 1, marks=pytest.mark.filesystems) for each in (FRESH, ALL))],
+    ids=repr,
+)
 @pytest.mark.timeout(600)
 def test_a_save_that_is_killed_at_any_operation(run, scenario, stride):
     """Killed before any operation: old or new loads, never neither, and the next save tidies up."""
@@ -131,7 +136,7 @@ def test_a_save_that_is_killed_at_any_operation(run, scenario, stride):
 
 @pytest.mark.filesystems
 def test_saves_in_the_background(run):
-    """New, over the old, with a writer that is killed, without room: a future that is done means committed."""
+    """New, over the old, with a writer that is killed, without room: a future that is done is true."""
 
     def case(folder):
         path = f"{folder}/run/step"
@@ -157,3 +162,19 @@ def test_saves_in_the_background(run):
         assert os.listdir(f"{folder}/run") == ["step"]
 
     run(case)
+
+
+def test_a_checkpoint_of_a_container_image():
+    """What lies in a lower layer cannot be replaced: the save says so, and the new one loads."""
+
+    def case(folder):
+        path = f"{folder}/step"
+        assert which(path) == 1
+        error = failed_save(path, make_state(2))
+        assert error.errno == errno.EXDEV
+        assert "save to another path" in error.hint
+        assert which(path) == 2
+
+    reason = run_on(overlay_over(lambda lower: save(f"{lower}/step", 1)), case, seconds=SECONDS)
+    if reason:
+        pytest.skip(reason)

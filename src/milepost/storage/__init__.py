@@ -170,7 +170,10 @@ class Storage(Protocol):
         """Create one folder, with mode 0700 if `private` (EntryExistsError if it does)."""
 
     def make_public(self, path: str) -> None:
-        """Give a private folder the mode that a new folder would have had; it stays private where modes are fixed."""
+        """Give a private folder the mode that a new folder would have had.
+
+        Where modes cannot be changed it stays private, and the log says so.
+        """
 
     def rename(self, source: str, target: str, mode: RenameMode) -> None:
         """Rename atomically.
