@@ -1,6 +1,6 @@
 """What each file system gives and what Milepost does where it lacks something, for docs/filesystems.md.
 
-Called by cog. The facts are in docs/filesystems.json, where tests/filesystems/test_features.py has written them.
+Called by cog. tests/filesystems/test_features.py has written the facts to docs/filesystems.json.
 """
 
 from __future__ import annotations
