@@ -21,7 +21,7 @@ from scenarios import in_child
 LOOKS = 3
 """How often a client of the lying file system tells what has changed since."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_NEW_MOUNTS, _NEW_PROCESSES = 0x00020000, 0x20000000  # CLONE_NEWNS, CLONE_NEWPID
+_NEW_MOUNTS, _NEW_PROCESSES, _NEW_NETWORK = 0x00020000, 0x20000000, 0x40000000  # CLONE_NEW…
 _PR_SET_PDEATHSIG = 1
 
 
@@ -89,16 +89,16 @@ def run_on(file_system: FileSystem, work: Callable[[str], None], *, seconds: flo
             _run("mount", "-t", "tmpfs", "-o", "size=2g,mode=755", "scratch", scratch)
             try:
                 folder = file_system.mount(scratch)
-            except subprocess.CalledProcessError as error:
+            except subprocess.SubprocessError as error:
                 if not file_system.optional:
                     raise AssertionError(f"{error}: {error.stderr}") from error
-                _say(refused, error.stderr.splitlines()[0])
+                _say(refused, str(error.stderr or error).splitlines()[0].replace(f"{scratch}/", ""))
                 return
             work(folder)
 
         def enter() -> None:
             _die_with_parent()
-            if _LIBC.unshare(_NEW_MOUNTS | _NEW_PROCESSES):
+            if _LIBC.unshare(_NEW_MOUNTS | _NEW_PROCESSES | _NEW_NETWORK):
                 _say(refused, "namespaces cannot be made here")
             else:
                 os._exit(in_child(first_process) & 0xFF)
@@ -133,7 +133,7 @@ def _obey_quotas() -> None:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
 
 
 def mount_fuse(command: list[str], folder: str) -> None:
@@ -224,13 +224,18 @@ def _lying(scratch: str) -> str:
 
 
 def _nfs(scratch: str) -> str:
+    """NFS 4 on loopback: the server lives and dies with the namespaces, and its files lie in them."""
     folder = _image("64m", "mkfs.ext4", "-F")(scratch)
     (mounted,) = _folders(scratch, "nfs")
-    _run("rpcbind")
-    _run("exportfs", "-o", "rw,no_root_squash,insecure,fsid=1", f"127.0.0.1:{folder}")
-    _run("rpc.nfsd", "2")
-    _run("rpc.mountd")
-    _run("mount", "-t", "nfs4", f"127.0.0.1:{folder}", mounted)
+    _run("ip", "link", "set", "lo", "up")
+    _run("mount", "-t", "tmpfs", "state", "/var/lib/nfs")
+    _run("mount", "-t", "nfsd", "nfsd", "/proc/fs/nfsd")
+    _run("exportfs", "-o", "rw,no_root_squash,insecure,fsid=0", f"127.0.0.1:{folder}")
+    _run("rpc.mountd", "-N", "3")
+    _run("rpc.nfsd", "-N", "3", "-G", "10", "-L", "10", "2")
+    _run("mount", "-t", "nfs4", "127.0.0.1:/", mounted)
+    _run("touch", f"{mounted}/ready")
+    _run("rm", f"{mounted}/ready")
     return mounted
 
 
@@ -246,7 +251,7 @@ FILE_SYSTEMS = [
     overlay_over(lambda lower: None),
     FileSystem("bindfs", "fuse", ("bindfs",), _bindfs),
     LYING_FUSE,
-    FileSystem("nfs", "nfs4", ("mkfs.ext4", "exportfs", "rpc.nfsd", "rpcbind"), _nfs, optional=True),
+    FileSystem("nfs", "nfs4", ("mkfs.ext4", "exportfs", "rpc.nfsd", "ip"), _nfs, optional=True),
 ]
 
 
