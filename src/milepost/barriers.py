@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import logging
-import secrets
 import threading
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,7 +25,6 @@ __all__ = [
     "DistBarrier",
     "TCPStoreBarrier",
     "barrier_store",
-    "common_start_id",
     "create_barrier_from_config",
     "register_barrier",
 ]
@@ -91,20 +89,6 @@ def barrier_store(barrier: object) -> Any:
     """The store of a barrier, if it has one as torch's are; barriers may call something else so."""
     store = getattr(barrier, "store", None)
     return store if callable(getattr(store, "compare_set", None)) else None
-
-
-def common_start_id(barrier: object) -> str | None:
-    """An id that all ranks of this job have in common, from the barrier's store or the default group's.
-
-    The first rank puts it there, and no rank waits for another. None where there is no store.
-    """
-    store = barrier_store(barrier)
-    if store is None and dist.is_available() and dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
-    if store is None:
-        return None
-    found: object = store.compare_set("milepost/start_id", "", secrets.token_hex(8))
-    return found.decode() if isinstance(found, bytes) else None
 
 
 @register_barrier

@@ -35,6 +35,7 @@ TORCH_MODULES = {
     "gather",
     "integrations",
     "manager",
+    "meeting",
     "objects",
     "placements",
     "rebuild",

@@ -20,11 +20,12 @@ from __future__ import annotations
 from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
 from milepost.commit.hidden import absolute_path
-from milepost.commit.ids import attempt_id, environment_start_id, new_attempt_id, process_id
+from milepost.commit.ids import attempt_id, count_save, environment_start_id, new_attempt_id, process_id
 from milepost.commit.listing import Entry, Explanation, explain, scan
-from milepost.commit.locate import Located, locate
+from milepost.commit.locate import Located, expect, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
+from milepost.commit.waiting import News, sees_rank
 
 __all__ = [
     "Attempt",
@@ -32,12 +33,15 @@ __all__ = [
     "Entry",
     "Explanation",
     "Located",
+    "News",
     "Target",
     "absolute_path",
     "attempt_id",
     "check_target",
     "clean_up",
+    "count_save",
     "environment_start_id",
+    "expect",
     "explain",
     "locate",
     "new_attempt_id",
@@ -45,4 +49,5 @@ __all__ = [
     "publish",
     "roll_forward",
     "scan",
+    "sees_rank",
 ]

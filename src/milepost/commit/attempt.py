@@ -5,6 +5,7 @@ from __future__ import annotations
 # Paths are str, here as in the storage package.
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
@@ -30,11 +31,12 @@ from milepost.commit.hidden import (
     read_beacons,
 )
 from milepost.commit.ids import process_id
+from milepost.commit.locate import VISIBLE_SECONDS
 from milepost.commit.marks import assemble
 from milepost.commit.publish import is_pending, publish
 from milepost.commit.recover import commit_manifest, next_sequence, roll_forward, tidy
 from milepost.commit.removal import remove_tree
-from milepost.commit.waiting import Wait, raise_if_aborted, timeout_error, unseen_error
+from milepost.commit.waiting import News, Wait, raise_if_aborted, timeout_error, unseen_error
 from milepost.commit.word import Word
 from milepost.errors import (
     CommitError,
@@ -51,6 +53,7 @@ from milepost.manifest import (
     FileDigest,
     data_name,
     decode_mark,
+    identity_of,
     index_name,
 )
 from milepost.storage import Folder, Lock, Storage
@@ -74,6 +77,8 @@ class Attempt:
         folder: The hidden folder in which the checkpoint is made.
         marked: This rank has arrived: its mark is there (perhaps made by a writer that was lost since).
         committed: The checkpoint is committed, by this rank or another; at the latest `close` publishes it.
+        replaced: The id of the attempt that this one replaces; "" if there was no checkpoint.
+        hidden: It is committed, as the other ranks said, but this rank's view of the folder does not show it.
     """
 
     def __init__(
@@ -90,7 +95,8 @@ class Attempt:
         self.path, self.id, self.process = path, attempt, process
         self.rank, self.world_size = rank, world_size
         self.folder = join_hidden(path, attempt)
-        self.marked = self.committed = False
+        self.marked = self.committed = self.hidden = False
+        self.replaced, self._identity = "", ""
         self._storage, self._clock, self._owner = storage, clock, os.getpid()
         self._lock: Lock | None = None
         self._root: Folder | None = None
@@ -188,6 +194,7 @@ class Attempt:
             return False
         self._seen = published.sequence
         if published.attempt != self.id:
+            self.replaced = published.attempt
             return False
         with opened(self._storage, self.path) as folder:
             if folder is not None:
@@ -330,7 +337,9 @@ class Attempt:
         """Whether the checkpoint is committed, by whichever rank; if so that is durable on return."""
         return self.committed or self._sees_commit(self._names())
 
-    def wait_for_marks(self, timeout_seconds: float, poll_seconds: float = 0.5) -> None:
+    def wait_for_marks(
+        self, timeout_seconds: float, poll_seconds: float = 0.5, news: Callable[[], News] | None = None
+    ) -> None:
         """Returns when every rank has arrived.
 
         Rank 0 lists the marks and then says so; the others look only for its word, and list for
@@ -339,14 +348,15 @@ class Attempt:
         Args:
             timeout_seconds: How long to wait.
             poll_seconds: The longest pause between two looks; the first ones are shorter.
+            news: What a meeting of the ranks knows, which counts as well as what the folder shows.
 
         Raises:
             AbortedError: A rank has failed; raised at once.
             CommitTimeoutError: Ranks are missing; it names them and what they did last.
         """
         with error_context(path=self.path, rank=self.rank, phase="wait_for_marks"):
-            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_marks")
-            while not (self._has(ARRIVED_NAME) or self._has(MANIFEST_NAME)):
+            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_marks", news)
+            while not (self._heard(wait.news) or self._has(ARRIVED_NAME) or self._has(MANIFEST_NAME)):
                 # Without its own mark it may have been committed, replaced and cleared meanwhile.
                 if wait.leads() or self._has(ABORTED_NAME) or not self._has(index_name(self.rank)):
                     names = self._names()
@@ -360,12 +370,15 @@ class Attempt:
                 if not wait.pause():
                     raise self._timeout(timeout_seconds)
 
-    def wait_for_commit(self, timeout_seconds: float, poll_seconds: float = 0.5) -> None:
+    def wait_for_commit(
+        self, timeout_seconds: float, poll_seconds: float = 0.5, news: Callable[[], News] | None = None
+    ) -> None:
         """Returns when it is committed, by whomever, and mostly published; commits when rank 0 stands still.
 
         Args:
             timeout_seconds: How long to wait.
             poll_seconds: The longest pause between two looks.
+            news: As for `wait_for_marks`.
 
         Raises:
             AbortedError: A rank has failed before the commit; raised at once.
@@ -374,15 +387,46 @@ class Attempt:
         if self._root is None:  # it was at its path from the beginning
             return
         with error_context(path=self.path, rank=self.rank, phase="wait_for_commit"):
-            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_commit")
+            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_commit", news)
             while not (self.committed or self._is_committed(wait)):
                 if not wait.pause():
                     raise self._timeout(timeout_seconds)
             wait = self._wait(_PUBLISH_SECONDS, poll_seconds, "wait_for_commit")
             while is_pending(self._storage, self.path, self.id) and wait.pause():
                 pass
+            if self._identity:
+                wait = self._wait(VISIBLE_SECONDS, poll_seconds, "wait_for_commit")
+                while not (shows := self._shows()) and wait.pause():
+                    pass
+                self.hidden = not shows
+
+    def _shows(self) -> bool:
+        """Whether this checkpoint is seen at its path, or a later one, or that it has been removed again."""
+        found = published_manifest(self._storage, self.path)
+        if found is not None and found.attempt != self.replaced:
+            return True
+        return not self._names() or is_pending(self._storage, self.path, self.id)
+
+    def identity(self) -> str:
+        """The identity of the manifest that was committed; "" where that is not to be seen any more."""
+        for place in () if self._identity else (self.folder, self.path):
+            found = published_manifest(self._storage, place)
+            if found is not None and found.attempt == self.id:
+                self._identity = identity_of(found)
+        return self._identity
+
+    def _heard(self, news: News) -> bool:
+        """Whether a meeting says that all ranks have arrived, or more."""
+        if news.identity:
+            self.committed, self._identity = True, news.identity
+        elif news.failure is not None and not self.sees_commit():
+            raise news.failure
+        return news.arrived or self.committed
 
     def _is_committed(self, wait: Wait) -> bool:
+        self._heard(wait.news)
+        if self.committed:
+            return True
         if wait.leads():
             self.complete()
         elif self._has(MANIFEST_NAME) or not self._has(index_name(self.rank)):
@@ -395,7 +439,13 @@ class Attempt:
         self._check_view(names := self._names())
         return timeout_error(self._folder(), names, self.world_size, seconds)
 
-    def _wait(self, timeout_seconds: float, poll_seconds: float, phase: str) -> Wait:
+    def _wait(
+        self,
+        timeout_seconds: float,
+        poll_seconds: float,
+        phase: str,
+        news: Callable[[], News] | None = None,
+    ) -> Wait:
         return Wait(
             self._clock,
             self._folder(),
@@ -403,6 +453,7 @@ class Attempt:
             timeout_seconds=timeout_seconds,
             poll_seconds=poll_seconds,
             heartbeat=lambda: self.progress(phase),
+            news=news,
         )
 
     # ------------------------------------------------------------------ the end
