@@ -120,7 +120,8 @@ class Start:
         world_size: How many there are.
 
     Attributes:
-        id: The id; on ranks but 0, only once `wait` has returned True.
+        id: The id; "" until rank 0 has answered. It may still change until `wait` has returned True.
+        loads: The number of the last load that this rank took part in.
         token: What this rank is known by until then.
         absent: The ranks that have not asked for it yet, as far as can be told.
         shared: Folders that were found to be shared.
@@ -129,12 +130,13 @@ class Start:
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self.line = Line(store)
         self.rank, self.world_size = rank, world_size
-        self.id = secrets.token_hex(8)
+        self.id = "" if rank else secrets.token_hex(8)
+        self.loads = 0
         self.absent: list[int] = []
         self.shared: set[str] = set()
         self._store = weakref.ref(store)
         self.token = secrets.token_hex(8)
-        self._agreed = threading.Event()
+        self._answered, self._agreed = threading.Event(), threading.Event()
         _thread(lambda: self._run(self._join if rank else self._serve), "milepost-start")
 
     def store(self) -> Any:
@@ -148,6 +150,10 @@ class Start:
     def key(self, *parts: object) -> str:
         """A key below the start's id."""
         return "/".join(["milepost", self.id, *map(str, parts)])
+
+    def wait_for_answer(self, timeout_seconds: float) -> bool:
+        """Whether rank 0 has answered within the time."""
+        return self.rank == 0 or self._answered.wait(timeout_seconds)
 
     def wait(self, timeout_seconds: float) -> bool:
         """Whether the id is known (within the time): at once on rank 0, else when all ranks know it."""
@@ -193,7 +199,9 @@ class Start:
             if self.line.get(self._hello(self.rank)) != self.token.encode():
                 self.line.set(self._hello(self.rank), self.token)
             return False
-        self.id = answer.decode()
+        if answer.decode() != self.id:
+            self.id, self.loads = answer.decode(), 0
+            self._answered.set()
         self.line.set(self.key("joined", self.token), "")
         return self.line.has(self.key("go"))
 
