@@ -53,7 +53,10 @@ def make_sync_checkpointer(
     rank_info = _checked_rank(rank_info)
     barrier = create_barrier_from_config(config.barrier_config)
     meets = _meets(config, rank_info)
-    writer = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook, meets=meets)
+    observers = config.async_config.observers
+    writer = CheckpointWriter(
+        config.writer_config, rank_info, barrier, commit_hook, meets=meets, observers=observers
+    )
     return SyncCheckpointer(writer, _reader(config, rank_info, barrier))
 
 

@@ -26,6 +26,7 @@ from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
     AbortedError,
     ClosedError,
+    CommitError,
     ConfigError,
     MilepostError,
     StateError,
@@ -282,7 +283,7 @@ class CheckpointProcess:
             self._numbers += 1
             number = self._numbers
         future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
-        future.add_done_callback(self._note_failure)
+        future.add_done_callback(lambda _: self._note_end(future))
         return number
 
     def _submit_later(self, done: Future[STATE_DICT], *rest: Any) -> None:
@@ -405,10 +406,16 @@ class CheckpointProcess:
 
     # -- failures ----------------------------------------------------------------------------------
 
-    def _note_failure(self, future: Future[None]) -> None:
-        if isinstance(future, TrackedFuture) and future.failure() is not None:
+    def _note_end(self, future: WriteFuture) -> None:
+        if future.failure() is not None:
             with self._lock:
                 self._unseen.append(future)
+        elif not future.committed and self._lean is not None:
+            self._ranks.wrote(future.attempt.target, future.attempt.id)
+
+    def failures(self) -> list[CommitError]:
+        """What was written, not known to be committed, and is known to have failed since; told once."""
+        return self._ranks.failures()
 
     def raise_unseen(self) -> None:
         """Raise the oldest failure of a write that nobody has looked at; each is raised once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ import torch
 from milepost.barriers import Barrier, barrier_store
 from milepost.commit import absolute_path, check_target
 from milepost.config import CheckpointWriterConfig
-from milepost.errors import ClosedError, PostCommitError, error_context
+from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
 from milepost.manifest import data_name
 from milepost.meeting import Ranks
 from milepost.snapshot import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
+from milepost.telemetry import Event, Observer, notify
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused
 
@@ -65,6 +67,7 @@ class CheckpointWriter:
         commit_hook: Called around the commit.
         storage: Where checkpoints live; the local file system by default.
         meets: Meet the other ranks at the store of the default process group, where there is no barrier.
+        observers: Told of each write that is not known to be committed.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class CheckpointWriter:
         *,
         storage: Storage | None = None,
         meets: bool = False,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._config = config
         self._rank_info = rank_info
@@ -86,6 +90,7 @@ class CheckpointWriter:
         self._ring = Ring()
         self._lock = threading.RLock()  # a hook may write, too
         self._closed = False
+        self._observers = list(observers)
         self._ranks = Ranks(
             rank_info,
             config.start_id,
@@ -113,11 +118,16 @@ class CheckpointWriter:
             StateError: The state dict, step or metadata cannot be saved; nothing was written.
             TargetError: The path may not be written to or replaced; nothing was touched.
             StorageError: An operation of the file system failed, such as on a full disk.
-            CommitError: Another rank failed or did not come; or `PostCommitError`, see there.
+            CommitError: Another rank failed or did not come; or `PostCommitError`, see there; or it is found
+                only now that an earlier write has failed on another rank: this one was written all the same.
             ClosedError: The writer was closed.
         """
+        earlier = self._ranks.failures()
         if not self.carry_out(path, state_dict, kwargs):
             logger.info("%s: this rank's part is written, not known to be committed", path)
+            step = kwargs.get("step")
+            notify(self._observers, Event("written", path, step if isinstance(step, int) else None))
+        _raise_first(earlier, f"{path} was written after that")
 
     def carry_out(self, path: str, state_dict: STATE_DICT, arguments: dict[str, Any]) -> bool:
         """Do what `write` does; whether the checkpoint is known to be committed."""
@@ -155,11 +165,27 @@ class CheckpointWriter:
             finally:
                 if name.meeting is not None:
                     name.meeting.join(_LAST_WORD_SECONDS)
+            if not outcome.committed:
+                self._ranks.wrote(target, name.attempt)
         logger.debug("wrote %s of %s", data_name(self._rank_info.global_rank), path)
         return outcome.committed
 
     def close(self) -> None:
-        """Release the writer's memory. Waits for a write that is under way; idempotent."""
+        """Release the writer's memory. Waits for a write that is under way; idempotent.
+
+        Raises:
+            AbortedError: What was written before has failed on another rank since.
+        """
         with self._lock:
             self._closed = True
             self._ring.close()
+        _raise_first(self._ranks.failures(), "nothing was written after that")
+
+
+def _raise_first(failures: list[CommitError], note: str) -> None:
+    """Raise what is found only now to have failed; there is more about it in the note."""
+    for error in failures[1:]:
+        logger.error("%s was not committed: %s", error.path, error)
+    if failures:
+        failures[0].add_note(f"This is the end of an earlier save, which had been written here; {note}.")
+        raise failures[0]

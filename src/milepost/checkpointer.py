@@ -195,6 +195,7 @@ class AsyncCheckpointer(Checkpointer):
             ConfigError: Asynchronous staging without a guard, and ``require_guard``.
         """
         self._check_open()
+        self._hear_of_earlier()
         started = time.monotonic()
         step = kwargs.get("step")
         stage_future, write_future = SaveFuture(path, step, started), SaveFuture(path, step, started)
@@ -244,6 +245,16 @@ class AsyncCheckpointer(Checkpointer):
     def _give_up(self, path: str, error: BaseException) -> None:
         if isinstance(self._process, CheckpointProcess):
             self._process.give_up(path, error)
+
+    def _hear_of_earlier(self) -> None:
+        """Keep for `close`, and log, what has failed since on another rank although it was written here."""
+        failures = getattr(self._process, "failures", list)
+        for error in failures():
+            logger.error("%s was not committed: %s", error.path, error)
+            future = SaveFuture(error.path or "", None, time.monotonic())
+            future.set_exception(error)
+            with self._lock:
+                self._unseen.append(future)
 
     def _wait_for_turn(self) -> bool:
         """Wait until another save may begin; False where it is to be skipped."""
@@ -453,6 +464,7 @@ class AsyncCheckpointer(Checkpointer):
             for guard in self._guards:
                 stack.callback(guard.remove)
             drain(self._process, self._saves)
+        self._hear_of_earlier()
         self._raise_unseen()
 
     def _check_open(self) -> None:

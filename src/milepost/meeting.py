@@ -34,6 +34,7 @@ import socket
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +43,16 @@ from typing import Any
 import torch.distributed as dist
 
 from milepost.channel import describe_error
-from milepost.commit import News, attempt_id, count_save, environment_start_id, expect, process_id, sees_rank
+from milepost.commit import (
+    News,
+    attempt_id,
+    count_save,
+    environment_start_id,
+    expect,
+    is_undecided,
+    process_id,
+    sees_rank,
+)
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, MilepostError
 from milepost.snapshot import Outcome
 from milepost.storage import Storage
@@ -59,6 +69,11 @@ _VISIBLE_SECONDS = 60.0
 """How long a shared folder may take to show another host's files."""
 
 _LOOK_SECONDS = 0.5
+_KEPT_SAVES = 64
+"""So many saves that have ended keep their keys in the store."""
+
+_REMEMBERED = 100
+"""So many saves that were not known to be committed are looked at again."""
 
 
 class StoreGoneError(RuntimeError):
@@ -125,6 +140,7 @@ class Start:
         token: What this rank is known by until then.
         absent: The ranks that have not asked for it yet, as far as can be told.
         shared: Folders that were found to be shared.
+        barriers: How many barriers this rank has made whose address rank 0 tells the others.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
@@ -134,6 +150,8 @@ class Start:
         self.loads = 0
         self.absent: list[int] = []
         self.shared: set[str] = set()
+        self.barriers = 0
+        self._ended: deque[list[str]] = deque()
         self._store = weakref.ref(store)
         self.token = secrets.token_hex(8)
         self._answered, self._agreed = threading.Event(), threading.Event()
@@ -158,6 +176,43 @@ class Start:
     def wait(self, timeout_seconds: float) -> bool:
         """Whether the id is known (within the time): at once on rank 0, else when all ranks know it."""
         return self.rank == 0 or self._agreed.wait(timeout_seconds)
+
+    def tell_address(self, timeout_seconds: float) -> tuple[str, int]:
+        """An address at which rank 0 may host a store: each rank's n-th call returns rank 0's n-th.
+
+        Raises:
+            CommitTimeoutError: Rank 0 has not called this within the time.
+        """
+        self.barriers += 1
+        deadline, word = time.monotonic() + timeout_seconds, None
+        with suppress(StoreGoneError):
+            if self.rank == 0:
+                with socket.create_server(("", 0)) as probe:
+                    port = probe.getsockname()[1]
+                host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+                self.line.set(self.key("barrier", self.barriers), json.dumps([host, port]))
+            elif not self.wait(timeout_seconds):
+                deadline = 0
+            while (word := self.line.get(self.key("barrier", self.barriers))) is None:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.01)
+        if word is None:
+            raise CommitTimeoutError(
+                f"rank 0 has not made its barrier within {timeout_seconds:g} s",
+                rank=self.rank,
+                phase="barrier",
+                hint="make the checkpointer on every rank, or give barrier_args",
+            )
+        host, port = json.loads(word)
+        return host, port
+
+    def retire(self, keys: list[str]) -> None:
+        """Delete the keys of a save long over. The others have read them: ranks save one after the other."""
+        self._ended.append(keys)
+        if len(self._ended) > _KEPT_SAVES:
+            for key in self._ended.popleft():
+                self.line.delete(key)
 
     def _hello(self, rank: int) -> str:
         return f"milepost/{self.world_size}/hello/{rank}"
@@ -302,6 +357,7 @@ class Ranks:
         self._start_id, self._seconds, self._storage = start_id, timeout_seconds, storage
         self._store, self.meets = store, meets
         self._start: Start | None = None
+        self._open: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
         self.start()
 
     def start(self) -> Start | None:
@@ -332,6 +388,22 @@ class Ranks:
         if start is not None and self.meets:
             name.meeting = SaveMeeting(start, self._storage, target, name.attempt, number)
         return name
+
+    def wrote(self, target: str, attempt: str) -> None:
+        """This rank's part of an attempt is written, and nobody knows yet what becomes of it."""
+        self._open.append((target, attempt))
+
+    def failures(self) -> list[CommitError]:
+        """What is known by now to have failed of what was only known to be written; each is told once."""
+        found: list[CommitError] = []
+        for _ in range(len(self._open)):
+            target, attempt = self._open.popleft()
+            try:
+                if is_undecided(self._storage, target, attempt):
+                    self._open.append((target, attempt))
+            except CommitError as error:
+                found.append(error.located(path=target))
+        return found
 
     def _agree(self, start: Start, target: str) -> None:
         if start.wait(min(_PATIENCE_SECONDS, self._seconds)):
@@ -444,8 +516,12 @@ class SaveMeeting:
                     self._listener(news)
             pause = 0.001 if self._wake.wait(pause) else min(pause * 1.5, 0.1)
             self._wake.clear()
-        if self._last and self._start.wait(0):
-            self._start.line.first(self._key(self._last[0]), self._last[1])
+        if self._start.wait(0):
+            if self._last:
+                self._start.line.first(self._key(self._last[0]), self._last[1])
+            ends = ["verdict", "failed"] if self._start.rank == 0 else []
+            told = [self._key(what, self._start.rank) for what in self._told]
+            self._start.retire(told + [self._key(end) for end in ends])
 
     def _key(self, *parts: object) -> str:
         return self._start.key("save", *self._name, *parts)

@@ -25,7 +25,7 @@ from milepost.commit.listing import Entry, Explanation, explain, scan
 from milepost.commit.locate import Located, expect, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
-from milepost.commit.waiting import News, sees_rank
+from milepost.commit.waiting import News, is_undecided, sees_rank
 
 __all__ = [
     "Attempt",
@@ -43,6 +43,7 @@ __all__ = [
     "environment_start_id",
     "expect",
     "explain",
+    "is_undecided",
     "locate",
     "new_attempt_id",
     "process_id",

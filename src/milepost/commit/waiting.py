@@ -13,6 +13,7 @@ from milepost.commit.hidden import (
     failures,
     is_aborted,
     join_hidden,
+    list_names,
     numbers,
     opened,
     ranks_in,
@@ -28,7 +29,7 @@ from milepost.errors import (
 from milepost.manifest import MANIFEST_NAME
 from milepost.storage import Folder, Storage
 
-__all__ = ["News", "Wait", "raise_if_aborted", "sees_rank", "timeout_error", "unseen_error"]
+__all__ = ["News", "Wait", "is_undecided", "raise_if_aborted", "sees_rank", "timeout_error", "unseen_error"]
 
 HEARTBEAT_SECONDS = 5.0
 STALL_SECONDS = 30.0
@@ -168,3 +169,16 @@ def sees_rank(storage: Storage, path: str, attempt: str, rank: int, process: str
     with opened(storage, join_hidden(path, attempt)) as folder:
         beacon = read_beacons(folder, [beacon_name(rank)]).get(rank) if folder else None
     return beacon is not None and beacon.process == process
+
+
+def is_undecided(storage: Storage, path: str, attempt: str) -> bool:
+    """Whether an attempt that has written its part may still be committed, or fail.
+
+    Raises:
+        AbortedError: Another rank has failed.
+    """
+    with opened(storage, join_hidden(path, attempt)) as folder:
+        names = list_names(folder) if folder else []
+        if folder:
+            raise_if_aborted(folder, names)
+        return bool(names) and MANIFEST_NAME not in names
