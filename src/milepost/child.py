@@ -37,10 +37,10 @@ from milepost.channel import (
     rebuild_error,
     write_blob,
 )
-from milepost.commit import News
+from milepost.commit import News, Outcome
 from milepost.errors import LostWriterError
 from milepost.meeting import SaveMeeting
-from milepost.snapshot import Outcome, Packed
+from milepost.snapshot import Packed
 from milepost.staged import StagedImage
 from milepost.utils import TrackedFuture
 

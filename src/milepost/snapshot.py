@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 import milepost
-from milepost.commit import Attempt, News
+from milepost.commit import Attempt, Meeting, Outcome
 from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
 from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
@@ -34,8 +34,6 @@ from milepost.utils import beside
 
 __all__ = [
     "Labels",
-    "Meeting",
-    "Outcome",
     "Packed",
     "SaveOptions",
     "Shares",
@@ -199,35 +197,6 @@ class Hook(Protocol):
 
     def post_commit(self, path: str, **kwargs: Any) -> None:
         """Called when the checkpoint is committed."""
-
-
-class Outcome(msgspec.Struct):
-    """What is known at the end of a save that did not fail.
-
-    Attributes:
-        committed: The checkpoint is committed; else this rank's part is durable, and others are to come.
-        identity: The identity of its manifest, where there was a meeting; "" if it is not known.
-        hidden: The others say that it is committed, but this host does not show it yet.
-        replaced: See `Attempt`.
-    """
-
-    committed: bool = True
-    identity: str = ""
-    hidden: bool = False
-    replaced: str = ""
-
-
-class Meeting(Protocol):
-    """Where the ranks of a save tell each other how far they are, beside the folder that they share."""
-
-    def arrive(self) -> None:
-        """This rank's part is durable."""
-
-    def poll(self) -> News:
-        """What is known of the others by now; never waits."""
-
-    def end(self, outcome: Outcome) -> None:
-        """The checkpoint is committed."""
 
 
 @dataclass

@@ -43,12 +43,12 @@ from milepost.channel import (
     read_blob,
     rebuild_error,
 )
-from milepost.commit import News
+from milepost.commit import News, Outcome
 from milepost.errors import CommitTimeoutError
 from milepost.image import Layout
 from milepost.manifest import Tensors
 from milepost.pickle_view import tensor_fragments
-from milepost.snapshot import Labels, Outcome, Packed, SaveOptions, Shares, Snapshot, save_snapshot
+from milepost.snapshot import Labels, Packed, SaveOptions, Shares, Snapshot, save_snapshot
 from milepost.storage.writing import Ring
 
 __all__ = ["Service", "main"]

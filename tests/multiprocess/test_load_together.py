@@ -25,7 +25,7 @@ from milepost.errors import (
     MismatchError,
     PeerLoadError,
 )
-from milepost.meeting import Start
+from milepost.start import Start
 from milepost.together import Meeting, Report, Verdict, refuse
 
 WORLD = 3

@@ -15,7 +15,7 @@ from milepost import RankInfo, builder
 from milepost.barriers import Barrier, barrier_store
 from milepost.config import CheckpointerConfig
 from milepost.errors import PeerLoadError
-from milepost.meeting import Start
+from milepost.start import Start
 from milepost.together import Meeting, Report, Verdict, default_meeting, refuse
 
 

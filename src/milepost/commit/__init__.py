@@ -25,7 +25,7 @@ from milepost.commit.listing import Entry, Explanation, explain, scan
 from milepost.commit.locate import Located, expect, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
-from milepost.commit.waiting import News, is_undecided, sees_rank
+from milepost.commit.waiting import Meeting, News, Outcome, is_undecided, sees_rank
 
 __all__ = [
     "Attempt",
@@ -33,7 +33,9 @@ __all__ = [
     "Entry",
     "Explanation",
     "Located",
+    "Meeting",
     "News",
+    "Outcome",
     "Target",
     "absolute_path",
     "attempt_id",

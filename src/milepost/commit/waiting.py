@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
 
 from milepost.commit.claim import Clock
 from milepost.commit.hidden import (
@@ -29,7 +32,17 @@ from milepost.errors import (
 from milepost.manifest import MANIFEST_NAME
 from milepost.storage import Folder, Storage
 
-__all__ = ["News", "Wait", "is_undecided", "raise_if_aborted", "sees_rank", "timeout_error", "unseen_error"]
+__all__ = [
+    "Meeting",
+    "News",
+    "Outcome",
+    "Wait",
+    "is_undecided",
+    "raise_if_aborted",
+    "sees_rank",
+    "timeout_error",
+    "unseen_error",
+]
 
 HEARTBEAT_SECONDS = 5.0
 STALL_SECONDS = 30.0
@@ -54,6 +67,35 @@ class News:
     def __bool__(self) -> bool:
         """Whether there is anything to know."""
         return self.arrived or bool(self.identity) or self.failure is not None
+
+
+class Outcome(msgspec.Struct):
+    """What is known at the end of a save that did not fail.
+
+    Attributes:
+        committed: The checkpoint is committed; else this rank's part is durable, and others are to come.
+        identity: The identity of its manifest, where there was a meeting; "" if it is not known.
+        hidden: The others say that it is committed, but this host does not show it yet.
+        replaced: See `Attempt`.
+    """
+
+    committed: bool = True
+    identity: str = ""
+    hidden: bool = False
+    replaced: str = ""
+
+
+class Meeting(Protocol):
+    """Where the ranks of a save tell each other how far they are, beside the folder that they share."""
+
+    def arrive(self) -> None:
+        """This rank's part is durable."""
+
+    def poll(self) -> News:
+        """What is known of the others by now; never waits."""
+
+    def end(self, outcome: Outcome) -> None:
+        """The checkpoint is committed."""
 
 
 class Wait:
