@@ -152,7 +152,6 @@ class Finished(msgspec.Struct, tag=True):
     committed: bool = True
     identity: str = ""
     hidden: bool = False
-    replaced: str = ""
 
 
 Message = Failure | Init | Write | Attached | Go | Exit | Ready | Moved | Arrived | Logged | Finished

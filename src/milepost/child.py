@@ -384,9 +384,7 @@ class Child:
         error = rebuild_error(message.failure) if message.failure is not None else None
         job.future.committed = message.committed or None
         if job.attempt.meeting is not None:
-            job.attempt.meeting.close(
-                Outcome(message.committed, message.identity, message.hidden, message.replaced), error
-            )
+            job.attempt.meeting.close(Outcome(message.committed, message.identity, message.hidden), error)
         if error is None:
             job.future.set_result(None)
         else:

@@ -211,7 +211,7 @@ class SaveMeeting:
     def end(self, outcome: Outcome) -> None:
         """The checkpoint is committed: the others are told, unless that is known from them."""
         if outcome.hidden:
-            expect(self._path, outcome.replaced)
+            expect(self._path, outcome.identity)
             logger.warning("%s is committed, but this host does not show it yet", self._path)
         if outcome.identity and not self._news.identity:
             self._last = ("verdict", outcome.identity)

@@ -296,9 +296,7 @@ def save_snapshot(
             committer = (not waits or options.rank == 0) and attempt.complete()
             if waits and not committer:
                 attempt.wait_for_commit(options.timeout_seconds, news=news)
-        outcome = Outcome(
-            attempt.committed, attempt.identity() if meeting else "", attempt.hidden, attempt.replaced
-        )
+        outcome = Outcome(attempt.committed, attempt.identity() if meeting else "", attempt.hidden)
         if meeting is not None:
             meeting.end(outcome)
     if committed_before:

@@ -44,6 +44,7 @@ TORCH_MODULES = {
     "sources",
     "staged",
     "staging",
+    "start",
     "state",
     "template",
     "testing",

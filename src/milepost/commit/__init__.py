@@ -7,7 +7,8 @@ attempts left. ARCHITECTURE.md has the protocol.
 
 Modules, each importing only from those below it:
 
-    attempt                                    a rank's part
+    attempt                                    a rank's part, and all ranks'
+    part                                       a rank's own part
     waiting | word | attachments | recover     its tools, and what dead attempts left
     publish | claim | listing                  taking a place; who works there; what is there
     locate | removal

@@ -39,13 +39,13 @@ from milepost.image import IDENTITY_ENTRY
 from milepost.manifest import MANIFEST_NAME, Manifest, identity_of
 from milepost.storage import Folder, Storage
 
-__all__ = ["VISIBLE_SECONDS", "Located", "expect", "has_identity", "locate"]
+__all__ = ["VISIBLE_SECONDS", "Located", "expect", "has_identity", "is_at_least", "locate"]
 
 VISIBLE_SECONDS = 60.0
 """How long a file system may take to show this host what another one has committed."""
 
 _expected: dict[str, str] = {}
-"""Paths at which another host has committed a checkpoint that is not seen here yet: what it replaced."""
+"""Paths at which another host has committed a checkpoint that is not seen here yet, and what that is."""
 
 _logger = logging.getLogger(__name__)
 _TRIES = 20
@@ -102,8 +102,7 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
             if path not in _expected:
                 raise
         else:
-            attempt = located.manifest.attempt if located.manifest else ""
-            if _expected.get(path) != attempt:
+            if path not in _expected or is_at_least(located.manifest, _expected[path]):
                 _expected.pop(path, None)
                 return located
             located.folder.close()
@@ -117,14 +116,27 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
         time.sleep(_LOOK_SECONDS)
 
 
-def expect(path: str, replaced: str) -> None:
+def expect(path: str, identity: str) -> None:
     """A checkpoint has been committed at a path where this host does not show it: `locate` waits for it.
 
     Args:
         path: The absolute path of the checkpoint.
-        replaced: The attempt whose checkpoint it replaced, which a stale view may still show; or "".
+        identity: What `is_at_least` knows it by.
     """
-    _expected[path] = replaced
+    _expected[path] = identity
+
+
+def is_at_least(manifest: Manifest | None, identity: str) -> bool:
+    """Whether a manifest is that of a checkpoint that another rank told of, or of a later one at its path.
+
+    Args:
+        manifest: What is seen.
+        identity: The sequence and the SHA-256 of the one that was told of.
+    """
+    sequence, _, sha = identity.partition(":")
+    if manifest is None:
+        return False
+    return manifest.sequence > int(sequence) or identity_of(manifest) == sha
 
 
 def _locate_settled(storage: Storage, path: str) -> Located:

@@ -56,7 +56,7 @@ class News:
 
     Attributes:
         arrived: Every rank has arrived.
-        identity: The checkpoint is committed: the identity of its manifest.
+        identity: The checkpoint is committed: what `is_at_least` knows its manifest by.
         failure: Why a rank failed.
     """
 
@@ -74,15 +74,13 @@ class Outcome(msgspec.Struct):
 
     Attributes:
         committed: The checkpoint is committed; else this rank's part is durable, and others are to come.
-        identity: The identity of its manifest, where there was a meeting; "" if it is not known.
+        identity: As in `News`, where there was a meeting; "" if it is not known.
         hidden: The others say that it is committed, but this host does not show it yet.
-        replaced: See `Attempt`.
     """
 
     committed: bool = True
     identity: str = ""
     hidden: bool = False
-    replaced: str = ""
 
 
 class Meeting(Protocol):
