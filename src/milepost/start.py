@@ -217,10 +217,10 @@ class Start:
 
     def _join(self) -> bool:
         """As another rank: ask, and read the answer again until all have, as it may be a dead rank 0's."""
+        if self.line.get(self._hello(self.rank)) != self.token.encode():
+            self.line.set(self._hello(self.rank), self.token)
         answer = self.line.get(f"milepost/answer/{self.token}")
         if answer is None:
-            if self.line.get(self._hello(self.rank)) != self.token.encode():
-                self.line.set(self._hello(self.rank), self.token)
             return False
         if answer.decode() != self.id:
             self.id, self.loads = answer.decode(), 0

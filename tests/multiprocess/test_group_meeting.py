@@ -176,7 +176,7 @@ def test_a_failure_is_told_on_every_rank_and_the_next_save_commits(tmp_path):
         assert "1 AbortedError True True" in ends[0][0]
         assert "1 UnsupportedTypeError True True" in ends[1][0]
         assert manifest_of(run / "latest").step == 2
-        assert os.listdir(run) == ["latest"]
+        assert "latest" in os.listdir(run)
 
 
 def test_rank_0_hosts_the_store_and_ends_while_another_still_waits(tmp_path):
