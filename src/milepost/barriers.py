@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import logging
-import secrets
 import threading
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import torch.distributed.elastic.utils.store as store_util
 
 from milepost.config import BarrierConfig
 from milepost.errors import CommitError, CommitTimeoutError, ConfigError, MilepostError, UnavailableError
+from milepost.start import group_store, start_at
 
 __all__ = [
     "BARRIER_REGISTRY",
@@ -26,7 +26,6 @@ __all__ = [
     "DistBarrier",
     "TCPStoreBarrier",
     "barrier_store",
-    "common_start_id",
     "create_barrier_from_config",
     "register_barrier",
 ]
@@ -48,6 +47,8 @@ class Barrier(abc.ABC):
 
 BARRIER_REGISTRY: dict[str, type] = {}
 """Barrier classes by their ``barrier_type``."""
+
+_INIT_SECONDS = 600
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -76,7 +77,10 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
             hint="correct barrier_type, or import the module that registers the barrier before this",
         )
     try:
-        barrier: Barrier = BARRIER_REGISTRY[name](**barrier_config.barrier_args)
+        arguments = barrier_config.barrier_args
+        if BARRIER_REGISTRY[name] is TCPStoreBarrier and not arguments:
+            arguments = _group_arguments()
+        barrier: Barrier = BARRIER_REGISTRY[name](**arguments)
     except MilepostError:
         raise
     except Exception as error:
@@ -87,24 +91,39 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
     return barrier
 
 
+def _group_arguments() -> dict[str, Any]:
+    """Arguments of a `TCPStoreBarrier` of all ranks of the default process group; rank 0 picks a port.
+
+    Raises:
+        ConfigError: There is no such group, or it has no store.
+        CommitTimeoutError: Rank 0 does not make one.
+    """
+    found = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if found else (0, 1)
+    start = start_at(group_store(rank, world_size), rank, world_size) if found else None
+    if start is None:
+        raise ConfigError(
+            "a tcp_store barrier takes its arguments from the default process group, and there is none "
+            "with a store",
+            hint="call torch.distributed.init_process_group before, or give barrier_args",
+        )
+    host, port = start.tell_address(_INIT_SECONDS)
+    return {
+        "global_rank": rank,
+        "global_world_size": world_size,
+        "barrier_prefix": "milepost",
+        "timeout_barrier_init_secs": _INIT_SECONDS,
+        "use_checkpoint_barrier_tcpstore_libuv": True,
+        "tcpstore_port": port,
+        "master_address": host,
+        "timeout_secs": _INIT_SECONDS,
+    }
+
+
 def barrier_store(barrier: object) -> Any:
     """The store of a barrier, if it has one as torch's are; barriers may call something else so."""
     store = getattr(barrier, "store", None)
     return store if callable(getattr(store, "compare_set", None)) else None
-
-
-def common_start_id(barrier: object) -> str | None:
-    """An id that all ranks of this job have in common, from the barrier's store or the default group's.
-
-    The first rank puts it there, and no rank waits for another. None where there is no store.
-    """
-    store = barrier_store(barrier)
-    if store is None and dist.is_available() and dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
-    if store is None:
-        return None
-    found: object = store.compare_set("milepost/start_id", "", secrets.token_hex(8))
-    return found.decode() if isinstance(found, bytes) else None
 
 
 @register_barrier

@@ -18,6 +18,7 @@ from milepost.checkpointer import AsyncCheckpointer, SyncCheckpointer
 from milepost.config import CheckpointerConfig, CheckpointWriterConfig, validate
 from milepost.errors import ConfigError
 from milepost.staging import DefaultStager
+from milepost.start import group_store, start_at
 from milepost.state import StateEncoder
 from milepost.types import RankInfo
 
@@ -51,7 +52,11 @@ def make_sync_checkpointer(
     _check_hook(commit_hook)
     rank_info = _checked_rank(rank_info)
     barrier = create_barrier_from_config(config.barrier_config)
-    writer = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook)
+    meets = _meets(config, rank_info)
+    observers = config.async_config.observers
+    writer = CheckpointWriter(
+        config.writer_config, rank_info, barrier, commit_hook, meets=meets, observers=observers
+    )
     return SyncCheckpointer(writer, _reader(config, rank_info, barrier))
 
 
@@ -108,6 +113,7 @@ def make_async_checkpointer(
         and checkpoint_writer_init_fn is default_writer_init_fn
         and not checkpoint_writer_init_args
     )
+    meets = _meets(config, rank_info, own=own)
     barrier = create_barrier_from_config(config.barrier_config) if own else None
     reader = _reader(config, rank_info, barrier)
     fallback: CheckpointWriter | None = None
@@ -123,11 +129,11 @@ def make_async_checkpointer(
 
     stager = DefaultStager(config.staging_config, encoder=encoder())
     if own:
-        lean = LeanWriter(config.writer_config, barrier, commit_hook)
+        lean = LeanWriter(config.writer_config, barrier, commit_hook, meets=meets)
         process = CheckpointProcess(
             rank_info, config.process_config, lean=lean, on_progress=on_progress, encoder=encoder
         )
-        fallback = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook)
+        fallback = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook, meets=meets)
     else:
         if commit_hook is not None or config.barrier_config.barrier_type is not None:
             logger.warning(
@@ -175,6 +181,38 @@ def _checked_rank(rank_info: RankInfo | None) -> RankInfo:
     if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
         raise ConfigError(f"rank_info must have 0 <= global_rank < global_world_size, not {rank_info!r}")
     return rank_info
+
+
+def _meets(config: CheckpointerConfig, rank_info: RankInfo, *, own: bool = True) -> bool:
+    """Whether saves meet at the store of the default process group, as far as it depends on the options.
+
+    Raises:
+        ConfigError: They would, but the group has other ranks.
+    """
+    rank, size = rank_info.global_rank, rank_info.global_world_size
+    if size == 1 or (own and config.barrier_config.barrier_type is not None):
+        return False
+    meets = own and config.meeting == "auto"
+    if meets and dist.is_available() and dist.is_initialized():
+        found = (dist.get_rank(), dist.get_world_size())
+        if found != (rank, size):
+            raise ConfigError(
+                f"{rank_info!r} is not what the default process group says: rank {found[0]} of {found[1]}",
+                hint="for one rank alone RankInfo(0, 1); for a group of some ranks a barrier_config; to have "
+                'each rank write its part and nobody wait, meeting="none"',
+            )
+    if not meets or _start(rank_info) is None:
+        logger.warning(
+            "the ranks of this job do not meet when they save%s: a save that is over is written, not known "
+            "to be committed",
+            "" if not meets else ", as there is no default process group with a store",
+        )
+    return meets
+
+
+def _start(rank_info: RankInfo) -> object:
+    store = group_store(rank_info.global_rank, rank_info.global_world_size)
+    return store and start_at(store, rank_info.global_rank, rank_info.global_world_size)
 
 
 def _check_hook(hook: object) -> None:

@@ -95,6 +95,7 @@ class Write(msgspec.Struct, tag=True):
     private: bool
     step: int | None
     barrier_done: bool
+    meets: bool = False
 
 
 class Attached(msgspec.Struct, tag=True):
@@ -104,10 +105,12 @@ class Attached(msgspec.Struct, tag=True):
 
 
 class Go(msgspec.Struct, tag=True):
-    """Trainer to writer: the barrier was passed, or failed."""
+    """Trainer to writer: the barrier was passed, or failed; or what a meeting knows, as `News` has it."""
 
     number: int
     failure: Failure | None = None
+    arrived: bool = False
+    identity: str = ""
 
 
 class Exit(msgspec.Struct, tag=True):
@@ -142,10 +145,13 @@ class Logged(msgspec.Struct, tag=True):
 
 
 class Finished(msgspec.Struct, tag=True):
-    """Writer to trainer: a save is over. Also sent with number -1 when the start failed."""
+    """Writer to trainer: a save is over; its `Outcome`. Also sent with number -1 when the start failed."""
 
     number: int
     failure: Failure | None = None
+    committed: bool = True
+    identity: str = ""
+    hidden: bool = False
 
 
 Message = Failure | Init | Write | Attached | Go | Exit | Ready | Moved | Arrived | Logged | Finished

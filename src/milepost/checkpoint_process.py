@@ -18,20 +18,22 @@ from typing import Any
 import msgspec
 import torch
 
-from milepost.barriers import common_start_id
+from milepost.barriers import barrier_store
 from milepost.channel import Channel, Init, Write, encode_path
 from milepost.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
-from milepost.commit import absolute_path, attempt_id, check_target, environment_start_id, process_id
+from milepost.commit import absolute_path, check_target, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
     AbortedError,
     ClosedError,
+    CommitError,
     ConfigError,
     MilepostError,
     StateError,
     TargetError,
     error_context,
 )
+from milepost.meeting import Ranks
 from milepost.paths import path_text
 from milepost.shards import decode_key
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
@@ -97,12 +99,14 @@ class LeanWriter:
         barrier: Any object with ``execute_barrier()``; it is executed here, in a thread of its own.
         commit_hook: Called in the child.
         storage: Where checkpoints live.
+        meets: Meet the other ranks at the store of the default process group, where there is no barrier.
     """
 
     config: CheckpointWriterConfig = field(default_factory=CheckpointWriterConfig)
     barrier: Any = None
     commit_hook: Any = None
     storage: Storage = field(default_factory=default_storage)
+    meets: bool = False
 
 
 class CheckpointProcess:
@@ -148,10 +152,15 @@ class CheckpointProcess:
         self._rank_info = rank_info
         self._config = config
         self._lean = lean
-        self._start_id = lean.config.start_id if lean else None
-        if rank_info.global_world_size > 1 and not (self._start_id or environment_start_id()):
-            # Asked for here, in the caller's thread: the store may be the training's.
-            self._start_id = common_start_id(lean.barrier if lean else None)
+        # Made here, in the caller's thread, which alone may know the process group.
+        self._ranks = Ranks(
+            rank_info,
+            lean.config.start_id if lean else None,
+            lean.config.write_barrier_timeout_secs if lean else _PATIENCE_SECONDS,
+            lean.storage if lean else default_storage(),
+            store=barrier_store(lean.barrier if lean else None),
+            meets=lean is not None and lean.meets and lean.barrier is None,
+        )
         custom = b""
         if lean is None:
             arguments = {"rank_info": rank_info, **(checkpoint_writer_init_args or {})}
@@ -264,9 +273,8 @@ class CheckpointProcess:
     def _next_attempt(self, path: str) -> WriteAttempt:
         """Count a save to a path, whatever becomes of it: that is how the ranks find each other."""
         target = absolute_path(path) if self._lean else os.path.abspath(path)
-        info = self._rank_info
-        attempt = attempt_id(target, info.global_rank, info.global_world_size, start_id=self._start_id)
-        return WriteAttempt(target, attempt)
+        name = self._ranks.next(target)
+        return WriteAttempt(target, name.attempt, name.private, name.meeting)
 
     def _accept(self, future: WriteFuture) -> int:
         with self._lock:
@@ -275,7 +283,7 @@ class CheckpointProcess:
             self._numbers += 1
             number = self._numbers
         future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
-        future.add_done_callback(self._note_failure)
+        future.add_done_callback(lambda _: self._note_end(future))
         return number
 
     def _submit_later(self, done: Future[STATE_DICT], *rest: Any) -> None:
@@ -336,9 +344,10 @@ class CheckpointProcess:
             path=encode_path(path),
             target=encode_path(attempt.target),
             attempt=attempt.id,
-            private=not (self._start_id or environment_start_id()),
+            private=attempt.private,
             step=labels.step,
             barrier_done=attempt.met,
+            meets=attempt.meeting is not None,
         )
         with self._lock:
             self._check_open()
@@ -365,12 +374,14 @@ class CheckpointProcess:
         rank, size = self._rank_info.global_rank, self._rank_info.global_world_size
         if isinstance(error, MilepostError):
             error.located(path=path, rank=rank)
+        if attempt.meeting is not None:
+            attempt.meeting.close(None, error)
         if size == 1 or self._lean is None:
             return
         timeout = self._lean.config.write_barrier_timeout_secs
         options = SaveOptions(
             *(self._lean.storage, rank, size, attempt.id, timeout, Ring()),
-            private=not (self._start_id or environment_start_id()),
+            private=attempt.private,
             target=attempt.target,
         )
         with suppress(type(error)), telling_others(path, options):
@@ -395,10 +406,16 @@ class CheckpointProcess:
 
     # -- failures ----------------------------------------------------------------------------------
 
-    def _note_failure(self, future: Future[None]) -> None:
-        if isinstance(future, TrackedFuture) and future.failure() is not None:
+    def _note_end(self, future: WriteFuture) -> None:
+        if future.failure() is not None:
             with self._lock:
                 self._unseen.append(future)
+        elif not future.committed and self._lean is not None:
+            self._ranks.wrote(future.attempt.target, future.attempt.id)
+
+    def failures(self) -> list[CommitError]:
+        """What was written, not known to be committed, and is known to have failed since; told once."""
+        return self._ranks.failures()
 
     def raise_unseen(self) -> None:
         """Raise the oldest failure of a write that nobody has looked at; each is raised once."""

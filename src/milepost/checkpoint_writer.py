@@ -5,25 +5,31 @@ from __future__ import annotations
 import abc
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from milepost.barriers import Barrier, common_start_id
-from milepost.commit import absolute_path, attempt_id, check_target, environment_start_id
+from milepost.barriers import Barrier, barrier_store
+from milepost.commit import absolute_path, check_target
 from milepost.config import CheckpointWriterConfig
-from milepost.errors import ClosedError, error_context
+from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
 from milepost.manifest import data_name
+from milepost.meeting import Ranks
 from milepost.snapshot import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.state import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
+from milepost.telemetry import Event, Observer, notify
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused
 
 __all__ = ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook", "partial_directory"]
 
 logger = logging.getLogger(__name__)
+
+_LAST_WORD_SECONDS = 5
+"""How long a store may take to hear how a save ended, before others have to see it in the folder."""
 
 
 class WriterHook(abc.ABC):
@@ -60,6 +66,8 @@ class CheckpointWriter:
             completes the set commits it.
         commit_hook: Called around the commit.
         storage: Where checkpoints live; the local file system by default.
+        meets: Meet the other ranks at the store of the default process group, where there is no barrier.
+        observers: Told of each write that is not known to be committed.
     """
 
     def __init__(
@@ -70,6 +78,8 @@ class CheckpointWriter:
         commit_hook: WriterHook | None = None,
         *,
         storage: Storage | None = None,
+        meets: bool = False,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._config = config
         self._rank_info = rank_info
@@ -80,7 +90,15 @@ class CheckpointWriter:
         self._ring = Ring()
         self._lock = threading.RLock()  # a hook may write, too
         self._closed = False
-        self._start_id = config.start_id
+        self._observers = list(observers)
+        self._ranks = Ranks(
+            rank_info,
+            config.start_id,
+            config.write_barrier_timeout_secs,
+            self._storage,
+            store=barrier_store(barrier),
+            meets=meets and barrier is None,
+        )
 
     def write(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
         """Write a state dict to ``<path>/checkpoint_<rank>.pt`` and commit the checkpoint.
@@ -100,40 +118,74 @@ class CheckpointWriter:
             StateError: The state dict, step or metadata cannot be saved; nothing was written.
             TargetError: The path may not be written to or replaced; nothing was touched.
             StorageError: An operation of the file system failed, such as on a full disk.
-            CommitError: Another rank failed or did not come; or `PostCommitError`, see there.
+            CommitError: Another rank failed or did not come; or `PostCommitError`, see there; or it is found
+                only now that an earlier write has failed on another rank: this one was written all the same.
             ClosedError: The writer was closed.
         """
+        earlier = self._ranks.failures()
+        if not self.carry_out(path, state_dict, kwargs):
+            logger.info("%s: this rank's part is written, not known to be committed", path)
+            step = kwargs.get("step")
+            notify(self._observers, Event("written", path, step if isinstance(step, int) else None))
+        _raise_first(earlier, f"{path} was written after that")
+
+    def carry_out(self, path: str, state_dict: STATE_DICT, arguments: dict[str, Any]) -> bool:
+        """Do what `write` does; whether the checkpoint is known to be committed."""
         with self._lock, error_context(path=path, rank=self._rank_info.global_rank):
             if self._closed:
                 raise ClosedError("the writer is closed", hint="make a new one")
             target = absolute_path(path)
-            size = self._rank_info.global_world_size
-            if size > 1 and self._start_id is None and environment_start_id() is None:
-                self._start_id = common_start_id(self._barrier)
+            name = self._ranks.next(target)
             options = SaveOptions(
                 storage=self._storage,
                 target=target,
                 rank=self._rank_info.global_rank,
-                world_size=size,
-                attempt=attempt_id(target, self._rank_info.global_rank, size, start_id=self._start_id),
-                private=not (self._start_id or environment_start_id()),
+                world_size=self._rank_info.global_world_size,
+                attempt=name.attempt,
+                private=name.private,
                 timeout_seconds=self._config.write_barrier_timeout_secs,
                 ring=self._ring,
                 barrier=None if self._barrier is None else self._barrier.execute_barrier,
+                meeting=name.meeting,
                 hook=self._commit_hook,
                 writer={"torch": str(torch.__version__)},
             )
-            # From here on this save counts: if this rank fails, the others are told.
-            with telling_others(path, options):
-                check_target(self._storage, target)
-                labels = Labels.of(kwargs)
-                with gc_paused():
-                    snapshot = self._encoder.encode(state_dict)
-            save_snapshot(path, snapshot, options, labels, kwargs)
+            try:
+                # From here on this save counts: if this rank fails, the others are told.
+                with telling_others(path, options):
+                    check_target(self._storage, target)
+                    labels = Labels.of(arguments)
+                    with gc_paused():
+                        snapshot = self._encoder.encode(state_dict)
+                outcome = save_snapshot(path, snapshot, options, labels, arguments)
+            except BaseException as error:
+                if name.meeting is not None and not isinstance(error, PostCommitError):
+                    name.meeting.close(None, error)
+                raise
+            finally:
+                if name.meeting is not None:
+                    name.meeting.join(_LAST_WORD_SECONDS)
+            if not outcome.committed:
+                self._ranks.wrote(target, name.attempt)
         logger.debug("wrote %s of %s", data_name(self._rank_info.global_rank), path)
+        return outcome.committed
 
     def close(self) -> None:
-        """Release the writer's memory. Waits for a write that is under way; idempotent."""
+        """Release the writer's memory. Waits for a write that is under way; idempotent.
+
+        Raises:
+            AbortedError: What was written before has failed on another rank since.
+        """
         with self._lock:
             self._closed = True
             self._ring.close()
+        _raise_first(self._ranks.failures(), "nothing was written after that")
+
+
+def _raise_first(failures: list[CommitError], note: str) -> None:
+    """Raise what is found only now to have failed; there is more about it in the note."""
+    for error in failures[1:]:
+        logger.error("%s was not committed: %s", error.path, error)
+    if failures:
+        failures[0].add_note(f"This is the end of an earlier save, which had been written here; {note}.")
+        raise failures[0]

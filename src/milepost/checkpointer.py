@@ -195,6 +195,7 @@ class AsyncCheckpointer(Checkpointer):
             ConfigError: Asynchronous staging without a guard, and ``require_guard``.
         """
         self._check_open()
+        self._hear_of_earlier()
         started = time.monotonic()
         step = kwargs.get("step")
         stage_future, write_future = SaveFuture(path, step, started), SaveFuture(path, step, started)
@@ -245,6 +246,16 @@ class AsyncCheckpointer(Checkpointer):
         if isinstance(self._process, CheckpointProcess):
             self._process.give_up(path, error)
 
+    def _hear_of_earlier(self) -> None:
+        """Keep for `close`, and log, what has failed since on another rank although it was written here."""
+        failures = getattr(self._process, "failures", list)
+        for error in failures():
+            logger.error("%s was not committed: %s", error.path, error)
+            future = SaveFuture(error.path or "", None, time.monotonic())
+            future.set_exception(error)
+            with self._lock:
+                self._unseen.append(future)
+
     def _wait_for_turn(self) -> bool:
         """Wait until another save may begin; False where it is to be skipped."""
         with self._changed:
@@ -290,11 +301,11 @@ class AsyncCheckpointer(Checkpointer):
                 return
         if isinstance(done, WriteFuture) and error is not None:
             self._process.abandon(done, save.write_future.path, error)
-        self._finish(save, error)
+        self._finish(save, error, committed=getattr(done, "committed", error is None or None))
 
-    def _finish(self, save: Save, error: BaseException | None) -> None:
+    def _finish(self, save: Save, error: BaseException | None, *, committed: bool | None = None) -> None:
         future = save.write_future
-        future.finished_at = time.monotonic()
+        future.finished_at, future.committed = time.monotonic(), committed
         warn = isinstance(error, LostWriterError) and self._config.on_failure == "warn"
         if warn or isinstance(error, AbortedError):
             logger.warning("%s was not saved: %s", future.path, error)
@@ -303,7 +314,8 @@ class AsyncCheckpointer(Checkpointer):
         elif error is not None:
             with self._lock:
                 self._unseen.append(future)
-        self._tell("committed" if error is None else "failed", future, error)
+        done: Kind = "committed" if committed else "written"
+        self._tell(done if error is None else "failed", future, error)
         self._forget(save)  # before the future is done: what is called then may save again
         if error is None:
             future.set_result(None)
@@ -314,10 +326,10 @@ class AsyncCheckpointer(Checkpointer):
         """Save while the caller waits; constant memory."""
         self._tell("low_memory", save.write_future)
         self._wait_for_writes(save)
-        writer.write(save.write_future.path, state_dict, **save.arguments)
+        committed = writer.carry_out(save.write_future.path, state_dict, save.arguments)
         self._staged(save, None)
         save.write_future.written_at = time.monotonic()
-        self._finish(save, None)
+        self._finish(save, None, committed=committed or None)
 
     def _wait_for_writes(self, save: Save) -> None:
         """Wait for the saves before this one."""
@@ -452,6 +464,7 @@ class AsyncCheckpointer(Checkpointer):
             for guard in self._guards:
                 stack.callback(guard.remove)
             drain(self._process, self._saves)
+        self._hear_of_earlier()
         self._raise_unseen()
 
     def _check_open(self) -> None:

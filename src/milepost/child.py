@@ -37,7 +37,9 @@ from milepost.channel import (
     rebuild_error,
     write_blob,
 )
+from milepost.commit import News, Outcome
 from milepost.errors import LostWriterError
+from milepost.meeting import SaveMeeting
 from milepost.snapshot import Packed
 from milepost.staged import StagedImage
 from milepost.utils import TrackedFuture
@@ -57,11 +59,15 @@ class WriteAttempt:
     Attributes:
         target: The absolute path of the checkpoint.
         id: The attempt's id.
+        private: Its id is known to this process alone.
+        meeting: Where the ranks meet, if they do so without a barrier.
         met: Its barrier has been executed.
     """
 
     target: str
     id: str
+    private: bool = False
+    meeting: SaveMeeting | None = None
     met: bool = False
 
 
@@ -70,6 +76,7 @@ class WriteFuture(TrackedFuture[None]):
 
     Attributes:
         attempt: What it is on all ranks.
+        committed: True if the checkpoint is known to be committed; None if it is not, or not yet.
         held: If its writer was lost, what that was to write: the staged state and its image. It is to be
             written again or abandoned; until then, its memory stays in use.
     """
@@ -77,6 +84,7 @@ class WriteFuture(TrackedFuture[None]):
     def __init__(self, attempt: WriteAttempt) -> None:
         super().__init__()
         self.attempt = attempt
+        self.committed: bool | None = None
         self.held: tuple[Any, StagedImage] | None = None
 
 
@@ -245,6 +253,8 @@ class Child:
                 for start in parts
             )
             sent = sent and self.channel.send(request, [arena, blob])
+            if sent and job.attempt.meeting is not None:
+                job.attempt.meeting.listen(lambda news: self._pass_news(job.number, news))
         finally:
             os.close(blob)
         if not sent:  # its end is closed: it is about to end
@@ -320,9 +330,7 @@ class Child:
         if isinstance(message, Ready):
             self.ready.set_result(None)
         elif isinstance(message, Arrived):
-            threading.Thread(
-                target=self._meet, args=(message.number,), name="milepost-barrier", daemon=True
-            ).start()
+            self._arrive(message.number)
         elif isinstance(message, Logged):
             logging.getLogger(message.logger).log(message.level, "%s", message.text)
         elif isinstance(message, Moved):
@@ -344,6 +352,17 @@ class Child:
         except Exception:
             logger.exception("what is told of the progress failed")
 
+    def _arrive(self, number: int) -> None:
+        job = self._jobs.get(number)
+        if job is not None and job.attempt.meeting is not None:
+            job.attempt.meeting.arrive()
+        else:
+            threading.Thread(target=self._meet, args=(number,), name="milepost-barrier", daemon=True).start()
+
+    def _pass_news(self, number: int, news: News) -> None:
+        failure = describe_error(news.failure) if news.failure is not None else None
+        self.channel.send(Go(number, failure, news.arrived, news.identity))
+
     def _meet(self, number: int) -> None:
         """Execute the barrier for a save, at most once however often its writer is replaced."""
         job = self._jobs.get(number)
@@ -362,10 +381,14 @@ class Child:
         if job is None:
             return
         job.held = None
-        if message.failure is None:
+        error = rebuild_error(message.failure) if message.failure is not None else None
+        job.future.committed = message.committed or None
+        if job.attempt.meeting is not None:
+            job.attempt.meeting.close(Outcome(message.committed, message.identity, message.hidden), error)
+        if error is None:
             job.future.set_result(None)
         else:
-            job.future.set_exception(rebuild_error(message.failure))
+            job.future.set_exception(error)
 
     def _lose(self, job: Job) -> None:
         with self._lock:

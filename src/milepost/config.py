@@ -7,7 +7,7 @@ checkpointer is built, and its errors name the field, the value and what would b
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from milepost.errors import ConfigError
 
@@ -116,13 +116,24 @@ class AsyncConfig:
 
 @dataclass
 class CheckpointerConfig:
-    """The options of a checkpointer: one field for each of its parts, and one for background saves."""
+    """The options of a checkpointer: one field for each of its parts, and one for background saves.
+
+    Attributes:
+        writer_config: Options of the writer.
+        barrier_config: Where the ranks meet before a commit, in place of what `meeting` says.
+        staging_config: Options of staging.
+        process_config: Options of the checkpoint process.
+        async_config: Options of background saves.
+        meeting: With "auto", several ranks meet in each save at the store of the default process group: what
+            was saved is committed, on every rank. With "none" each rank writes its part, and nobody waits.
+    """
 
     writer_config: CheckpointWriterConfig = field(default_factory=CheckpointWriterConfig)
     barrier_config: BarrierConfig = field(default_factory=BarrierConfig)
     staging_config: CheckpointStagerConfig = field(default_factory=CheckpointStagerConfig)
     process_config: CheckpointProcessConfig = field(default_factory=CheckpointProcessConfig)
     async_config: AsyncConfig = field(default_factory=AsyncConfig)
+    meeting: Literal["auto", "none"] = "auto"
 
 
 _PARTS = {
@@ -134,6 +145,7 @@ _PARTS = {
 }
 
 _CHOICES = {
+    "meeting": ("auto", "none"),
     "async_config.when_busy": ("wait", "skip"),
     "async_config.on_failure": ("retry", "raise", "warn"),
     "async_config.on_low_memory": ("sync", "raise"),
@@ -157,6 +169,7 @@ def validate(config: Any) -> None:
             f"config must be a CheckpointerConfig, not {type(config).__name__}",
             hint="CheckpointerConfig(writer_config=..., barrier_config=...)",
         )
+    _check("meeting", config.meeting, "")
     for name, kind in _PARTS.items():
         part = getattr(config, name)
         if not isinstance(part, kind):

@@ -41,6 +41,7 @@ __all__ = [
     "digest",
     "encode_index",
     "encode_manifest",
+    "identity_of",
     "index_name",
     "is_plain_name",
 ]
@@ -245,6 +246,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 _PREFIX, _MIDDLE = b'{"sha256":"', b'","body":'
 _BODY_START = len(_PREFIX) + 64 + len(_MIDDLE)
+
+
+def identity_of(manifest: Manifest) -> str:
+    """What no other checkpoint has: the SHA-256 of the manifest's file."""
+    return digest(MANIFEST_NAME, encode_manifest(manifest)).sha256
 
 
 def decode_manifest(data: bytes, path: str) -> Manifest:

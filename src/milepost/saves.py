@@ -35,6 +35,8 @@ class SaveFuture(TrackedFuture[None]):
         finished_at: When the part was done, or None.
         written_at: When the data file was durable, as far as the writer told; of the write alone.
         bytes_done: Bytes staged or written so far.
+        committed: True when the checkpoint is known to be committed; None while it is not. It stays None
+            where several ranks do not meet: this rank's part is written, and others may still fail.
 
     Nobody can cancel it: what was accepted is carried out.
     """
@@ -49,6 +51,7 @@ class SaveFuture(TrackedFuture[None]):
         self.finished_at: float | None = None
         self.written_at: float | None = None
         self.bytes_done = 0
+        self.committed: bool | None = None
 
     def skip(self) -> None:
         """Be done, with nothing saved."""

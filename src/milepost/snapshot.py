@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 import milepost
-from milepost.commit import Attempt
+from milepost.commit import Attempt, Meeting, Outcome
 from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
 from milepost.manifest import (
@@ -224,6 +224,7 @@ class SaveOptions:
         target: The checkpoint's absolute path, where the path that hooks get is not to be resolved here.
         process: Random id of the process that the save belongs to, if it is not this one.
         barrier: Called once when all ranks have arrived; None if there is no barrier.
+        meeting: Where the ranks meet without a barrier; None if they do not.
         hook: The user's commit hook.
         writer: Further facts about who writes, for the index.
         report: Called with the phase, the bytes written and the size of the file, as they change.
@@ -239,6 +240,7 @@ class SaveOptions:
     target: str | None = None
     process: str | None = None
     barrier: Callable[[], None] | None = None
+    meeting: Meeting | None = None
     hook: Hook | None = None
     writer: dict[str, str] = field(default_factory=dict)
     report: Callable[[str, int, int], None] = lambda *_: None
@@ -246,11 +248,11 @@ class SaveOptions:
 
 def save_snapshot(
     path: str, snapshot: Snapshot, options: SaveOptions, labels: Labels, arguments: dict[str, Any]
-) -> None:
+) -> Outcome:
     """Save one rank's part and commit the checkpoint as soon as all ranks' parts are there.
 
-    Returns when this rank's part is durable; with one rank, with a barrier, and on the rank that
-    completes the set, when the checkpoint is committed and visible at `path`. If it raises, nothing new
+    Returns when this rank's part is durable; with one rank, with a barrier or a meeting, and on the rank
+    that completes the set, when the checkpoint is committed and visible at `path`. If it raises, nothing new
     is visible at `path`, what was there still is, and (with several ranks) the others are told. The one
     exception is `PostCommitError`: the checkpoint is committed.
 
@@ -261,7 +263,9 @@ def save_snapshot(
         labels: The step and metadata to record.
         arguments: All keyword arguments of the save, for the hooks.
     """
-    hook = options.hook
+    hook, meeting = options.hook, options.meeting
+    waits = options.barrier is not None or meeting is not None
+    news = meeting.poll if meeting is not None else None
     with error_context(path=path, rank=options.rank), _attempt(path, options) as attempt:
         committed_before = attempt.committed
         if not attempt.marked:
@@ -292,15 +296,23 @@ def save_snapshot(
                             f"the barrier failed: {type(error).__name__}: {error}",
                             hint="find out why the barrier failed, then save again",
                         ) from error
+        elif meeting is not None:
+            with _phase(attempt, "meet", options):
+                meeting.arrive()
+                if options.rank == 0 and not attempt.committed:
+                    attempt.wait_for_marks(options.timeout_seconds, news=news)
         with _phase(attempt, "commit", options):
-            # With a barrier rank 0 reads all the marks; the others step in only if it stands still.
-            committer = (options.barrier is None or options.rank == 0) and attempt.complete()
-            if options.barrier is not None and not committer:
-                attempt.wait_for_commit(options.timeout_seconds)
+            # Where ranks wait, rank 0 reads all the marks; the others step in only if it stands still.
+            committer = (not waits or options.rank == 0) and attempt.complete()
+            if waits and not committer:
+                attempt.wait_for_commit(options.timeout_seconds, news=news)
+        outcome = Outcome(attempt.committed, attempt.identity() if meeting else "", attempt.hidden)
+        if meeting is not None:
+            meeting.end(outcome)
     if committed_before:
         if hook is not None:
             logger.warning("a writer was lost after it committed %s: post_commit is not called again", path)
-    elif hook is not None and (committer or options.barrier is not None):
+    elif hook is not None and (committer or waits):
         try:
             hook.post_commit(path, **arguments)
         except Exception as error:
@@ -311,6 +323,7 @@ def save_snapshot(
                 phase="post_commit",
                 hint="the checkpoint loads; do by hand what the hook was to do, do not save again for it",
             ) from error
+    return outcome
 
 
 @contextmanager

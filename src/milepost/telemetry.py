@@ -11,7 +11,7 @@ __all__ = ["Event", "LoggingObserver", "Observer", "ProgressObserver", "notify"]
 
 _logger = logging.getLogger(__name__)
 
-Kind = Literal["staging", "staged", "writing", "committed", "failed", "skipped", "low_memory"]
+Kind = Literal["staging", "staged", "writing", "written", "committed", "failed", "skipped", "low_memory"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Event:
 
     Attributes:
         kind: "staging" (began), "staged" (training may change its state), "writing" (bytes advanced),
-            "committed", "failed", "skipped" (busy), "low_memory" (saved without staging).
+            "committed", "written" (this rank's part is, but it is not known to be committed, as the ranks do
+            not meet), "failed", "skipped" (busy), "low_memory" (saved without staging).
         path: The checkpoint's path, as it was given.
         step: The step that was given.
         seconds: Time since `save` was called.
@@ -70,7 +71,7 @@ class LoggingObserver:
             self._logger.error("%s failed after %.2f s: %s", event.path, event.seconds, event.error)
         elif event.kind == "low_memory":
             self._logger.warning("%s is saved without staging: memory is low", event.path)
-        elif event.kind in ("staged", "committed", "skipped"):
+        elif event.kind in ("staged", "written", "committed", "skipped"):
             self._logger.info(
                 "%s %s after %.2f s, %.1f MiB",
                 event.path,
@@ -121,6 +122,6 @@ class ProgressObserver:
         self._progress.update(task, description=f"{event.path} {event.kind}")
         if event.size_bytes:
             self._progress.update(task, completed=event.bytes_done, total=event.size_bytes)
-        if event.kind in ("committed", "failed", "skipped"):
+        if event.kind in ("written", "committed", "failed", "skipped"):
             self._progress.stop_task(task)
             del self._tasks[event.path]

@@ -1,7 +1,11 @@
 """Loading as one job: every rank learns what the others found, and all load or none does.
 
-The ranks meet at a store, never in a collective: rank 0 reads what each of them puts there, and puts one
-answer for all. A store is used from the thread that loads only.
+The ranks meet at a store (see `meeting`), never in a collective: rank 0 reads what each of them puts there,
+and puts one answer for all.
+
+    milepost/<id>/load/opened           the number of the last load that rank 0 has opened
+    milepost/<id>/load/<n>/<m>/<r>      what rank r reports at the m-th meeting of load n
+    milepost/<id>/load/<n>/<m>/verdict  the answer for all
 """
 
 from __future__ import annotations
@@ -10,17 +14,15 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from functools import reduce
 from operator import or_
 from typing import Any, TypeVar
 
 import msgspec
-import torch.distributed as dist
 
-from milepost.commit import environment_start_id
 from milepost.errors import MilepostError, PeerLoadError
+from milepost.start import Start, StoreGoneError, group_store, start_at
 
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
 
@@ -69,7 +71,6 @@ class Verdict(msgspec.Struct):
         strict: Whether any rank refuses missing keys.
         first: Whether any rank wants all to be verified first.
         failed: The ranks that cannot load, with their errors.
-        void: Nothing: rank 0 died, and has been started again. All begin again.
     """
 
     missing: list[str] = []
@@ -78,7 +79,6 @@ class Verdict(msgspec.Struct):
     strict: bool = False
     first: bool = False
     failed: list[tuple[int, str]] = []
-    void: bool = False
 
     @classmethod
     def of(cls, reports: list[Report]) -> Verdict:
@@ -112,22 +112,20 @@ class Meeting:
     """Where the ranks of a job meet during one load.
 
     Rank 0 numbers the loads. The others wait until it has opened one before they put anything there, but for
-    why they cannot load; so what a rank has put that has left or died is not taken for part of a
-    later load. A rank that missed loads takes part in the one that is under way, or in the next if that has
-    been given up already.
+    why they cannot load; so what a rank has put that has left is not taken for part of a later load. A
+    rank that missed loads takes part in the one that is under way, or in the next if that has been given
+    up already.
 
     Args:
-        store: A ``torch.distributed`` store that all ranks share.
-        rank: This rank.
-        world_size: How many ranks there are.
+        start: Of the ranks that meet.
         timeout_seconds: How long to wait for the others.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, timeout_seconds: float) -> None:
-        self._store, self._rank, self._world_size = store, rank, world_size
+    def __init__(self, start: Start, timeout_seconds: float) -> None:
+        self._start, self._line = start, start.line
+        self._rank, self._world_size = start.rank, start.world_size
         self._seconds = timeout_seconds
-        self._base = "/".join(filter(None, ("milepost/load", environment_start_id(), str(world_size))))
-        self._load, self._held, self._deadline = 0, 0, 0.0
+        self._id, self._load, self._held, self._deadline = "", 0, 0, 0.0
 
     def hold(self, report: Report) -> Verdict:
         """Returns the verdict on all ranks' reports, the same on each that comes in time.
@@ -138,69 +136,70 @@ class Meeting:
         Raises:
             PeerLoadError: The store cannot be reached.
         """
+        self._deadline = time.monotonic() + self._seconds + (_GRACE_SECONDS if self._rank else 0)
         try:
             return self._hold(report)
-        except RuntimeError as error:
+        except StoreGoneError as error:
             raise PeerLoadError(
-                f"the store at which the ranks agree on a load failed: {str(error).splitlines()[0]}",
+                f"the store at which the ranks agree on a load failed: {error}",
                 rank=self._rank,
                 phase="load",
                 hint="the process that hosts it may have died; to load without the others: together=False",
             ) from error
 
     def _hold(self, report: Report) -> Verdict:
-        self._deadline = time.monotonic() + self._seconds + (_GRACE_SECONDS if self._rank else 0)
         if not self._held:
             self._load = self._joined(failed=report.error is not None) if self._rank else self._opened()
             if not self._load:
                 return self._without([0])
             self._forget(self._load - 2)
-        prefix = f"{self._base}/{self._load}/{self._held}"
+        prefix = self._key(self._load, self._held)
         self._held += 1
-        self._store.set(f"{prefix}/{self._rank}", _encoded(report))
+        self._line.set(f"{prefix}/{self._rank}", _encoded(report))
         if self._rank and report.error is not None:
             return Verdict(failed=[(self._rank, report.error)])
-        verdict = self._hear(prefix) if self._rank else self._judge(prefix, report.error)
-        if not verdict.void:
-            return verdict
-        self._held = 0
-        return self._hold(report)
+        return self._hear(prefix) if self._rank else self._judge(prefix, report.error)
+
+    def _key(self, *parts: object) -> str:
+        return "/".join(["milepost", self._id, "load", *map(str, parts)])
 
     def _forget(self, load: int) -> None:
         """Delete what this rank put at a load that all have left."""
-        names = [str(self._rank)] if self._rank else ["0", "verdict"]
-        with suppress(AttributeError, RuntimeError):  # some stores cannot
-            for key in (f"{self._base}/{load}/{held}/{name}" for held in range(_MEETINGS) for name in names):
-                self._store.delete_key(key)
+        for held in range(_MEETINGS):
+            for name in [str(self._rank)] if self._rank else ["0", "verdict"]:
+                self._line.delete(self._key(load, held, name))
 
     def _opened(self) -> int:
         """As rank 0: the number of the next load."""
-        count = f"{self._base}/0"
-        last = self._store.add(count, 0)
-        prefix = f"{self._base}/{last}/0"
-        verdict = self._decided(prefix, Verdict(void=True)) if last else Verdict()
-        if verdict.void:  # an earlier life of this rank left it open: who waits there begins again
-            self._store.set(f"{prefix}/0", "")
-        elif 0 in dict(verdict.failed):  # it did not wait: all are to hear of that before the next
-            self._await(self._keys(prefix))
-        return int(self._store.add(count, 1))
+        self._id, last = self._start.id, self._start.loads
+        verdict = self._line.get(self._key(last, 0, "verdict"))
+        if verdict is not None and 0 in dict(_decoded(verdict, Verdict).failed):
+            self._await(self._keys(self._key(last, 0)))  # all are to hear of what it did not wait for
+        self._start.loads += 1
+        self._line.set(self._key("opened"), str(self._start.loads))
+        return self._start.loads
 
     def _joined(self, *, failed: bool) -> int:
         """As another rank: the number of the load to take part in, or 0 if rank 0 does not open it."""
-        count, opened = f"{self._base}/{self._rank}", f"{self._base}/0"
-        number = last = self._store.add(count, 0)
+        seconds = min(self._seconds, _GRACE_SECONDS) if failed else self._seconds + _GRACE_SECONDS
+        if not self._start.wait_for_answer(seconds):
+            return 0
+        self._id = self._start.id
+        number = last = self._start.loads
         # Where this rank failed and did not wait, all are to hear of that before the next; if they never do,
         # what it has to say now takes its place.
-        if not last or last < self._store.add(opened, 0) or self._await([f"{self._base}/{last}/0/verdict"]):
-            number = max(last + 1, self._store.add(opened, 0))
-            key = f"{self._base}/{number}/0/verdict"
-            if self._store.check([key]):  # rank 0 has failed, or this one has missed it
-                verdict = _decoded(self._store.get(key), Verdict)
-                number += verdict.void or self._rank in dict(verdict.failed)
-        if not failed and not self._await([f"{self._base}/{number}/0/0"]):
+        if not last or last < self._last_opened() or self._await([self._key(last, 0, "verdict")]):
+            number = max(last + 1, self._last_opened())
+            verdict = self._line.get(self._key(number, 0, "verdict"))
+            if verdict is not None:  # rank 0 has failed, or this one has missed it
+                number += self._rank in dict(_decoded(verdict, Verdict).failed)
+        if not failed and not self._await([self._key(number, 0, "0")]):
             return 0
-        self._store.add(count, number - last)
-        return int(number)
+        self._start.loads = number
+        return number
+
+    def _last_opened(self) -> int:
+        return int(self._line.get(self._key("opened")) or 0)
 
     def _judge(self, prefix: str, error: str | None) -> Verdict:
         """As rank 0: put the verdict where all ranks find it."""
@@ -212,7 +211,7 @@ class Meeting:
             self._await(keys)
             return verdict
         if self._await(keys):
-            verdict = Verdict.of([_decoded(self._store.get(key), Report) for key in keys])
+            verdict = Verdict.of([_decoded(self._line.get(key) or b"", Report) for key in keys])
         else:
             verdict = self._without(self._absent(prefix))
         return self._decided(prefix, verdict)
@@ -221,27 +220,32 @@ class Meeting:
         """As another rank: the verdict of rank 0, which says at its own deadline who did not come."""
         key = f"{prefix}/verdict"
         if self._await([key]):
-            return _decoded(self._store.get(key), Verdict)
+            return _decoded(self._line.get(key) or b"", Verdict)
         return self._decided(prefix, self._without(self._absent(prefix) or [0]))
 
     def _decided(self, prefix: str, verdict: Verdict) -> Verdict:
         """The one verdict of a meeting: this one, if there is none yet."""
-        return _decoded(self._store.compare_set(f"{prefix}/verdict", "", _encoded(verdict)), Verdict)
+        return _decoded(self._line.first(f"{prefix}/verdict", _encoded(verdict)), Verdict)
 
     def _await(self, keys: list[str]) -> bool:
         """Whether there are these keys before the deadline."""
-        left = max(self._deadline - time.monotonic(), 0.01)  # no time at all would mean no limit
-        try:
-            self._store.wait(keys, timedelta(seconds=left))
-        except RuntimeError:  # a timeout, or the store is gone: the check tells
-            return bool(self._store.check(keys))
+        return self._until(lambda: self._line.has(*keys))
+
+    def _until(self, done: Callable[[], bool]) -> bool:
+        """Whether something is done before the deadline."""
+        pause = 0.001
+        while not done():
+            if time.monotonic() >= self._deadline:
+                return done()
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
         return True
 
     def _keys(self, prefix: str) -> list[str]:
         return [f"{prefix}/{rank}" for rank in range(self._world_size)]
 
     def _absent(self, prefix: str) -> list[int]:
-        return [rank for rank, key in enumerate(self._keys(prefix)) if not self._store.check([key])]
+        return [rank for rank, key in enumerate(self._keys(prefix)) if not self._line.has(key)]
 
     def _without(self, ranks: list[int]) -> Verdict:
         reason = (
@@ -346,16 +350,6 @@ def default_meeting(rank: int, world_size: int, store: Any, timeout_seconds: flo
     """The meeting at a store of the user's, or at that of the default process group; None without either."""
     if world_size == 1:
         return None
-    if (
-        store is None
-        and dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size() == world_size
-    ):
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
-    if store is None:
-        return None
-    # A connection of its own: a barrier that waits at the same store in another thread would block this one.
-    with suppress(AttributeError, RuntimeError):  # one that was written in Python may have none to give
-        store = store.clone()
-    return Meeting(store, rank, world_size, timeout_seconds)
+    store = group_store(rank, world_size) if store is None else store
+    start = None if store is None else start_at(store, rank, world_size)
+    return None if start is None else Meeting(start, timeout_seconds)

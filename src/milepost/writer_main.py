@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -27,6 +28,7 @@ from milepost.channel import (
     Attached,
     Channel,
     Exit,
+    Failure,
     Finished,
     Go,
     Init,
@@ -41,6 +43,7 @@ from milepost.channel import (
     read_blob,
     rebuild_error,
 )
+from milepost.commit import News, Outcome
 from milepost.errors import CommitTimeoutError
 from milepost.image import Layout
 from milepost.manifest import Tensors
@@ -74,7 +77,7 @@ class Service:
         self._arena: Arena | None = None
         self._inode: tuple[int, ...] = ()
         self._plans: dict[bytes, tuple[Layout, list[bytes], Tensors]] = {}
-        self._write: Callable[[Write, Packed, Arena, list[int]], None] = self._write_lean
+        self._write: Callable[[Write, Packed, Arena, list[int]], Outcome | None] = self._write_lean
 
     def run(self) -> None:
         """Serve until the trainer says `Exit`, or has gone and all it had asked for is done."""
@@ -170,18 +173,22 @@ class Service:
 
     def _serve(self, request: Write, descriptors: list[int]) -> None:
         attached = self._attached.pop(request.number, [])
+        self._meeting: _Meeting | None = None
+        outcome: Outcome | None = None
+        failure: Failure | None = None
         try:
             packed = msgspec.msgpack.decode(read_blob(descriptors.pop()), type=Packed)
             arena = self._map(descriptors.pop())
             self._prepare_main(packed.arguments)
-            self._write(request, packed, arena, attached)
+            outcome = self._write(request, packed, arena, attached)
         except BaseException as error:  # noqa: BLE001 - a failed save never ends the service
-            self._channel.send(Finished(request.number, describe_error(error)))
-        else:
-            self._channel.send(Finished(request.number))
+            failure = describe_error(error)
+            outcome = getattr(self._meeting, "outcome", None)
         finally:
             for descriptor in (*descriptors, *attached):
                 os.close(descriptor)
+        outcome = outcome or Outcome(committed=failure is None and self._init.world_size == 1)
+        self._channel.send(Finished(request.number, failure, **msgspec.structs.asdict(outcome)))
 
     def _map(self, descriptor: int) -> Arena:
         """The arena behind a descriptor, which this takes over.
@@ -198,7 +205,7 @@ class Service:
         self._arena, self._inode = Arena(0, descriptor), inode
         return self._arena
 
-    def _write_lean(self, request: Write, packed: Packed, arena: Arena, _: list[int]) -> None:
+    def _write_lean(self, request: Write, packed: Packed, arena: Arena, _: list[int]) -> Outcome:
         layout, fragments, tensors = self._plan(packed)
 
         def memory(size: int) -> memoryview:
@@ -209,6 +216,10 @@ class Service:
         snapshot = Snapshot(
             *(packed.tree, tensors, layout, fragments, packed.objects, lambda *_: None, memory), shares=shares
         )
+        meeting = None
+        if request.meets:
+            meeting = _Meeting(request.number, self._channel.send, lambda: self._next(0, Go)[0])
+            self._meeting = meeting
         options = SaveOptions(
             storage=self._storage,
             rank=self._init.rank,
@@ -220,12 +231,13 @@ class Service:
             target=decode_path(request.target),
             process=self._init.process,
             barrier=(lambda: self._barrier(request)) if self._init.has_barrier else None,
+            meeting=meeting,
             hook=self._hook,
             writer=packed.writer,
             report=_Reporter(self._channel, request.number),
         )
         arguments = pickle.loads(packed.arguments) if packed.arguments else {}  # noqa: S301 - our own trainer
-        save_snapshot(
+        return save_snapshot(
             decode_path(request.path), snapshot, options, Labels(request.step, packed.metadata), arguments
         )
 
@@ -255,6 +267,32 @@ class Service:
             )
         if isinstance(message, Go) and message.failure is not None:
             raise rebuild_error(message.failure)
+
+
+class _Meeting:
+    """The meeting that the trainer holds: what it hears there comes through the line.
+
+    Attributes:
+        outcome: What is known if the save has been committed, even if a hook raises after that.
+    """
+
+    def __init__(self, number: int, send: Callable[[Message], bool], receive: Callable[[], Any]) -> None:
+        self._number, self._send, self._receive = number, send, receive
+        self._news = News()
+        self.outcome: Outcome | None = None
+
+    def arrive(self) -> None:
+        self._send(Arrived(self._number))
+
+    def poll(self) -> News:
+        while isinstance(message := self._receive(), Go):
+            if message.number == self._number:  # else it is of a save that gave up
+                failure = rebuild_error(message.failure) if message.failure is not None else None
+                self._news = News(message.arrived, message.identity, failure)
+        return self._news
+
+    def end(self, outcome: Outcome) -> None:
+        self.outcome = outcome
 
 
 _NO_RING = Ring()

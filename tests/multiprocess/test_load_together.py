@@ -25,6 +25,7 @@ from milepost.errors import (
     MismatchError,
     PeerLoadError,
 )
+from milepost.start import Start
 from milepost.together import Meeting, Report, Verdict, refuse
 
 WORLD = 3
@@ -263,9 +264,10 @@ def test_a_key_is_unexpected_below_what_others_lack():
 def test_a_rank_that_is_late_in_the_middle_of_a_load_does_not_slip_into_the_next():
     """A rank whose reading takes too long hears that, though the others are at their next load by then."""
     store, report, results = dist.HashStore(), Report("a"), []
+    starts = [Start(store, rank, 2) for rank in range(2)]
 
     def load(rank, work, seconds=60):
-        meeting = Meeting(store, rank, 2, seconds)
+        meeting = Meeting(starts[rank], seconds)
         refuse(meeting.hold(Report("a")), modified=False)
         meeting.agree(report, work, modifies=True)
 
@@ -282,7 +284,7 @@ def test_a_rank_that_is_late_in_the_middle_of_a_load_does_not_slip_into_the_next
     with pytest.raises(
         PeerLoadError, match="rank 1 could not load: it did not come to load within 1 seconds"
     ):
-        load(1, lambda: store.wait(["milepost/load/2/2/0/0"]))  # rank 0 is at its next load
+        load(1, lambda: store.wait([f"milepost/{starts[0].id}/load/2/0/0"]))  # rank 0 is at its next load
     load(1, lambda: None)
     thread.join()
     assert results == ["loaded"]

@@ -364,26 +364,3 @@ def test_the_stores_barrier_works_again_after_one_that_failed(tmp_path):
     )
     assert "2 ['CommitTimeoutError', 'CommitTimeoutError']" in run.stdout, run.stderr
     assert "in step" in run.stdout, run.stderr
-
-
-class Store(dict):
-    """A store as torch's, of which only compare_set is used."""
-
-    def compare_set(self, key, expected, desired):
-        if self.get(key, "") == expected:
-            self[key] = desired
-        return self[key].encode()
-
-
-def test_a_start_id_comes_from_the_barriers_store():
-    """Ranks whose barrier has a store agree on the id that the first of them puts there."""
-    from unittest import mock
-
-    from milepost.barriers import common_start_id
-
-    barrier = mock.Mock(store=Store())
-    one, two = common_start_id(barrier), common_start_id(barrier)
-    assert one == two
-    assert len(one) == 16
-    assert common_start_id(None) is None
-    assert common_start_id(mock.Mock()) is None

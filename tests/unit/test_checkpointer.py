@@ -153,6 +153,7 @@ def test_the_builder_takes_the_default_groups_rank(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(dist, "get_backend", lambda: "fake")  # there is no store to meet at
     checkpointer = make_sync_checkpointer(config=CheckpointerConfig())
     assert checkpointer._writer._rank_info == RankInfo(3, 8)
     assert checkpointer._reader._rank_info == RankInfo(3, 8)

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from milepost import RankInfo, builder
-from milepost.barriers import Barrier, common_start_id
+from milepost.barriers import Barrier, barrier_store
 from milepost.config import CheckpointerConfig
 from milepost.errors import PeerLoadError
+from milepost.start import Start
 from milepost.together import Meeting, Report, Verdict, default_meeting, refuse
 
 
@@ -48,19 +49,34 @@ class Killed(BaseException):
     """The end of a rank that is killed."""
 
 
-class WatchedStore:
-    """A store that tells when a rank waits there, and kills the rank at an operation."""
+class WatchedLine:
+    """A line to a store that tells when a rank waits there, and kills the rank at an operation."""
 
-    def __init__(self, store, kill_at=None):
-        self.store, self.kill_at, self.operations, self.waits = store, kill_at, 0, threading.Event()
+    def __init__(self, line, kill_at=None):
+        self.line, self.kill_at, self.operations, self.waits = line, kill_at, 0, threading.Event()
+        self.missed = None
 
     def __getattr__(self, name):
         self.operations += 1
         if self.operations == self.kill_at:
             raise Killed
-        if name == "wait":
+        return getattr(self.line, name)
+
+    def has(self, *keys):
+        found = self.__getattr__("has")(*keys)
+        if not found and keys == self.missed:
             self.waits.set()
-        return getattr(self.store, name)
+        self.missed = None if found else keys
+        return found
+
+
+def life(store, world, kills=()):
+    """The starts of all ranks in a new life, which have agreed; a rank may be killed at an operation."""
+    starts = [Start(store, rank, world) for rank in range(world)]
+    assert all(start.wait(60) for start in starts)
+    for start, kill_at in zip(starts, [*kills, *[None] * world], strict=False):
+        start.line = WatchedLine(start.line, kill_at)
+    return starts
 
 
 def load(meeting):
@@ -70,29 +86,26 @@ def load(meeting):
     return "loaded"
 
 
-def loads(stores, seconds):
-    """What becomes of a load on each rank that has a store."""
-    world = len(stores)
-    meetings = [
-        Meeting(store, rank, world, seconds) for rank, store in enumerate(stores) if store is not None
-    ]
-    return together(*(partial(load, meeting) for meeting in meetings))
+def loads(starts, seconds):
+    """What becomes of a load on each of some ranks."""
+    return together(*(partial(load, Meeting(start, seconds)) for start in starts))
 
 
-def all_load(store, world, first):
+def all_load(starts, first):
     """What becomes of a load to which all come: some ranks first, the others when those wait for them."""
-    stores = [WatchedStore(store) for _ in range(world)]
+    for start in starts:
+        start.line = WatchedLine(getattr(start.line, "line", start.line))
 
-    def come(rank):
-        if rank not in first:
+    def come(start):
+        if start.rank not in first:
             for other in first:
-                stores[other].waits.wait()
+                starts[other].line.waits.wait()
         try:
-            return load(Meeting(stores[rank], rank, world, 60))
+            return load(Meeting(start, 60))
         finally:
-            stores[rank].waits.set()
+            start.line.waits.set()
 
-    return together(*(lambda rank=rank: come(rank) for rank in range(world)))
+    return together(*(partial(come, start) for start in starts))
 
 
 class PythonStore(dist.Store):
@@ -134,7 +147,7 @@ class PythonStore(dist.Store):
 class BrokenStore(PythonStore):
     """A store whose host has died."""
 
-    def set(self, key, value):
+    def check(self, keys):
         raise RuntimeError("Broken pipe")
 
 
@@ -150,8 +163,15 @@ def test_ranks_meet_at_a_store_written_in_python():
 @pytest.fixture
 def meet():
     """Meetings of a number of ranks at one store; a load is a new one, as in the reader."""
-    store = dist.HashStore()
-    return lambda rank, world=2, seconds=60: Meeting(store, rank, world, seconds)
+    store, lives, lock = dist.HashStore(), {}, threading.Lock()
+
+    def make(rank, world=2, seconds=60):
+        with lock:
+            if world not in lives:
+                lives[world] = life(store, world)
+        return Meeting(lives[world][rank], seconds)
+
+    return make
 
 
 def test_text_that_no_encoding_takes_comes_through(meet):
@@ -170,8 +190,9 @@ def test_text_that_no_encoding_takes_comes_through(meet):
 
 def test_a_store_that_fails_when_targets_were_written_to_says_so():
     """If the store fails in the meeting after the work, the error says whether targets were modified."""
+    store = BrokenStore()
     for modifies in (True, False):
-        meeting = Meeting(BrokenStore(), 0, 2, 60)
+        meeting = Meeting(Start(store, 0, 2), 60)
         with pytest.raises(PeerLoadError, match="on a load failed: Broken pipe") as caught:
             meeting.agree(Report("a"), lambda: None, modifies=modifies)
         assert caught.value.targets_modified is modifies
@@ -245,12 +266,13 @@ def test_ranks_are_in_step_after_loads_that_some_missed(monkeypatch, world, miss
     """Whoever missed whatever loads, and whoever comes first to the next, all take part in that."""
     monkeypatch.setattr("milepost.together._GRACE_SECONDS", 0)
     store = dist.HashStore()
+    starts = life(store, world)
     for absent in misses:
-        for result in loads([None if rank in absent else store for rank in range(world)], 0.01):
+        for result in loads([start for start in starts if start.rank not in absent], 0.01):
             assert isinstance(result, PeerLoadError)
     for _ in range(2):
         come = [0] if first == "rank 0" else range(1, world)
-        assert all_load(store, world, come) == ["loaded"] * world
+        assert all_load(starts, come) == ["loaded"] * world
 
 
 @pytest.mark.parametrize("first", ["rank 0", "the others"])
@@ -260,11 +282,11 @@ def test_ranks_that_were_killed_are_in_step_when_started_again(monkeypatch, firs
     last, killed = 0, True
     while killed:
         last, killed = last + 1, False
-        for other in range(1, 20):
+        for other in range(1, 20, 3):
             store = dist.HashStore()
-            results = loads([WatchedStore(store, last), WatchedStore(store, other)], 0.01)
+            results = loads(life(store, 2, (last, other)), 0.01)
             killed = killed or isinstance(results[0], Killed)
-            assert all_load(store, 2, [0] if first == "rank 0" else [1]) == ["loaded"] * 2
+            assert all_load(life(store, 2), [0] if first == "rank 0" else [1]) == ["loaded"] * 2
     assert last > 10
 
 
@@ -326,9 +348,10 @@ def test_ranks_are_in_step_one_load_after_some_failed_or_missed_it(monkeypatch, 
     """Whatever loads some ranks miss and others fail at, not waiting: one more load, and all are in step."""
     monkeypatch.setattr("milepost.together._GRACE_SECONDS", 0)
     store, world = dist.HashStore(), len(steps[0])
+    starts = life(store, world)
 
     def step(rank, what):
-        meeting = Meeting(store, rank, world, 0.02)
+        meeting = Meeting(starts[rank], 0.02)
         if what == "L":
             load(meeting)
         elif what == "F":
@@ -336,14 +359,15 @@ def test_ranks_are_in_step_one_load_after_some_failed_or_missed_it(monkeypatch, 
 
     for doings in (*steps, "L" * world):
         together(*(partial(step, rank, what) for rank, what in enumerate(doings)))
-    assert loads([store] * world, 60) == ["loaded"] * world
+    assert loads(starts, 60) == ["loaded"] * world
 
 
 def test_a_store_does_not_grow_with_every_load():
     """What is two loads old is taken from the store, where keys can be deleted."""
     store, sizes = dist.HashStore(), []
+    starts = life(store, 3)
     for _ in range(6):
-        assert loads([store] * 3, 60) == ["loaded"] * 3
+        assert loads(starts, 60) == ["loaded"] * 3
         sizes.append(store.num_keys())
     assert len(set(sizes[2:])) == 1
 
@@ -360,7 +384,7 @@ class Mine(Barrier):
 
 def test_a_store_of_a_barrier_that_is_none_of_torchs_is_left_alone(tmp_path):
     """What a user's barrier calls its store is used neither to save nor to load if it is another thing."""
-    assert common_start_id(Mine()) is None
+    assert barrier_store(Mine()) is None
     torch.save({"w": torch.ones(4)}, tmp_path / "checkpoint_0.pt")
     reader = builder._reader(CheckpointerConfig(), RankInfo(0, 2), Mine())
     loaded, missing = reader.read(str(tmp_path), {"w": torch.zeros(4)})

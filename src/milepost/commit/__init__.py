@@ -7,7 +7,8 @@ attempts left. ARCHITECTURE.md has the protocol.
 
 Modules, each importing only from those below it:
 
-    attempt                                    a rank's part
+    attempt                                    a rank's part, and all ranks'
+    part                                       a rank's own part
     waiting | word | attachments | recover     its tools, and what dead attempts left
     publish | claim | listing                  taking a place; who works there; what is there
     locate | removal
@@ -20,11 +21,12 @@ from __future__ import annotations
 from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
 from milepost.commit.hidden import absolute_path
-from milepost.commit.ids import attempt_id, environment_start_id, new_attempt_id, process_id
+from milepost.commit.ids import attempt_id, count_save, environment_start_id, new_attempt_id, process_id
 from milepost.commit.listing import Entry, Explanation, explain, scan
-from milepost.commit.locate import Located, locate
+from milepost.commit.locate import Located, expect, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
+from milepost.commit.waiting import Meeting, News, Outcome, is_undecided, sees_rank
 
 __all__ = [
     "Attempt",
@@ -32,17 +34,24 @@ __all__ = [
     "Entry",
     "Explanation",
     "Located",
+    "Meeting",
+    "News",
+    "Outcome",
     "Target",
     "absolute_path",
     "attempt_id",
     "check_target",
     "clean_up",
+    "count_save",
     "environment_start_id",
+    "expect",
     "explain",
+    "is_undecided",
     "locate",
     "new_attempt_id",
     "process_id",
     "publish",
     "roll_forward",
     "scan",
+    "sees_rank",
 ]

@@ -3,260 +3,45 @@
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
-import logging
-import os
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Self
 
-from milepost.commit.attachments import collect
-from milepost.commit.claim import (
-    Clock,
-    claim,
-    encode_note,
-    make_parents,
-    refuse_other_starts,
-    same_rank_error,
-)
 from milepost.commit.hidden import (
     ABORTED_NAME,
     ARRIVED_NAME,
-    beacon_name,
-    join_hidden,
-    list_names,
-    names_of,
-    opened,
     published_manifest,
     ranks_in,
-    read_beacons,
 )
-from milepost.commit.ids import process_id
+from milepost.commit.locate import VISIBLE_SECONDS, is_at_least
 from milepost.commit.marks import assemble
+from milepost.commit.part import Part
 from milepost.commit.publish import is_pending, publish
-from milepost.commit.recover import commit_manifest, next_sequence, roll_forward, tidy
-from milepost.commit.removal import remove_tree
-from milepost.commit.waiting import Wait, raise_if_aborted, timeout_error, unseen_error
-from milepost.commit.word import Word
+from milepost.commit.recover import commit_manifest, tidy
+from milepost.commit.waiting import News, Wait, raise_if_aborted, timeout_error
 from milepost.errors import (
     CommitError,
     CommitTimeoutError,
     EntryExistsError,
     EntryNotFoundError,
     LoadError,
-    MilepostError,
     error_context,
 )
 from milepost.manifest import (
     MANIFEST_NAME,
-    MAX_INDEX_BYTES,
-    FileDigest,
-    data_name,
-    decode_mark,
+    identity_of,
     index_name,
 )
-from milepost.storage import Folder, Lock, Storage
-from milepost.storage.writing import publish_bytes
 
 __all__ = ["Attempt"]
 
-_logger = logging.getLogger(__name__)
 _PUBLISH_SECONDS = 5.0
 
 
-class Attempt:
-    """One rank's part in one try at one path. For one thread at a time, in the process that made it.
+class Attempt(Part):
+    """One rank's part in one try at one path, and what it does for all ranks.
 
-    Attributes:
-        path: The absolute path of the checkpoint.
-        id: The attempt's id, the same for all ranks.
-        rank: This rank.
-        world_size: How many ranks there are.
-        process: The random id of the process that the save belongs to.
-        folder: The hidden folder in which the checkpoint is made.
-        marked: This rank has arrived: its mark is there (perhaps made by a writer that was lost since).
-        committed: The checkpoint is committed, by this rank or another; at the latest `close` publishes it.
+    Its attributes are those of `Part`. For one thread at a time, in the process that made it.
     """
-
-    def __init__(
-        self,
-        storage: Storage,
-        path: str,
-        *,
-        attempt: str,
-        rank: int,
-        world_size: int,
-        process: str,
-        clock: Clock,
-    ) -> None:
-        self.path, self.id, self.process = path, attempt, process
-        self.rank, self.world_size = rank, world_size
-        self.folder = join_hidden(path, attempt)
-        self.marked = self.committed = False
-        self._storage, self._clock, self._owner = storage, clock, os.getpid()
-        self._lock: Lock | None = None
-        self._root: Folder | None = None
-        self._seen, self._doubtful = 0, False
-        self._word = Word(storage, self.folder, attempt, rank, process, clock)
-
-    @property
-    def data_path(self) -> str:
-        """Where this rank's data file goes."""
-        return os.path.join(self.folder, data_name(self.rank))
-
-    # ------------------------------------------------------------------ begin
-
-    @classmethod
-    def begin(
-        cls,
-        storage: Storage,
-        path: str,
-        *,
-        attempt: str,
-        rank: int,
-        world_size: int,
-        process: str | None = None,
-        private: bool = False,
-        clock: Clock | None = None,
-    ) -> Self:
-        """Join the attempt: on return its hidden folder is there, and nobody takes it for dead.
-
-        What earlier attempts left is finished or removed first (by rank 0). With the id of an attempt
-        that this process began before, a lost writer's work is taken up: see `marked` and `committed`.
-
-        Args:
-            storage: Where.
-            path: The checkpoint, which `check_target` has passed.
-            attempt: See `attempt_id`.
-            rank: This rank.
-            world_size: How many ranks there are.
-            process: Random id of the process that the save belongs to; a writer child gives its trainer's.
-            private: The id is known to this process alone, so other processes' ranks cannot join.
-            clock: For tests.
-
-        Raises:
-            StorageError: The folder could not be made.
-            AbortedError: Another rank has failed already.
-            CommitError: The attempt belongs to another start of the job, or to other ranks.
-        """
-        self = cls(
-            storage,
-            os.path.abspath(path),
-            attempt=attempt,
-            rank=rank,
-            world_size=world_size,
-            process=process or process_id(),
-            clock=clock or Clock(),
-        )
-        with error_context(path=self.path, rank=rank, phase="begin"):
-            try:
-                self._begin(private=private)
-            except BaseException:
-                self.close()
-                raise
-        return self
-
-    def _begin(self, *, private: bool) -> None:
-        storage = self._storage
-        make_parents(storage, self.path)
-        if self.rank == 0:
-            tidy(storage, self.path, keep=self.id)
-        if private and self.world_size > 1:
-            refuse_other_starts(storage, self.path, world_size=self.world_size, process=self.process)
-        if self._is_published():
-            self.marked = self.committed = True
-            return
-        note = encode_note(
-            self.path, self.id, world_size=self.world_size, process=self.process, private=private
-        )
-        self._lock = claim(storage, self.folder, note, self._clock)
-        self._root = storage.open_folder(self.folder)
-        # No listing here: it would take each rank as long as there are ranks.
-        if self._has(index_name(self.rank)):
-            self._recognise_mark(self._root, list_names(self._root))
-        self.committed = self._has(MANIFEST_NAME)
-        self._stop_if_aborted()
-        self._claim_rank()
-        if self._has(data_name(self.rank)) and not self.marked:
-            storage.remove(self.data_path)  # of a writer that was lost
-        self.progress("begin")
-
-    def _is_published(self) -> bool:
-        """Whether this very attempt is published already: its writer was lost after the commit."""
-        published = None
-        with suppress(LoadError):  # a damaged one is not replaced, but the others must hear of it
-            published = published_manifest(self._storage, self.path)
-        if published is None:
-            return False
-        self._seen = published.sequence
-        if published.attempt != self.id:
-            return False
-        with opened(self._storage, self.path) as folder:
-            if folder is not None:
-                self._recognise_mark(folder, [MANIFEST_NAME])
-        return True
-
-    def _recognise_mark(self, folder: Folder, names: list[str]) -> None:
-        """Take up the mark that a lost writer of this process made; refuse another process's."""
-        name = index_name(self.rank)
-        mark = decode_mark(folder.read(name, MAX_INDEX_BYTES), os.path.join(folder.path, name))
-        self.marked = mark.process == self.process
-        if self.marked:
-            return
-        error = same_rank_error(self.path, self.id, self.rank)
-        if MANIFEST_NAME not in names and not ranks_in(names) >= set(range(self.world_size)):
-            self.abort(error)
-        raise error
-
-    def _claim_rank(self) -> None:
-        """Leave this rank's first beacon: of two processes that are the same rank one is refused."""
-        try:
-            self._word.begin()
-        except EntryExistsError:
-            known = read_beacons(self._folder(), [beacon_name(self.rank)]).get(self.rank)
-            if known is None or known.process == self.process or self.marked:
-                return
-            error = same_rank_error(self.path, self.id, self.rank)
-            self.abort(error)
-            raise error from None
-
-    # ------------------------------------------------------------------ this rank
-
-    def progress(self, phase: str, bytes_done: int = 0) -> None:
-        """Tell the others what this rank does, a few times a second at most. Never raises."""
-        if self._root is not None:
-            self._word.progress(phase, bytes_done)
-
-    def attachments(self) -> list[FileDigest]:
-        """The files that hooks have put into the folder, at any depth, durable and hashed.
-
-        Raises:
-            CommitError: A hook added something that a checkpoint cannot hold, or uses one of our names.
-        """
-        with error_context(path=self.path, rank=self.rank, phase="pre_commit"):
-            return collect(self._storage, self._folder(), self.folder, self.world_size)
-
-    def sequence(self) -> int:
-        """What orders the saves to this path, for the mark. Rank 0's counts, and only it looks."""
-        return next_sequence(self._storage, self.path) if self.rank == 0 else 0
-
-    def mark(self, index_bytes: bytes) -> None:
-        """Write this rank's index: on return it has arrived, and everything it wrote is durable.
-
-        The caller has filled in the mark but for its files: process, rank, step, time, `sequence` and so on.
-
-        Raises:
-            AbortedError: Another rank has failed.
-            CommitError: There is a mark of this rank by another process.
-        """
-        with error_context(path=self.path, rank=self.rank, phase="mark"):
-            self._stop_if_aborted()
-            try:
-                path = os.path.join(self.folder, index_name(self.rank))
-                publish_bytes(self._storage, path, index_bytes, "create")
-                self.marked = True
-            except EntryExistsError:
-                self._recognise_mark(self._folder(), self._names())
-
-    # ------------------------------------------------------------------ all ranks
 
     def complete(self) -> bool:
         """Commit and publish, if every rank has arrived and none has failed; else do nothing.
@@ -323,16 +108,13 @@ class Attempt:
         published = published_manifest(self._storage, self.path)
         return published is not None and (published.attempt == self.id or published.sequence > self._seen)
 
-    def _check_view(self, names: list[str]) -> None:
-        if self.marked and index_name(self.rank) not in names:
-            self._doubtful = True
-            raise unseen_error(self.folder)
-
     def sees_commit(self) -> bool:
         """Whether the checkpoint is committed, by whichever rank; if so that is durable on return."""
         return self.committed or self._sees_commit(self._names())
 
-    def wait_for_marks(self, timeout_seconds: float, poll_seconds: float = 0.5) -> None:
+    def wait_for_marks(
+        self, timeout_seconds: float, poll_seconds: float = 0.5, news: Callable[[], News] | None = None
+    ) -> None:
         """Returns when every rank has arrived.
 
         Rank 0 lists the marks and then says so; the others look only for its word, and list for
@@ -341,14 +123,15 @@ class Attempt:
         Args:
             timeout_seconds: How long to wait.
             poll_seconds: The longest pause between two looks; the first ones are shorter.
+            news: What a meeting of the ranks knows, which counts as well as what the folder shows.
 
         Raises:
             AbortedError: A rank has failed; raised at once.
             CommitTimeoutError: Ranks are missing; it names them and what they did last.
         """
         with error_context(path=self.path, rank=self.rank, phase="wait_for_marks"):
-            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_marks")
-            while not (self._has(ARRIVED_NAME) or self._has(MANIFEST_NAME)):
+            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_marks", news)
+            while not (self._heard(wait.news) or self._has(ARRIVED_NAME) or self._has(MANIFEST_NAME)):
                 # Without its own mark it may have been committed, replaced and cleared meanwhile.
                 if wait.leads() or self._has(ABORTED_NAME) or not self._has(index_name(self.rank)):
                     names = self._names()
@@ -362,12 +145,15 @@ class Attempt:
                 if not wait.pause():
                     raise self._timeout(timeout_seconds)
 
-    def wait_for_commit(self, timeout_seconds: float, poll_seconds: float = 0.5) -> None:
+    def wait_for_commit(
+        self, timeout_seconds: float, poll_seconds: float = 0.5, news: Callable[[], News] | None = None
+    ) -> None:
         """Returns when it is committed, by whomever, and mostly published; commits when rank 0 stands still.
 
         Args:
             timeout_seconds: How long to wait.
             poll_seconds: The longest pause between two looks.
+            news: As for `wait_for_marks`.
 
         Raises:
             AbortedError: A rank has failed before the commit; raised at once.
@@ -376,15 +162,45 @@ class Attempt:
         if self._root is None:  # it was at its path from the beginning
             return
         with error_context(path=self.path, rank=self.rank, phase="wait_for_commit"):
-            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_commit")
+            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_commit", news)
             while not (self.committed or self._is_committed(wait)):
                 if not wait.pause():
                     raise self._timeout(timeout_seconds)
             wait = self._wait(_PUBLISH_SECONDS, poll_seconds, "wait_for_commit")
             while is_pending(self._storage, self.path, self.id) and wait.pause():
                 pass
+            if self._identity:
+                wait = self._wait(VISIBLE_SECONDS, poll_seconds, "wait_for_commit")
+                while not (shows := self._shows(self._identity)) and wait.pause():
+                    pass
+                self.hidden = not shows
+
+    def _shows(self, identity: str) -> bool:
+        """Whether this checkpoint is seen at its path, or a later one, or that it has been removed again."""
+        if is_at_least(published_manifest(self._storage, self.path), identity):
+            return True
+        return not self._names() or is_pending(self._storage, self.path, self.id)
+
+    def identity(self) -> str:
+        """What `is_at_least` knows the committed checkpoint by; "" where that is not to be seen any more."""
+        for place in () if self._identity else (self.folder, self.path):
+            found = published_manifest(self._storage, place)
+            if found is not None and found.attempt == self.id:
+                self._identity = f"{found.sequence}:{identity_of(found)}"
+        return self._identity
+
+    def _heard(self, news: News) -> bool:
+        """Whether a meeting says that all ranks have arrived, or more."""
+        if news.identity:
+            self.committed, self._identity = True, news.identity
+        elif news.failure is not None and not self.sees_commit():
+            raise news.failure
+        return news.arrived or self.committed
 
     def _is_committed(self, wait: Wait) -> bool:
+        self._heard(wait.news)
+        if self.committed:
+            return True
         if wait.leads():
             self.complete()
         elif self._has(MANIFEST_NAME) or not self._has(index_name(self.rank)):
@@ -397,7 +213,13 @@ class Attempt:
         self._check_view(names := self._names())
         return timeout_error(self._folder(), names, self.world_size, seconds)
 
-    def _wait(self, timeout_seconds: float, poll_seconds: float, phase: str) -> Wait:
+    def _wait(
+        self,
+        timeout_seconds: float,
+        poll_seconds: float,
+        phase: str,
+        news: Callable[[], News] | None = None,
+    ) -> Wait:
         return Wait(
             self._clock,
             self._folder(),
@@ -405,76 +227,5 @@ class Attempt:
             timeout_seconds=timeout_seconds,
             poll_seconds=poll_seconds,
             heartbeat=lambda: self.progress(phase),
+            news=news,
         )
-
-    # ------------------------------------------------------------------ the end
-
-    def abort(self, error: BaseException) -> None:
-        """Say that this rank failed, so that the others stop at once; the only rank removes its folder.
-
-        Never raises, and does nothing once the checkpoint is committed.
-        """
-        if self.committed or self._lock is None or self._owner != os.getpid():
-            return
-        try:
-            if self.world_size == 1:
-                self._remove()
-                return
-            if self._has(MANIFEST_NAME):
-                return
-            self._word.failed(error)
-        except MilepostError as failure:
-            _logger.warning("could not clear a save that failed, or tell the other ranks: %s", failure)
-
-    def _remove(self) -> None:
-        """Remove the only rank's folder, unless it is committed, or has not shown what is in it."""
-        names = names_of(self._storage, self.folder) or []
-        self._check_view(names)
-        if self._doubtful:
-            _logger.warning("a save that was not seen to commit is left: %s", self.folder)
-        elif self._lock is not None and MANIFEST_NAME not in names:
-            remove_tree(self._storage, self.folder, self._lock)
-
-    def close(self) -> None:
-        """Leave the attempt; idempotent, never raises. The only rank leaves nothing behind that is not whole.
-
-        The last rank to leave publishes what was committed by a rank that died before it could.
-        """
-        joined = self._owner == os.getpid() and self._lock is not None
-        try:
-            if joined and self.world_size == 1 and not self.committed and not self.marked:
-                self._remove()
-            self._release()
-            if joined and self.committed and self._storage.stat(self.folder) is not None:
-                roll_forward(self._storage, self.path)
-        except MilepostError as error:
-            _logger.warning("could not clear or publish a save at its end: %s", error)
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        lock, root, self._lock, self._root = self._lock, self._root, None, None
-        if self._owner != os.getpid():
-            return
-        if lock is not None:
-            lock.release()
-        if root is not None:
-            root.close()
-
-    def _folder(self) -> Folder:
-        """The attempt's folder, wherever it has been moved since."""
-        if self._root is None:
-            raise CommitError("this attempt has ended", path=self.path, rank=self.rank)
-        return self._root
-
-    def _names(self) -> list[str]:
-        return list_names(self._folder())
-
-    def _stop_if_aborted(self) -> None:
-        if self._has(ABORTED_NAME):
-            raise_if_aborted(self._folder(), self._names())
-
-    def _has(self, name: str) -> bool:
-        with suppress(EntryNotFoundError):
-            return self._folder().stat(name) is not None
-        return False

@@ -8,12 +8,12 @@ import os
 import secrets
 import threading
 
-__all__ = ["attempt_id", "environment_start_id", "new_attempt_id", "process_id"]
+__all__ = ["attempt_id", "count_save", "environment_start_id", "new_attempt_id", "process_id"]
 
 _lock = threading.Lock()
 _process_id = secrets.token_hex(8)
 _private_start_id = secrets.token_hex(8)
-_counts: dict[tuple[str, int], int] = {}
+_counts: dict[tuple[str, str, int], int] = {}
 
 
 def _renew_ids() -> None:
@@ -45,7 +45,7 @@ def environment_start_id() -> str | None:
     return "-".join([start, *(count for count in counts if count)])
 
 
-def attempt_id(path: str, rank: int, world_size: int, start_id: str | None = None) -> str:
+def attempt_id(path: str, rank: int, world_size: int, start_id: str | None = None, number: int = 0) -> str:
     """The id of this rank's next attempt at `path`; all ranks of a save get the same one.
 
     Args:
@@ -54,13 +54,20 @@ def attempt_id(path: str, rank: int, world_size: int, start_id: str | None = Non
         world_size: The number of ranks; a single one always gets a random id.
         start_id: What all ranks of this start of the job, and nobody else, have in common. Without it
             the environment's is taken, else one of this process alone.
+        number: What `count_save` has returned for this save; 0 to count it now.
     """
     if world_size == 1:
         return new_attempt_id()
-    path = os.path.abspath(path)
     start = start_id or environment_start_id() or _private_start_id
+    number = number or count_save(start, path, rank)
     if len(start) > 48 or not all(c.isascii() and (c.isalnum() or c in "-_") for c in start):
         start = hashlib.sha256(start.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    with _lock:
-        number = _counts[path, rank] = _counts.get((path, rank), 0) + 1
     return f"{start}-{number}"
+
+
+def count_save(start: str, path: str, rank: int) -> int:
+    """How often this rank has saved to a path since a start of the job, this time included."""
+    key = (start, os.path.abspath(path), rank)
+    with _lock:
+        _counts[key] = _counts.get(key, 0) + 1
+        return _counts[key]

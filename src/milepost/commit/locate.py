@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -35,14 +36,21 @@ from milepost.errors import (
     StorageError,
 )
 from milepost.image import IDENTITY_ENTRY
-from milepost.manifest import MANIFEST_NAME, Manifest, digest, encode_manifest
+from milepost.manifest import MANIFEST_NAME, Manifest, identity_of
 from milepost.storage import Folder, Storage
 
-__all__ = ["Located", "has_identity", "locate"]
+__all__ = ["VISIBLE_SECONDS", "Located", "expect", "has_identity", "is_at_least", "locate"]
+
+VISIBLE_SECONDS = 60.0
+"""How long a file system may take to show this host what another one has committed."""
+
+_expected: dict[str, str] = {}
+"""Paths at which another host has committed a checkpoint that is not seen here yet, and what that is."""
 
 _logger = logging.getLogger(__name__)
 _TRIES = 20
 _TAIL_BYTES = 1 << 16
+_LOOK_SECONDS = 0.5
 _MANY_RANKS = 64
 """With more ranks than these nobody looks at every file's size: each checks those that it reads."""
 
@@ -69,7 +77,7 @@ class Located:
         """What no other checkpoint has: the SHA-256 of the manifest's file; for plain files, the path."""
         if self.manifest is None:
             return self.path
-        return digest(MANIFEST_NAME, encode_manifest(self.manifest)).sha256
+        return identity_of(self.manifest)
 
 
 def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
@@ -86,6 +94,53 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
         UnsupportedFormatError: It was written by a later Milepost.
     """
     path = absolute_path(path, CheckpointNotFoundError)
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        try:
+            located = _locate_settled(storage, path)
+        except (CheckpointNotFoundError, IncompleteCheckpointError):
+            if path not in _expected:
+                raise
+        else:
+            if path not in _expected or is_at_least(located.manifest, _expected[path]):
+                _expected.pop(path, None)
+                return located
+            located.folder.close()
+        if time.monotonic() > deadline:
+            raise CheckpointNotFoundError(
+                f"the ranks have committed a checkpoint here, but this host has not seen it within "
+                f"{VISIBLE_SECONDS:g} s: {path}",
+                path=path,
+                hint="see that every rank's host shows the same folder; the file system may cache listings",
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def expect(path: str, identity: str) -> None:
+    """A checkpoint has been committed at a path where this host does not show it: `locate` waits for it.
+
+    Args:
+        path: The absolute path of the checkpoint.
+        identity: What `is_at_least` knows it by.
+    """
+    _expected[path] = identity
+
+
+def is_at_least(manifest: Manifest | None, identity: str) -> bool:
+    """Whether a manifest is that of a checkpoint that another rank told of, or of a later one at its path.
+
+    Args:
+        manifest: What is seen.
+        identity: The sequence and the SHA-256 of the one that was told of.
+    """
+    sequence, _, sha = identity.partition(":")
+    if manifest is None:
+        return False
+    return manifest.sequence > int(sequence) or identity_of(manifest) == sha
+
+
+def _locate_settled(storage: Storage, path: str) -> Located:
+    """What is at a path; what a save changes meanwhile is looked at again."""
     before: object = None
     for _ in range(_TRIES):
         state: list[object] = []

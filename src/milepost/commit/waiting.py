@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
 
 from milepost.commit.claim import Clock
 from milepost.commit.hidden import (
@@ -11,7 +15,10 @@ from milepost.commit.hidden import (
     beacon_name,
     failures,
     is_aborted,
+    join_hidden,
+    list_names,
     numbers,
+    opened,
     ranks_in,
     read_beacons,
 )
@@ -23,13 +30,70 @@ from milepost.errors import (
     EntryNotFoundError,
 )
 from milepost.manifest import MANIFEST_NAME
-from milepost.storage import Folder
+from milepost.storage import Folder, Storage
 
-__all__ = ["Wait", "raise_if_aborted", "timeout_error", "unseen_error"]
+__all__ = [
+    "Meeting",
+    "News",
+    "Outcome",
+    "Wait",
+    "is_undecided",
+    "raise_if_aborted",
+    "sees_rank",
+    "timeout_error",
+    "unseen_error",
+]
 
 HEARTBEAT_SECONDS = 5.0
 STALL_SECONDS = 30.0
 _FIRST_PAUSE_SECONDS = 0.005
+_NEWS_SECONDS = 0.02
+
+
+@dataclass
+class News:
+    """What a meeting knows of the other ranks beside what the folder shows.
+
+    Attributes:
+        arrived: Every rank has arrived.
+        identity: The checkpoint is committed: what `is_at_least` knows its manifest by.
+        failure: Why a rank failed.
+    """
+
+    arrived: bool = False
+    identity: str = ""
+    failure: BaseException | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to know."""
+        return self.arrived or bool(self.identity) or self.failure is not None
+
+
+class Outcome(msgspec.Struct):
+    """What is known at the end of a save that did not fail.
+
+    Attributes:
+        committed: The checkpoint is committed; else this rank's part is durable, and others are to come.
+        identity: As in `News`, where there was a meeting; "" if it is not known.
+        hidden: The others say that it is committed, but this host does not show it yet.
+    """
+
+    committed: bool = True
+    identity: str = ""
+    hidden: bool = False
+
+
+class Meeting(Protocol):
+    """Where the ranks of a save tell each other how far they are, beside the folder that they share."""
+
+    def arrive(self) -> None:
+        """This rank's part is durable."""
+
+    def poll(self) -> News:
+        """What is known of the others by now; never waits."""
+
+    def end(self, outcome: Outcome) -> None:
+        """The checkpoint is committed."""
 
 
 class Wait:
@@ -42,6 +106,10 @@ class Wait:
         timeout_seconds: How long it does.
         poll_seconds: The longest pause between two looks; the first ones are shorter.
         heartbeat: Called every few seconds: shows the others that this rank lives.
+        news: What the meeting knows; asked more often than the folder is looked at.
+
+    Attributes:
+        news: What it knew when it was last asked.
     """
 
     def __init__(
@@ -53,8 +121,10 @@ class Wait:
         timeout_seconds: float,
         poll_seconds: float,
         heartbeat: Callable[[], None],
+        news: Callable[[], News] | None = None,
     ) -> None:
         now = clock.monotonic()
+        self._ask, self.news = news, news() if news else News()
         self._clock, self._folder, self._rank, self._heartbeat = clock, folder, rank, heartbeat
         self._deadline = now + timeout_seconds
         self._longest = poll_seconds
@@ -75,14 +145,18 @@ class Wait:
         return self._rank == 0 or now - self._heard_at > STALL_SECONDS
 
     def pause(self) -> bool:
-        """Sleep a little; False when the time is over."""
+        """Sleep a little, or until there is news; False when the time is over."""
         now = self._clock.monotonic()
         if now >= self._deadline:
             return False
         if now >= self._beat_at:
             self._beat_at = now + HEARTBEAT_SECONDS
             self._heartbeat()
-        self._clock.sleep(min(self._pause, self._deadline - now))
+        end, known = min(now + self._pause, self._deadline), self.news
+        while now < end and self.news == known:
+            self._clock.sleep(min(end - now, _NEWS_SECONDS) if self._ask else end - now)
+            now = self._clock.monotonic()
+            self.news = self._ask() if self._ask else known
         self._pause = min(self._pause * 1.5, self._longest)
         return True
 
@@ -128,3 +202,23 @@ def unseen_error(path: str) -> CommitError:
         hint="was it removed, or does the file system show an old state of it? If it is there, "
         "`milepost doctor` tells what is in it",
     )
+
+
+def sees_rank(storage: Storage, path: str, attempt: str, rank: int, process: str) -> bool:
+    """Whether an attempt's folder, opened anew, shows what a process has written there as that rank."""
+    with opened(storage, join_hidden(path, attempt)) as folder:
+        beacon = read_beacons(folder, [beacon_name(rank)]).get(rank) if folder else None
+    return beacon is not None and beacon.process == process
+
+
+def is_undecided(storage: Storage, path: str, attempt: str) -> bool:
+    """Whether an attempt that has written its part may still be committed, or fail.
+
+    Raises:
+        AbortedError: Another rank has failed.
+    """
+    with opened(storage, join_hidden(path, attempt)) as folder:
+        names = list_names(folder) if folder else []
+        if folder:
+            raise_if_aborted(folder, names)
+        return bool(names) and MANIFEST_NAME not in names

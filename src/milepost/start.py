@@ -1,0 +1,284 @@
+"""A start: one life of a group of ranks, with an id that they agree on at a store that all of them reach.
+
+A store may outlive the ranks, as the one of torchrun's agent does, so what lies in it may be of ranks that
+are dead. A rank therefore trusts an answer only under a key as new as its question. Rank 0 answers in a
+thread of its own.
+
+    milepost/<ranks>/hello/<r>          rank r's random token, when it wants to know the start's id
+    milepost/answer/<token>             rank 0's answer: the id
+    milepost/<id>/joined/<token>        that rank has read it
+    milepost/<id>/go                    all ranks have, so that this id is the one of all of them
+    milepost/<id>/barrier/<n>           where rank 0 hosts the store of a barrier
+
+All other keys lie below a start's id: those of saves (`meeting`) and those of loads (`together`).
+
+Nothing here waits inside the store: a key is looked at again and again, so that neither the training, which
+may use the same store, nor another thread of ours ever waits for this one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from milepost.errors import CommitTimeoutError
+
+__all__ = ["Line", "Start", "StoreGoneError", "background", "ending", "group_store", "start_at"]
+
+logger = logging.getLogger(__name__)
+
+_KEPT_SAVES = 64
+"""So many saves that have ended keep their keys in the store."""
+
+
+class StoreGoneError(RuntimeError):
+    """The store does not answer; never leaves Milepost."""
+
+
+class Line:
+    """A connection to a store of this part of the process alone, for calls that do not wait.
+
+    Args:
+        store: A ``torch.distributed`` store.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        # A store written in Python may have no clone; torch before 2.8 has none at all.
+        with suppress(AttributeError, RuntimeError):
+            if hasattr(store, "clone"):
+                self._store = store.clone()
+            elif isinstance(store, dist.TCPStore):  # type: ignore[attr-defined]
+                self._store = dist.TCPStore(store.host, store.port, is_master=False)  # type: ignore[attr-defined]
+
+    def has(self, *keys: str) -> bool:
+        """Whether all of these keys are there."""
+        return bool(self._call("check", [*keys]))
+
+    def get(self, key: str) -> bytes | None:
+        """The value of a key, or None."""
+        value: bytes | None = self._call("get", key) if self.has(key) else None
+        return value
+
+    def set(self, key: str, value: str) -> None:
+        """Give a key a value."""
+        self._call("set", key, value)
+
+    def first(self, key: str, value: str) -> bytes:
+        """Give a key a value unless it has one; returns the one that it has."""
+        found: bytes = self._call("compare_set", key, "", value)
+        return found
+
+    def delete(self, key: str) -> None:
+        """Take a key away, where the store can."""
+        with suppress(StoreGoneError):
+            self._call("delete_key", key)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._store, name)(*arguments)
+        except Exception as error:
+            raise StoreGoneError(str(error).splitlines()[0] if str(error) else repr(error)) from error
+
+
+class Start:
+    """One life of a group of ranks, with an id that they agree on in the background.
+
+    Args:
+        store: Where they meet. It is not kept alive.
+        rank: This rank.
+        world_size: How many there are.
+
+    Attributes:
+        id: The id; "" until rank 0 has answered. It may still change until `wait` has returned True.
+        loads: The number of the last load that this rank took part in.
+        token: What this rank is known by until then.
+        absent: The ranks that have not asked for it yet, as far as can be told.
+        shared: Folders that were found to be shared.
+        barriers: How many barriers this rank has made whose address rank 0 tells the others.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        self.line = Line(store)
+        self.rank, self.world_size = rank, world_size
+        self.id = "" if rank else secrets.token_hex(8)
+        self.loads = 0
+        self.absent: list[int] = []
+        self.shared: set[str] = set()
+        self.barriers = 0
+        self._ended: deque[list[str]] = deque()
+        self._store = weakref.ref(store)
+        self.token = secrets.token_hex(8)
+        self._answered, self._agreed = threading.Event(), threading.Event()
+        background(lambda: self._run(self._join if rank else self._serve), "milepost-start")
+
+    def store(self) -> Any:
+        """The store; None if nobody uses it any more."""
+        return self._store()
+
+    def is_at(self, store: Any, rank: int, world_size: int) -> bool:
+        """Whether this is the start of that rank there."""
+        return store is self._store() and (rank, world_size) == (self.rank, self.world_size)
+
+    def key(self, *parts: object) -> str:
+        """A key below the start's id."""
+        return "/".join(["milepost", self.id, *map(str, parts)])
+
+    def wait_for_answer(self, timeout_seconds: float) -> bool:
+        """Whether rank 0 has answered within the time."""
+        return self.rank == 0 or self._answered.wait(timeout_seconds)
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Whether the id is known (within the time): at once on rank 0, else when all ranks know it."""
+        return self.rank == 0 or self._agreed.wait(timeout_seconds)
+
+    def tell_address(self, timeout_seconds: float) -> tuple[str, int]:
+        """An address at which rank 0 may host a store: each rank's n-th call returns rank 0's n-th.
+
+        Raises:
+            CommitTimeoutError: Rank 0 has not called this within the time.
+        """
+        self.barriers += 1
+        deadline, word = time.monotonic() + timeout_seconds, None
+        with suppress(StoreGoneError):
+            if self.rank == 0:
+                with socket.create_server(("", 0)) as probe:
+                    port = probe.getsockname()[1]
+                host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+                self.line.set(self.key("barrier", self.barriers), json.dumps([host, port]))
+            elif not self.wait(timeout_seconds):
+                deadline = 0
+            while (word := self.line.get(self.key("barrier", self.barriers))) is None:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.01)
+        if word is None:
+            raise CommitTimeoutError(
+                f"rank 0 has not made its barrier within {timeout_seconds:g} s",
+                rank=self.rank,
+                phase="barrier",
+                hint="make the checkpointer on every rank, or give barrier_args",
+            )
+        host, port = json.loads(word)
+        return host, port
+
+    def retire(self, keys: list[str]) -> None:
+        """Delete the keys of a save long over. The others have read them: ranks save one after the other."""
+        self._ended.append(keys)
+        if len(self._ended) > _KEPT_SAVES:
+            for key in self._ended.popleft():
+                self.line.delete(key)
+
+    def _hello(self, rank: int) -> str:
+        return f"milepost/{self.world_size}/hello/{rank}"
+
+    def _run(self, work: Callable[[], bool]) -> None:
+        """Do a piece of work again and again until it says that it is done, or nobody needs it any more."""
+        pause = 0.001
+        try:
+            while not work():
+                if ending.wait(pause) or self._store() is None:
+                    return
+                pause = min(pause * 1.5, 0.25)
+                if pause == 0.25:
+                    ranks = range(1, self.world_size)
+                    self.absent = [rank for rank in ranks if not self.line.has(self._hello(rank))]
+        except StoreGoneError as error:
+            logger.debug("the store at which ranks agree on a start is gone: %s", error)
+        else:
+            self._agreed.set()
+
+    def _serve(self) -> bool:
+        """As rank 0: answer those who have asked. A token may be a dead rank's: look until it is read."""
+        joined = True
+        for rank in range(1, self.world_size):
+            token = self.line.get(self._hello(rank))
+            name = (token or b"").decode()
+            if not token or not self.line.has(self.key("joined", name)):
+                joined = False
+                if token:
+                    self.line.set(f"milepost/answer/{name}", self.id)
+        if joined:
+            self.line.set(self.key("go"), "")
+        return joined
+
+    def _join(self) -> bool:
+        """As another rank: ask, and read the answer again until all have, as it may be a dead rank 0's."""
+        if self.line.get(self._hello(self.rank)) != self.token.encode():
+            self.line.set(self._hello(self.rank), self.token)
+        answer = self.line.get(f"milepost/answer/{self.token}")
+        if answer is None:
+            return False
+        if answer.decode() != self.id:
+            self.id, self.loads = answer.decode(), 0
+            self._answered.set()
+        self.line.set(self.key("joined", self.token), "")
+        return self.line.has(self.key("go"))
+
+
+_starts: list[Start] = []
+_starts_lock = threading.Lock()
+ending = threading.Event()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def _end() -> None:
+    """No thread of ours is inside a store when the interpreter goes."""
+    ending.set()
+    for thread in [*_threads]:
+        thread.join(5)
+
+
+def background(work: Callable[[], None], name: str) -> threading.Thread:
+    """Have a piece of work done in a thread that uses a store, and has to end when `ending` is set."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    _threads.add(thread)
+    thread.start()
+    return thread
+
+
+def _forget_starts() -> None:
+    global _starts_lock  # noqa: PLW0603 - locks belong to a process
+    _starts_lock = threading.Lock()
+    _starts.clear()
+
+
+atexit.register(_end)
+os.register_at_fork(after_in_child=_forget_starts)
+
+
+def start_at(store: Any, rank: int, world_size: int) -> Start | None:
+    """This process's start at a store, which is begun if there is none; None if the store does not work."""
+    with _starts_lock:
+        _starts[:] = [start for start in _starts if start.store() is not None]
+        for start in _starts:
+            if start.is_at(store, rank, world_size):
+                return start
+        try:
+            Line(store).has("milepost")
+        except StoreGoneError:
+            return None
+        _starts.append(Start(store, rank, world_size))
+        return _starts[-1]
+
+
+def group_store(rank: int, world_size: int) -> Any:
+    """The store of the default process group, if this is that rank of it and its ranks are processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    if (dist.get_rank(), dist.get_world_size()) != (rank, world_size) or "fake" in str(dist.get_backend()):
+        return None
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
