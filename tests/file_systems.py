@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from background import wait_until
 from scenarios import in_child
 
@@ -82,6 +83,7 @@ def run_on(file_system: FileSystem, work: Callable[[str], None], *, seconds: flo
 
         def first_process() -> None:
             _die_with_parent()
+            torch.set_num_threads(1)
             _run("mount", "--make-rprivate", "/")
             _run("mount", "-t", "proc", "proc", "/proc")
             _run("mount", "-t", "tmpfs", "-o", "size=2g,mode=755", "scratch", scratch)

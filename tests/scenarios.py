@@ -259,7 +259,7 @@ def torch_save(storage: Storage, path: str, state: Any) -> None:
 
 
 def in_child(work: Callable[[], Any], seconds: float | None = None) -> int:
-    """Run `work` in a forked child; its exit code, negative for a signal. Torch has one thread in it.
+    """Run `work` in a forked child; its exit code, negative for a signal. Torch must stay single-threaded.
 
     A child that takes longer than `seconds` is killed, and that is a failure.
     """
@@ -269,7 +269,6 @@ def in_child(work: Callable[[], Any], seconds: float | None = None) -> int:
     if pid == 0:
         code = 1
         try:
-            torch.set_num_threads(1)  # those of the parent are not there, and torch would wait for them
             work()
             code = 0
         except BaseException:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import _weights_only_unpickler as restricted
 
@@ -92,8 +92,27 @@ class _StorageOf:
     tensor: torch.Tensor
 
 
-_UNPICKLING = threading.RLock()
-"""Held while torch's list of sparse tensors to validate, and its switch for that, are in use."""
+def _indices_fit(tensor: torch.Tensor) -> bool:
+    """Whether a sparse tensor's indices lie in it; by numpy, as torch's threads hang in a forked process."""
+    shape = np.array(tensor.shape)
+    if tensor.layout is torch.sparse_coo:
+        inner = tensor._indices().cpu().numpy()  # noqa: SLF001 - of tensors that are not coalesced, too
+        return bool(((inner >= 0) & (inner < shape[: len(inner), None])).all())
+    by_rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    names = ("crow_indices", "col_indices") if by_rows else ("ccol_indices", "row_indices")
+    ends, inner = (getattr(tensor, name)().cpu().numpy() for name in names)
+    batch, values = ends.ndim - 1, tensor.values().shape
+    blocked = tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
+    grid = shape[batch : batch + 2] // (values[batch + 1 : batch + 3] if blocked else 1)
+    outer, within = grid if by_rows else grid[::-1]
+    return bool(
+        ends.shape == (*shape[:batch], outer + 1)
+        and inner.shape == values[: batch + 1] == (*ends.shape[:-1], inner.shape[-1])
+        and (ends[..., 0] == 0).all()
+        and (ends[..., :-1] <= ends[..., 1:]).all()
+        and (ends[..., -1] == inner.shape[-1]).all()
+        and ((inner >= 0) & (inner < within)).all()
+    )
 
 
 def unpickle_object(data: bytes, storage_of: Callable[[int], torch.UntypedStorage]) -> Any:
@@ -115,16 +134,14 @@ def unpickle_object(data: bytes, storage_of: Callable[[int], torch.UntypedStorag
 
     unpickler: Any = restricted.Unpickler(io.BytesIO(data), encoding="utf-8")
     unpickler.persistent_load = persistent_load
-    utils: Any = torch._utils  # noqa: SLF001 - as torch.load does
-    checked: Any = torch.sparse.check_sparse_tensor_invariants
-    with _UNPICKLING:
-        try:
-            value = unpickler.load()
-            if not any(storage.device.type == "meta" for storage, _ in given):  # indices without data
-                with checked():
-                    utils._validate_loaded_sparse_tensors()  # noqa: SLF001
-        finally:
-            utils._sparse_tensors_to_validate.clear()  # noqa: SLF001
+    utils: Any = torch._utils  # noqa: SLF001 - where torch.load notes what it has to validate
+    pending: list[torch.Tensor] = utils._sparse_tensors_to_validate  # noqa: SLF001
+    try:
+        value = unpickler.load()
+        if not all(tensor.is_meta or _indices_fit(tensor) for tensor in pending):
+            raise ValueError("the indices of a sparse tensor lead out of it")
+    finally:
+        pending.clear()
     if any(storage.nbytes() != size for storage, size in given):  # torch enlarges what is too small
         raise ValueError("a tensor in it reaches beyond its storage")
     return value

@@ -50,6 +50,7 @@ def trainer(tmp_path, work, hook=None):
     """Run a trainer in a process of its own that saves and is killed; the writer's pid is in a file."""
 
     def train():
+        torch.set_num_threads(1)
         checkpointer = make(hook)
         (tmp_path / "pid").write_text(str(checkpointer._process.process.pid))
         work(checkpointer)

@@ -387,6 +387,13 @@ def test_what_torch_cannot_map_is_refused_with_a_way_out(plain):
         load(plain, map_location="nowhere")
 
 
+def test_sparse_tensors_load_in_a_forked_process(tmp_path):
+    """A forked process saves and loads sparse tensors: it waits for no thread that it lacks."""
+    sparse = {"coo": torch.eye(3).to_sparse(), "csr": torch.eye(3).to_sparse_csr()}
+    torch.ones(1 << 22).sum()  # starts these threads
+    assert in_child(lambda: round_trip(tmp_path, sparse), 60) == 0
+
+
 def test_sparse_tensors_load_to_meta_devices(tmp_path):
     """A sparse tensor of a checkpoint has no indices to validate on a meta device, and loads there."""
     loaded = round_trip(tmp_path, {"coo": torch.eye(3).to_sparse()}, map_location="meta")

@@ -99,6 +99,26 @@ VALUES = {
 }
 
 
+def compressed(ends, indices, shape, layout=torch.sparse_csr):
+    values = torch.ones(len(indices))
+    parts = torch.tensor(ends), torch.tensor(indices), values, shape
+    return torch.sparse_compressed_tensor(*parts, layout=layout, check_invariants=False)
+
+
+VALUES |= {
+    f"sparse {name}": lambda parts=parts: compressed(*parts)
+    for name, parts in {
+        "column out of range": ([0, 1, 2, 3], [0, 1, 3], (3, 3)),
+        "negative column": ([0, 1, 2, 3], [0, -1, 2], (3, 3)),
+        "rows beyond the values": ([0, 1, 2, 4], [0, 1, 2], (3, 3)),
+        "rows that go back": ([0, 5, 2, 3], [0, 1, 2], (3, 3)),
+        "rows that begin late": ([1, 1, 2, 3], [0, 1, 2], (3, 3)),
+        "rows that are too few": ([0, 1, 2], [0, 1], (3, 3)),
+        "row out of range": ([0, 1, 2, 3], [0, 1, 2], (2, 3), torch.sparse_csc),
+    }.items()
+}
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_values_that_could_not_be_read_back_are_refused(tmp_path, name):
     """A value that could not be read back safely is an error that names its key; nothing is written."""
