@@ -59,6 +59,7 @@ DECODERS: dict[str, Callable[[Node], Any]] = {
 }
 """The value of each kind of node that Python has, containers aside."""
 
+_CONTAINERS = ("list", "tuple", "set", "dict", "ordered", "default")
 _KEY_TAGS = {*DECODERS, "tuple", "dtype", "device", "size", "scalar"}
 
 
@@ -79,10 +80,10 @@ def check_tree(root: Node, *, tensors: int = 0, records: Sequence[int] = ()) -> 
     try:
         while stack:
             node, depth, key = stack.pop()
-            if depth > MAX_DEPTH + 1:
-                raise ValueError(f"the tree is nested more than {MAX_DEPTH} deep")
             check_node(node, key=key)
             tag = node[0]
+            if depth > MAX_DEPTH + (tag not in _CONTAINERS):
+                raise ValueError(f"the tree is nested more than {MAX_DEPTH} deep")
             if tag in ("tensor", "array", "blob", "object"):
                 _check_reference(node, tensors, records)
             elif tag in ("list", "tuple", "set"):
