@@ -48,6 +48,9 @@ test-chaos: $(STAMP) ## kills by ckpt-chaos at every file event of trainer and w
 	$(BIN)/python -m pip install --quiet -c constraints.txt ckpt-chaos
 	$(BIN)/python -m pytest -m slow -n 0 tests/faults/test_ckpt_chaos.py $(PYTEST_ARGS)
 
+test-storm: $(STAMP) ## jobs of three ranks under SIGKILL, SIGSTOP and SIGCONT (STORM_ROUNDS=, STORM_SEED=)
+	$(BIN)/python -m pytest -m slow -n 0 -o faulthandler_timeout=3700 tests/faults/test_storm.py $(PYTEST_ARGS)
+
 cov: $(STAMP) ## the tests with branch coverage, child processes included
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -m "not slow" $(PYTEST_ARGS)
