@@ -50,6 +50,8 @@ LIMIT = 3
 """The time limit in rounds where a rank stands still for longer."""
 LONG = float("inf")
 """How long a rank stands still there: until the others know what has become of the save."""
+SLACK = 15
+"""How many seconds more than the limit it may take until they know."""
 PATIENCE = 60
 """Seconds that a round may take."""
 KEPT = 4
@@ -112,14 +114,14 @@ def plan(number, choose, folder, reports):
     found = Round(number, folder, reports, choose.random() < 0.7, store, choose.choice([0, 0.05, 0.5]))
     processes = ["trainer", "writer"] if found.background else ["trainer"]
 
-    def blow(who, stopped=0.0):
+    def blow(who, stopped=0.0, last=STEPS):
         delay = choose.choice([0, 0.01, 0.03, 0.1]) * choose.random()
-        found.blows.append(Blow(choose.randint(1, STEPS), choose.randrange(WORLD), delay, who, stopped))
+        found.blows.append(Blow(choose.randint(1, last), choose.randrange(WORLD), delay, who, stopped))
 
     kind = choose.choice(["calm", "trainer", "trainer", "trainer", "job", "long"])
     if kind == "long":
         found.limit = LIMIT
-        blow(choose.choice(processes), LONG)
+        blow(choose.choice(processes), LONG, STEPS - 2)
         return found
     for _ in range(choose.randint(0, 3)):
         blow(choose.choice(processes), choose.choice([0.02, 0.2, 0.6]))
@@ -257,6 +259,7 @@ class Weather:
         self._writer = [0] * WORLD
         self._actions, self._order = [], itertools.count()
         self._stopped, self._long = set(), None
+        self.late = False
         self._answers = {n: set() for n in range(1, STEPS + 1)}
         self._rest = b""
 
@@ -324,12 +327,17 @@ class Weather:
         if blow.stopped == LONG:
             self._long = blow
             self._end_long()
+            self._in(LIMIT + SLACK, partial(self._end_long, late=True))
         else:
             self._in(blow.stopped, lambda: self._go_on(pids))
 
-    def _end_long(self):
-        """What stands still goes on when the others know what has become of the save."""
-        if self._long is not None and len(self._answers[self._long.step] | {self._long.rank}) == WORLD:
+    def _end_long(self, *, late=False):
+        """What stands still goes on when the others know what has become of the save, or should know."""
+        if self._long is None:
+            return
+        known = len(self._answers[self._long.step] | {self._long.rank}) == WORLD
+        self.late = late and not known
+        if known or late:
             self._long = None
             self._go_on(set(self._stopped))
 
@@ -408,7 +416,10 @@ class Storm:
         answers = {"told": set(), "failed": {}}
         weather = Weather(job, todo, end, partial(self._hear, todo, answers))
         self._running[slot] = weather
-        if not weather.run():
+        in_time = weather.run()
+        if weather.late:
+            self.bad.append(f"round {number}: {LIMIT + SLACK} s were not enough to learn that a rank is late")
+        if not in_time:
             logs = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(job.logs()))
             self.bad.append(f"round {number}: not over within {PATIENCE} s\n{logs}")
         self._judge_round(todo, answers)
@@ -426,6 +437,7 @@ class Storm:
             self.told[path] = max(self.told.get(path, 0), value)
         elif what == "failed":
             answers["failed"][value % 100, rank] = text
+            self.counts["failures told"] += 1
         elif what == "deletes":
             self.deleted.add(path)
         elif what == "loaded":
