@@ -23,9 +23,9 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import pytest
-from background import is_running
 from ports import free_port
 from test_rank_kills import WORLD, Launcher, _agent_store, differences, full_state, join, state_of
 
@@ -63,9 +63,9 @@ class Blow:
     """A signal.
 
     Attributes:
-        step: It comes in the n-th step of the job,
-        rank: in that of this rank,
-        delay: so many seconds after it has begun.
+        step: The number of the step in which it comes, from 1 in each job.
+        rank: The rank that it hits.
+        delay: How many seconds after that rank has begun that step it comes.
         who: "trainer", "writer", or "job": all trainers and writers.
         stopped: For how long a process is stopped, in seconds, or LONG; 0 to kill it.
     """
@@ -85,12 +85,12 @@ class Round:
         number: Its number; a step's values tell in which round it was saved.
         folder: Where the checkpoints are.
         reports: The FIFO through which the ranks report.
-        background: Saves in the background.
+        background: Whether it saves in the background.
         store: Where the ranks meet: "kept" is the store of an agent that outlives the ranks, and the
             rounds; "new" is that of a new agent, and "rank 0" is in that rank.
         grace: How long the launcher lets the others live when a trainer was killed, in seconds.
         limit: The time limit, if it is set.
-        blows: What happens.
+        blows: The signals.
     """
 
     number: int
@@ -236,24 +236,27 @@ class Trainer:
 # -- the storm ---------------------------------------------------------------------------------------------
 
 
-def send(number, pids):
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+def parent(pid):
+    """The pid of a process's parent; None where it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        state, above, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else int(above)
 
 
 class Weather:
     """The signals of one round.
 
     Args:
-        job: What is hit.
-        plan: How.
+        launcher: The pid of the trainers' parent, which adopts their writers.
+        job: The processes that are hit.
+        plan: The round, with its signals.
         fifo: The end of the reports' FIFO that is read.
         heard: Called with each report.
     """
 
-    def __init__(self, job, plan, fifo, heard):
+    def __init__(self, launcher, job, plan, fifo, heard):
         self.job, self.plan, self._fifo, self._heard = job, plan, fifo, heard
+        self._launcher = launcher
         self.counts = Counter()
         self.writers = set()
         self._writer = [0] * WORLD
@@ -266,10 +269,10 @@ class Weather:
     def run(self):
         """Until no trainer runs; whether that was in time."""
         end = time.monotonic() + PATIENCE
-        while any(map(is_running, self.job.pids)):
+        while any(parent(pid) == self._launcher for pid in self.job.pids):
             now = time.monotonic()
             if now > end:
-                send(signal.SIGUSR1, self.job.pids)  # they write down where they are
+                self._send(signal.SIGUSR1, self.job.pids)  # they write down where they are
                 time.sleep(1)
                 self.kill_all()
             while self._actions and self._actions[0][0] <= now:
@@ -282,10 +285,19 @@ class Weather:
         return time.monotonic() <= end
 
     def kill_all(self):
-        send(signal.SIGKILL, [*self.job.pids, *self.writers])
+        self._send(signal.SIGKILL, [*self.job.pids, *self.writers])
 
     def close(self):
         os.close(self._fifo)
+
+    def _send(self, number, pids):
+        """Send a signal to those of these processes that run (a pid may be another process's by now)."""
+        for pid in pids:
+            above = parent(pid)
+            ours = above in self.job.pids and parent(above) == self._launcher
+            if ours or above == self._launcher:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def _in(self, seconds, action):
         heapq.heappush(self._actions, (time.monotonic() + seconds, next(self._order), action))
@@ -318,11 +330,11 @@ class Weather:
         )
         self.counts[f"SIG{'STOP' if blow.stopped else 'KILL'} to {blow.who}s"] += bool(pids)
         if not blow.stopped:
-            send(signal.SIGKILL, pids)
+            self._send(signal.SIGKILL, pids)
             if blow.who == "trainer":
-                self._in(self.plan.grace, lambda: send(signal.SIGKILL, self.job.pids))
+                self._in(self.plan.grace, lambda: self._send(signal.SIGKILL, self.job.pids))
             return
-        send(signal.SIGSTOP, pids)
+        self._send(signal.SIGSTOP, pids)
         self._stopped |= pids
         if blow.stopped == LONG:
             self._long = blow
@@ -342,7 +354,7 @@ class Weather:
             self._go_on(set(self._stopped))
 
     def _go_on(self, pids):
-        send(signal.SIGCONT, pids)
+        self._send(signal.SIGCONT, pids)
         self.counts["SIGCONT"] += len(pids)
         self._stopped -= pids
 
@@ -414,7 +426,8 @@ class Storm:
                     store.delete_key(key)
         job = self._launchers[slot].start(f"{self.root}/{slot}", train, todo, store=store, **where)
         answers = {"told": set(), "failed": {}}
-        weather = Weather(job, todo, end, partial(self._hear, todo, answers))
+        launcher = self._launchers[slot]._process.pid
+        weather = Weather(launcher, job, todo, end, partial(self._hear, todo, answers))
         self._running[slot] = weather
         in_time = weather.run()
         if weather.late:
