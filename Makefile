@@ -17,8 +17,8 @@ GAZETTEER := $(MAKE) -C gazetteer VENV=$(GAZETTEER_VENV) PYTHON=$(PYTHON)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-slow test-filesystems cov check lint types docs bench fmt fmt-check size \
-	gazetteer gazetteer-demo clean
+.PHONY: help setup demo demo-distributed test test-slow test-filesystems test-chaos test-storm cov check \
+	lint types docs bench fmt fmt-check size gazetteer gazetteer-demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -46,6 +46,13 @@ test-slow: $(STAMP) ## soaks and long property runs only
 
 test-filesystems: $(STAMP) ## saves on every kind of file system that root can mount here
 	$(BIN)/python -m pytest -n $(WORKERS) --timeout 900 -o faulthandler_timeout=1000 tests/filesystems $(PYTEST_ARGS)
+
+test-chaos: $(STAMP) ## kills by ckpt-chaos at every file event of trainer and writer
+	$(BIN)/python -m pip install --quiet -c constraints.txt ckpt-chaos
+	$(BIN)/python -m pytest -m slow -n 0 tests/faults/test_ckpt_chaos.py $(PYTEST_ARGS)
+
+test-storm: $(STAMP) ## jobs of three ranks under SIGKILL, SIGSTOP and SIGCONT (STORM_ROUNDS=, STORM_SEED=)
+	$(BIN)/python -m pytest -m slow -n 0 -o faulthandler_timeout=3700 tests/faults/test_storm.py $(PYTEST_ARGS)
 
 cov: $(STAMP) ## the tests with branch coverage, child processes included
 	$(BIN)/python -m coverage erase

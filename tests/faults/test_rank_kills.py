@@ -86,9 +86,12 @@ class Launcher:
         self._process.wait(PATIENCE)
         self._process.stdout.close()
 
-    def start(self, folder, work, *arguments, ranks=None, world=WORLD, **environment):
-        """Start a process for each of the ranks (by default all), to call ``work(*arguments)``."""
-        store = _agent_store()
+    def start(self, folder, work, *arguments, ranks=None, world=WORLD, store=None, **environment):
+        """Start a process for each of the ranks (by default all), to call ``work(*arguments)``.
+
+        ``store`` is the agent's store of an earlier start; by default it is a new one.
+        """
+        store = store or _agent_store()
         number = next(self._numbers)
         folder = f"{folder}/job-{number}"
         os.mkdir(folder)
@@ -126,11 +129,15 @@ class Job:
     def kill(self, number):
         os.kill(self.pids[number], signal.SIGKILL)
 
+    def logs(self):
+        """What each process has written last."""
+        return [Path(f"{self.folder}/{n}.log").read_text()[-3000:] for n in range(len(self.pids))]
+
     def wait(self):
         """What each process returned, the exception that it raised, or KILLED."""
         codes, late = pickle.load(self.replies)
         self.store = None
-        logs = "\n".join(Path(f"{self.folder}/{n}.log").read_text()[-3000:] for n in range(len(self.pids)))
+        logs = "\n".join(self.logs())
         assert not late, f"not over within {PATIENCE} seconds:\n{logs}"
         found = []
         for number, pid in enumerate(self.pids):
