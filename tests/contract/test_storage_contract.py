@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from memory_storage import MemoryStorage
+from power import RecordingStorage
 
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
-from milepost.testing import FaultyStorage, RecordingStorage, StorageContract
+from milepost.testing import FaultyStorage, StorageContract
 
 
 class _OnDisk(StorageContract):

@@ -19,9 +19,9 @@ from commit_steps import (
     save,
     tree,
 )
+from memory_storage import MemoryStorage
 
 from milepost.commit import clean_up, roll_forward
-from milepost.storage.memory import MemoryStorage
 
 PATH = "/run/step"
 NOTES = {"notes.txt": b"mine", "plots/a/loss.png": b"png", "vocab/mine.txt": b"also mine"}

@@ -18,10 +18,10 @@ from commit_steps import (
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from memory_storage import MemoryStorage
 
 from milepost.commit import clean_up, roll_forward
 from milepost.errors import StorageError
-from milepost.storage.memory import MemoryStorage
 from milepost.testing import FaultyStorage
 
 PATH = "/run/step"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from commit_steps import NoExchange, Wrapper, arrive, content, loaded_step, make_folders, put, save, tree
+from memory_storage import MemoryStorage
+from power import RecordingStorage, disk_states
 
 from milepost.errors import MilepostError
-from milepost.storage.memory import MemoryStorage
-from milepost.testing import RecordingStorage, disk_states
 
 PATH = "/run/step"
 NOTES = {"notes.txt": b"mine", "plots/loss.png": b"png", "vocab/mine.txt": b"also mine"}

@@ -24,11 +24,11 @@ from commit_steps import (
     save,
     tree,
 )
+from memory_storage import MemoryStorage
 
 from milepost.commit import clean_up, roll_forward
 from milepost.errors import AbortedError
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.testing import FaultyStorage
 
 PATH = "/run/step"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from memory_storage import MemoryStorage
+from power import RecordingStorage, disk_states
 from scenarios import SCENARIOS
 
 from milepost.errors import MilepostError
-from milepost.storage.memory import MemoryStorage
-from milepost.testing import RecordingStorage, disk_states
 
 TEARABLE = {"write", "size"}
 

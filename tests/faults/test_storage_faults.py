@@ -11,11 +11,11 @@ import subprocess
 import sys
 
 import pytest
+from memory_storage import MemoryStorage
 
 from milepost import syscalls
 from milepost.errors import StorageError
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.storage.writing import Ring, publish_bytes, write_bytes, write_stream
 from milepost.testing import MUTATIONS, FaultyStorage
 
@@ -92,11 +92,12 @@ def test_each_operation_failing_in_turn(tmp_path, number, times):
     assert current(LocalStorage(), folder) == NEW
 
 
+TESTS = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
 KILLED = """
 import pickle, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 from test_storage_faults import save
-save(pickle.load(sys.stdin.buffer), sys.argv[2])
+save(pickle.load(sys.stdin.buffer), sys.argv[1])
 """
 
 
@@ -109,7 +110,7 @@ def test_a_kill_at_each_operation(tmp_path, way):
         prepare(LocalStorage(), folder)
         faulty = FaultyStorage(LocalStorage(), counts=MUTATIONS).fail_at(at, way)
         done = subprocess.run(
-            [sys.executable, "-P", "-c", KILLED, os.path.dirname(__file__), folder],
+            [sys.executable, "-P", "-c", KILLED, folder, *TESTS],
             input=pickle.dumps(faulty),
             check=False,
         )

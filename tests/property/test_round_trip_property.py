@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from memory_storage import MemoryStorage
 from states import assert_same, sharing, tensors_in
 
 from milepost.checkpoint_reader import CheckpointReader
@@ -19,7 +20,6 @@ from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import StateError
 from milepost.nodes import check_tree
-from milepost.storage.memory import MemoryStorage
 from milepost.tree import TreeDecoder, TreeEncoder
 from milepost.types import RankInfo
 

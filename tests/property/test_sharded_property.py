@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory_storage import MemoryStorage
 from states import bytes_tensor, raw_bytes, torch_parts
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -32,7 +33,6 @@ from milepost.config import CheckpointWriterConfig
 from milepost.errors import CorruptCheckpointError
 from milepost.manifest import decode_index
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.types import RankInfo
 from milepost.verify import verify
 

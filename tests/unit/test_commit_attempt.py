@@ -20,6 +20,7 @@ from commit_steps import (
     save,
     tree,
 )
+from memory_storage import MemoryStorage
 
 from milepost.commit import (
     Attempt,
@@ -36,7 +37,6 @@ from milepost.commit.hidden import read_beacons
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, StorageError
 from milepost.manifest import DataFile, encode_index
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.testing import FaultyStorage
 
 PATH = "/run/step"

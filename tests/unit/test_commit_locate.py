@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 from commit_steps import Wrapper, arrive, content, loaded_step, make_folders, put, save, tree
+from memory_storage import MemoryStorage
 
 from milepost.commit import Attempt, explain, locate, scan
 from milepost.errors import (
@@ -19,7 +20,6 @@ from milepost.errors import (
 )
 from milepost.manifest import encode_manifest
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.testing import FaultyStorage
 
 PATH = "/run/step-100"

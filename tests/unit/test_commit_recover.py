@@ -21,13 +21,13 @@ from commit_steps import (
     save,
     tree,
 )
+from memory_storage import MemoryStorage
 
 from milepost.commit import Attempt, clean_up, roll_forward
 from milepost.commit.hidden import join_hidden
 from milepost.commit.removal import remove_tree
 from milepost.errors import StorageError
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.testing import MUTATIONS, FaultyStorage
 
 PATH = "/run/step"

@@ -6,6 +6,7 @@ import os
 
 import pytest
 from commit_steps import Wrapper, assert_clean, content, hidden, loaded_step, make_folders, put, save, tree
+from memory_storage import MemoryStorage
 
 from milepost.commit import check_target
 from milepost.commit.hidden import join_hidden, siblings
@@ -13,7 +14,6 @@ from milepost.errors import StorageError, TargetError
 from milepost.manifest import data_name
 from milepost.storage import Stat
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 
 LOCAL = LocalStorage()
 

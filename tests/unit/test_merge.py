@@ -16,6 +16,7 @@ import torch.distributed as dist
 from forge import Forge, dump, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory_storage import MemoryStorage
 from states import raw_bytes
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -30,7 +31,6 @@ from milepost.config import CheckpointWriterConfig
 from milepost.errors import CommitError, CorruptCheckpointError, MismatchError
 from milepost.shards import decode_shard_map
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.types import RankInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_storage import MemoryStorage
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ConfigError, MismatchError
 from milepost.names import Names, matcher
-from milepost.storage.memory import MemoryStorage
 from milepost.types import RankInfo
 
 _paths = itertools.count()

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
+from memory_storage import MemoryStorage
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -22,7 +23,6 @@ from milepost.errors import CheckpointNotFoundError, ConfigError, MismatchError,
 from milepost.manifest import decode_index
 from milepost.placements import Replicated, placed, ranges
 from milepost.reshard import Piece
-from milepost.storage.memory import MemoryStorage
 from milepost.types import RankInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

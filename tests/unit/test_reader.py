@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
+from memory_storage import MemoryStorage
 from scenarios import descriptors, in_child
 from states import (
     assert_same,
@@ -36,7 +37,6 @@ from milepost.errors import (
     IncompleteCheckpointError,
     MismatchError,
 )
-from milepost.storage.memory import MemoryStorage
 from milepost.types import RankInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

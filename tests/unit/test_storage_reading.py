@@ -10,11 +10,11 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_storage import MemoryStorage
 
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, StorageError
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.storage.reading import Damage, Part, default_threads, read_parts, scan_file
 from milepost.storage.writing import Ring
 

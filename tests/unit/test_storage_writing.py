@@ -8,10 +8,10 @@ import threading
 import weakref
 
 import pytest
+from memory_storage import MemoryStorage
 
 from milepost import syscalls
 from milepost.errors import EntryExistsError, StorageError
-from milepost.storage.memory import MemoryStorage
 from milepost.storage.writing import Ring, join, publish_bytes, write_bytes, write_stream
 from milepost.testing import MUTATIONS, FaultyStorage
 

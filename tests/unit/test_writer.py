@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from memory_storage import MemoryStorage
 from states import assert_same, data_file, index_of, load, manifest_of, save
 
 from milepost import checkpoint_writer
@@ -21,7 +22,6 @@ from milepost.checkpoint_writer import (
     partial_directory,
 )
 from milepost.errors import ClosedError, CommitError, MilepostError, PostCommitError, StateError, TargetError
-from milepost.storage.memory import MemoryStorage
 from milepost.testing import FaultyStorage
 from milepost.tree import TreeDecoder
 from milepost.types import RankInfo

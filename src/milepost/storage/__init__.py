@@ -1,8 +1,7 @@
 """What Milepost asks of a place where checkpoints live.
 
 `Storage` is a file system cut down to what a crash-safe commit needs. Paths are absolute ``str``.
-Three implementations: `milepost.storage.local` (the real one), `milepost.storage.memory` (tests), and
-wrappers in `milepost.testing` that record or fail operations.
+`milepost.storage.local` is the real one; `milepost.testing` has a wrapper whose operations fail.
 
 Every failed operation raises `StorageError`, which is also an ``OSError`` with the ``errno`` of the
 cause and names the operation and the path. ``EINTR`` never gets out; a short write is continued.

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from memory_storage import MemoryStorage
+
 from milepost.storage import Folder, Lock, NewFile, RenameMode, Stat, Storage
-from milepost.storage.memory import MemoryStorage
 
 __all__ = ["Event", "RecordingStorage", "copy_out", "disk_states"]
 

@@ -59,7 +59,7 @@ class _MemoryNewFile:
             content[offset : offset + len(data)] = data
             self._node.modified_seconds = time.time()
 
-    def finish(self, size: int, *, sync: bool = True) -> None:  # noqa: ARG002 - memory is never durable
+    def finish(self, size: int, *, sync: bool = True) -> None:
         with self._node.guard:
             if not self._open:
                 raise _error(errno.EBADF, "finish", self._path)
@@ -99,7 +99,7 @@ class _MemoryOpenFile:
         length = max(min(len(buffer), self.size - offset), 0)
         self.read_into(offset, [buffer[:length]])
 
-    def cached(self, offset: int, length: int) -> bool:  # noqa: ARG002 - all of it is, always
+    def cached(self, offset: int, length: int) -> bool:
         return True
 
     def map(self) -> memoryview | None:
@@ -195,7 +195,7 @@ class MemoryStorage:
         self._guard = threading.RLock()
         self._root = _Node("folder", self._guard)
 
-    def create(self, path: str, *, direct: bool = False) -> _MemoryNewFile:  # noqa: ARG002 - no cache here
+    def create(self, path: str, *, direct: bool = False) -> _MemoryNewFile:
         node = _Node("file", self._guard)
         parent, name = self._add(path, node, "create")
         return _MemoryNewFile(path, parent, name, node)

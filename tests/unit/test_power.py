@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from memory_storage import MemoryStorage
+from power import RecordingStorage, copy_out, disk_states
 
 from milepost.errors import StorageError
 from milepost.storage.local import LocalStorage
-from milepost.storage.memory import MemoryStorage
 from milepost.storage.writing import publish_bytes, write_bytes
-from milepost.testing import FaultyStorage, RecordingStorage, copy_out, disk_states
+from milepost.testing import FaultyStorage
 
 
 def tree(storage, path="/"):
