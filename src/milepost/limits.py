@@ -21,6 +21,7 @@ __all__ = [
     "MAX_EQUAL_HASHES",
     "MAX_INDEX_BYTES",
     "MAX_INT",
+    "MAX_METADATA_BYTES",
     "MAX_NAME",
     "MAX_OBJECT_DEPTH",
     "MAX_OBJECT_WORK",
@@ -40,6 +41,9 @@ MAX_DEPTH = 200
 
 MAX_INDEX_BYTES = 1 << 30
 """An index has no more bytes."""
+
+MAX_METADATA_BYTES = 1 << 26
+"""The metadata of a save have no more bytes: every index has them, and the manifest."""
 
 MAX_NODES = 1 << 26
 """An index has no more JSON arrays, which is what the nodes of a tree are."""

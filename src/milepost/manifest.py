@@ -57,7 +57,6 @@ FEATURES: frozenset[str] = frozenset({SHARDS_FEATURE})
 """The optional features that this version of the library can read."""
 
 MAX_MANIFEST_BYTES = 1 << 28
-MAX_METADATA_BYTES = 1 << 26
 
 Sequence = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 
@@ -226,11 +225,7 @@ def digest(name: str, data: bytes) -> FileDigest:
 
 
 def encode_index(index: Index) -> bytes:
-    """The bytes of an index file: one JSON object without white space.
-
-    Raises:
-        StateError: It would be too large to be read.
-    """
+    """The bytes of an index file: one JSON object without white space. StateError if it is too large."""
     data = msgspec.json.encode(index)
     problem = excess(data)
     if problem is not None:
@@ -293,15 +288,11 @@ def decode_mark(data: bytes, path: str) -> Mark:
     return mark
 
 
+@gc_paused()  # very many small lists, none of which is garbage
 def decode_index(data: bytes, path: str) -> Index:
     """The index in `data`, which was read from `path` (for messages), checked whole."""
-    with gc_paused():  # very many small lists, none of which is garbage
-        index = _decode(Index, data, "milepost.index", path, columns=("records", "tensors"))
-        _check_index(index, _Checker(path))
-    return index
-
-
-def _check_index(index: Index, check: _Checker) -> None:
+    index = _decode(Index, data, "milepost.index", path, columns=("records", "tensors"))
+    check = _Checker(path)
     _check_mark(index, check)
     _check_records(index.records, index.files, check)
     _check_tensors(index.tensors, index.records, check)
@@ -313,6 +304,7 @@ def _check_index(index: Index, check: _Checker) -> None:
         check_tree(index.tree, tensors=len(index.tensors.record), records=index.records.length)
     except ValueError as error:
         check.fail(str(error))
+    return index
 
 
 def is_plain_name(name: str) -> bool:

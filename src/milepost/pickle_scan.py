@@ -44,8 +44,8 @@ class _Stand:
         for part in parts:
             self.depth = max(self.depth, part.depth + 1)
             self.work += part.work
-        if self.depth > MAX_OBJECT_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_OBJECT_DEPTH} deep")
+            if self.depth > MAX_OBJECT_DEPTH:  # at once: a list that holds itself doubles its work each time
+                raise ValueError(f"it is nested more than {MAX_OBJECT_DEPTH} deep")
         if self.parts is not None:
             self.parts += parts
 
@@ -60,6 +60,10 @@ class _Hash:
 
     def __hash__(self) -> int:
         return self.number
+
+
+def _hash_of(parts: Sequence[_Stand]) -> _Hash:
+    return _Hash(hash(tuple([part.value for part in parts])))
 
 
 _CALLED = {
@@ -149,7 +153,7 @@ class _Scan:
 
     def tuple_of(self, parts: list[_Stand]) -> None:
         """Put a tuple onto the stack."""
-        self.push(_Hash(hash(tuple([part.value for part in parts]))), [])
+        self.push(_hash_of(parts), [])
         self._stack[-1].hold(parts)
 
     def get(self, number: int) -> None:
@@ -160,14 +164,14 @@ class _Scan:
         """Remember the top of the stack."""
         self._memo[number] = self._stack[-1]
 
-    def append(self, items: list[_Stand]) -> None:
-        """Append to a list."""
+    def hold(self, items: list[_Stand]) -> None:
+        """Put values into what is on top of the stack, such as a list."""
         self._stack[-1].hold(items)
 
     def set_items(self, items: list[_Stand]) -> None:
         """Put keys and values into a dict."""
         self._hash(self._stack[-1], items[::2])
-        self._stack[-1].hold(items)
+        self.hold(items)
 
     def global_(self) -> None:
         """Put a class or function onto the stack."""
@@ -225,6 +229,8 @@ class _Scan:
             fits = not parts
         elif kind == "Size":
             fits = len(parts) == 1 and parts[0].parts is not None
+            for part in parts if fits else ():
+                result.value = _hash_of(part.parts or [])
         elif name == "torch._tensor._rebuild_from_type_v2":
             fits = len(parts) == 4 and parts[2].parts is not None and parts[0].name != name
             if fits:
@@ -285,8 +291,8 @@ _STEPS: dict[int, Callable[[_Scan], None]] = {
     0x85: lambda scan: scan.tuple_of(scan.top(1)),
     0x86: lambda scan: scan.tuple_of(scan.top(2)),
     0x87: lambda scan: scan.tuple_of(scan.top(3)),
-    ord("a"): lambda scan: scan.append(scan.top(1)),
-    ord("e"): lambda scan: scan.append(scan.marked()),
+    ord("a"): lambda scan: scan.hold(scan.top(1)),
+    ord("e"): lambda scan: scan.hold(scan.marked()),
     ord("s"): lambda scan: scan.set_items(scan.top(2)),
     ord("u"): lambda scan: scan.set_items(scan.marked()),
     ord("h"): lambda scan: scan.get(scan.number(1)),

@@ -23,15 +23,8 @@ import milepost
 from milepost.commit import Attempt, Meeting, Outcome
 from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
 from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
-from milepost.manifest import (
-    MAX_METADATA_BYTES,
-    DataFile,
-    Index,
-    Records,
-    Tensors,
-    data_name,
-    encode_index,
-)
+from milepost.limits import MAX_METADATA_BYTES
+from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
 from milepost.paths import path_text
 from milepost.pickle_view import emit
 from milepost.shards import SHARDS_FEATURE, Shards
