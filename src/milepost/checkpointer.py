@@ -248,13 +248,11 @@ class AsyncCheckpointer(Checkpointer):
 
     def _hear_of_earlier(self) -> None:
         """Keep for `close`, and log, what has failed since on another rank although it was written here."""
-        failures = getattr(self._process, "failures", list)
-        for error in failures():
+        for error in getattr(self._process, "failures", list)():
             logger.error("%s was not committed: %s", error.path, error)
             future = SaveFuture(error.path or "", None, time.monotonic())
             future.set_exception(error)
-            with self._lock:
-                self._unseen.append(future)
+            self._unseen.append(future)
 
     def _wait_for_turn(self) -> bool:
         """Wait until another save may begin; False where it is to be skipped."""
