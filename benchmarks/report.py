@@ -1,0 +1,1 @@
+def disturbed(entry): return ""
