@@ -23,18 +23,19 @@ from typing import Any
 
 import peers
 from harness import Failed, Row, Worker
-from limits import Limits, bytes_in, cached_share, drop_cache
+from limits import bytes_in, cached_share, drop_cache
 from workloads import Workload, blank, sample
-
-LATER = 2
 
 
 class Trainer:
     """In a process of its own: a state, and one library to save and load it with."""
 
+    rank = 0
+    peers = peers.ALL
+
     def __init__(self, name: str, workload: Workload, folder: str, loads: bool) -> None:  # noqa: FBT001
         self.workload = workload
-        self.peer = peers.ALL[name](folder)
+        self.peer = self.peers[name](folder)
         if self.peer.objects:
             self.model, self.optimizer = workload.objects()  # type: ignore[attr-defined]
         self.state = self._state(workload)
@@ -52,6 +53,9 @@ class Trainer:
     def ready(self) -> None:
         """The state is there, and so is the library."""
 
+    def meet(self) -> None:
+        """Start at the same time as the other ranks."""
+
     def prepare(self) -> dict[str, float]:
         start = time.perf_counter()
         wait = self.peer.prepare(self.state)
@@ -65,35 +69,41 @@ class Trainer:
         self.workload.step(self.state)
         self.peer.step()
         before = bytes_in(self.peer.folder)
+        self.meet()
         start = time.perf_counter()
         durable = self.peer.save(self.state)
         stall = time.perf_counter() - start
         durable()
         total = time.perf_counter() - start
-        self.peer.retire()
+        self.meet()
+        if not self.rank:
+            self.peer.retire()
+        self.meet()
         after = bytes_in(self.peer.folder)
         written = after - before if self.peer.path() == self.peer.folder else bytes_in(self.peer.path())
         return {"stall": stall, "durable": total, "bytes": written}
 
-    def sample(self) -> int:
-        return sample(self.state)
+    def sample(self) -> dict[int, int]:
+        return {self.rank: sample(self.state)}
 
-    def load(self, wanted: int, way: str = "") -> dict[str, float]:
+    def load(self, wanted: dict[int, int], way: str = "") -> dict[str, float]:
         """Fill the state, which has touched memory, and compare a sample of it with what was saved."""
         blank(self.state)
         cached = cached_share(self.peer.path())
         before = _read_bytes()
+        self.meet()
         start = time.perf_counter()
         (self.peer.more_loads(self.state)[way] if way else lambda: self.peer.load(self.state))()
         seconds = time.perf_counter() - start
         if self.peer.objects:  # its loads put other tensors into them
             self.state = self._state(self.workload)
-        if not way.startswith("no template") and sample(self.state) != wanted:
+        if not way.startswith("no template") and sample(self.state) != wanted[self.rank]:
             raise ValueError("what was loaded is not what was saved")
         return {"seconds": seconds, "read": _read_bytes() - before, "cached": cached}
 
     def cold(self) -> None:
         drop_cache(self.peer.path())
+        self.meet()
 
     def more_loads(self) -> list[str]:
         return [*self.peer.more_loads(self.state)]
@@ -113,10 +123,20 @@ def _read_bytes() -> int:
 class Cycle:
     """One row of a table: a library, a workload, and a turn in each round."""
 
-    def __init__(self, name: str, workload: Workload, folder: str, *, full: bool, later: int = LATER) -> None:
-        self.peer, self.workload = peers.ALL[name], workload
+    def __init__(
+        self,
+        name: str,
+        workload: Workload,
+        folder: str,
+        *,
+        full: bool,
+        loads: bool | None = None,
+        known: dict[str, type[peers.Peer]] = peers.ALL,
+    ) -> None:
+        self.peer, self.workload = known[name], workload
         self.folder = os.path.join(folder, "".join(c if c.isalnum() else "-" for c in name))
-        self.full, self.later = full, later
+        self.full, self.later = full, 2 if full else 1
+        self.measure_loads = not self.peer.loads_as if loads is None else loads
         self.watched = False
 
     def row(self) -> Row:
@@ -124,9 +144,13 @@ class Cycle:
         return Row(self.peer.name, self.turn, self.peer.config, self.peer.lacks, error)
 
     def turn(self, limit: float) -> dict[str, float]:
-        self.deadline = time.monotonic() + limit
+        self.deadline, self.found = time.monotonic() + limit, {}
         try:
-            return self._turn()
+            self._turn(self.found)
+            return self.found
+        except Failed as failure:
+            failure.found = self.found
+            raise
         finally:
             for folder in (self.folder, self.folder + "-copy"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -134,7 +158,7 @@ class Cycle:
     def _left(self) -> float:
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise Failed("passed the time limit of its turn")
+            raise Failed("passed its time limit")
         return left
 
     def _trainer(self, to_load: str = "") -> Worker:
@@ -143,8 +167,7 @@ class Cycle:
         worker.call("ready", limit=self._left())
         return worker
 
-    def _turn(self) -> dict[str, float]:
-        found: dict[str, float] = {}
+    def _turn(self, found: dict[str, float]) -> None:
         with self._trainer() as trainer:
             first = trainer.call("save", limit=self._left())
             found |= {"first stall": first["stall"], "first durable": first["durable"]}
@@ -152,13 +175,12 @@ class Cycle:
             for name in ("stall", "durable", "bytes"):
                 found[name] = sum(one[name] for one in later) / len(later)
             saved = trainer.call("sample", limit=self._left())
-        if not self.peer.loads_as:
+        if self.measure_loads:
             self._loads(found, saved)
         if self.full:
             self._more(found)
-        return found
 
-    def _loads(self, found: dict[str, float], saved: int) -> None:
+    def _loads(self, found: dict[str, float], saved: dict[int, int]) -> None:
         def note(name: str, process: Worker) -> None:
             one = process.call("load", saved, limit=self._left())
             found[name] = one["seconds"]
@@ -179,7 +201,7 @@ class Cycle:
         with self._trainer(copy) as process:
             process.call("cold")
             note("cold", process)
-            if more:
+            if self.full and getattr(self.peer, "verify", None):
                 process.call("cold")
                 found["verify"] = process.call("verify", limit=self._left())
 
@@ -191,7 +213,7 @@ class Cycle:
             first = trainer.call("save", limit=self._left())
             if prepared:
                 found |= prepared | {"prepared stall": first["stall"]}
-            if not self.peer.loads_as:
+            if self.measure_loads and not self.peer.objects:
                 trainer.call("save", limit=self._left())
                 saved = trainer.call("sample")
                 found["same process"] = trainer.call("load", saved, limit=self._left())["seconds"]
@@ -200,17 +222,17 @@ class Cycle:
         self.watched = True
         shutil.rmtree(self.folder, ignore_errors=True)
         with self._trainer() as trainer:
-            before = trainer.sample()
+            before = trainer.memory()
             for _ in range(2):
                 trainer.call("save", limit=self._left(), watch=True)
             for name, value in trainer.peak.items():
                 found[f"save: {name}"] = value
             found["save: trainer private"] -= before["trainer private"]
-            if not self.peer.loads_as:
+            if self.measure_loads:
                 saved = trainer.call("sample")
-        if not self.peer.loads_as:
+        if self.measure_loads:
             with self._trainer(self.folder) as trainer:
                 trainer.call("cold")
-                before = trainer.sample()
+                before = trainer.memory()
                 trainer.call("load", saved, limit=self._left(), watch=True)
                 found["load: trainer private"] = trainer.peak["trainer private"] - before["trainer private"]

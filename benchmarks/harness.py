@@ -15,7 +15,6 @@ import multiprocessing.connection
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Failed(Exception):  # noqa: N818 - it is a result, as peers fail
-    """A worker could not do what it was told; the message is what the table says about it."""
+    """A worker could not do what it was told; the message is what the table says about it.
+
+    Attributes:
+        found: The figures of this turn that had been found before.
+    """
+
+    found: dict[str, float] = {}  # noqa: RUF012 - never changed in place
 
 
 # -- workers -----------------------------------------------------------------------------------------
@@ -89,7 +94,7 @@ class Worker:
                 self.kill()
                 raise Failed(f"passed its time limit of {limit:.0f} s")
             if watch:
-                self.sample()
+                self.memory()
         try:
             good, result = self._pipe.recv()
         except (EOFError, OSError):
@@ -110,7 +115,7 @@ class Worker:
             self._pipe.close()
             self._log.close()
 
-    def sample(self) -> dict[str, int]:
+    def memory(self) -> dict[str, int]:
         """The peaks so far: memory of its own, shared memory and descriptors, of it and of its children."""
         for who, pids in (("trainer", [self.pid]), ("writer", descendants(self.pid))):
             found = [usage(pid) for pid in pids]
@@ -270,7 +275,8 @@ class Row:
 class Bar:
     """What is asked of a row: a figure against another row's, at most `limit` times as much.
 
-    With an empty `base`, `limit` is the figure's own; then `figure` may be one of `base_figure`'s unit.
+    With an empty `base`, `limit` is the figure's own. Of several figures that begin with `base_figure` and a
+    comma, the best one counts.
     """
 
     row: str
@@ -292,6 +298,7 @@ class Group:
         size: Bytes of the state, or 0.
         limit: Seconds that a row's turn may take.
         ours: The row that the others are compared with.
+        x: The curve that this is a point of, and where.
     """
 
     title: str
@@ -301,6 +308,7 @@ class Group:
     size: int = 0
     limit: float = 300
     ours: str = "milepost"
+    x: tuple[str, float] | None = None
 
 
 class Results:
@@ -318,6 +326,7 @@ class Results:
         """Let the rows of a group take turns, in an order that rotates."""
         old = self.content["groups"].get(name)
         again = {"title": group.title, "rounds": rounds, "bytes": group.size, "about": about()}
+        again |= {"x": group.x} if group.x else {}
         if not (self.resume and old and old["about"]["commit"] == again["about"]["commit"]):
             old = {"rows": {}, "control": [], "loads": []}
         entry = {**old, **again, "notes": group.notes, "ours": group.ours, "bars": [vars(b) for b in group.bars]}
@@ -339,6 +348,7 @@ class Results:
                     kept["rounds"].append(row.turn(group.limit))
                 except Failed as failure:
                     kept["error"] = str(failure)
+                    kept["rounds"].append(failure.found)
                 reap()
                 os.sync()  # nothing on its way to the disk disturbs the next row
                 seconds = time.perf_counter() - start
@@ -385,6 +395,3 @@ def scratch(folder: str | None) -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir=os.path.abspath(folder or "."), prefix="bench-") as made:
         yield made
 
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)

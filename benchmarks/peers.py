@@ -40,6 +40,8 @@ def process_group() -> None:
     """A group of this process alone, for what needs one."""
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        return
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)

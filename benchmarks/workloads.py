@@ -30,13 +30,13 @@ def load_all() -> None:
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:
-    """All tensors of a state dict, in its order; a tensor that occurs twice counts twice, as in a file."""
+    """All tensors of a state dict, in its order, of DTensors this rank's part; tied ones count twice."""
     return list(_walk(state))
 
 
 def _walk(node: Any) -> Iterator[torch.Tensor]:
     if isinstance(node, torch.Tensor):
-        yield node
+        yield getattr(node, "_local_tensor", node)
     elif isinstance(node, dict | list):
         for value in node.values() if isinstance(node, dict) else node:
             yield from _walk(value)
@@ -46,7 +46,7 @@ def sample(state: Any) -> int:
     """A checksum of a few elements of each tensor: what was loaded is what was saved."""
     found = 0
     for value in tensors_of(state):
-        flat = getattr(value, "_local_tensor", value).detach().flatten()
+        flat = value.detach().flatten()
         found = zlib.crc32(flat[:: max(1, flat.numel() // 16)].contiguous().numpy().tobytes(), found)
     return found
 
@@ -59,6 +59,8 @@ def blank(state: Any) -> None:
 
 def fill(tensors: list[torch.Tensor], scale: float = 1.0) -> None:
     """Random numbers, quickly: a large tile of them, for each tensor from another place on."""
+    if tensors[0].is_meta:
+        return
     numbers = tile()
     with torch.no_grad():
         for number, value in enumerate(tensors):
@@ -91,6 +93,11 @@ class Workload:
         made = {f"layer.{i}.weight": torch.empty(max(self.each // 4, 1)) for i in range(self.count)}
         fill(list(made.values()))
         return {"model": made}
+
+    def shape(self) -> dict[str, Any]:
+        """The state without its bytes."""
+        with torch.device("meta"):
+            return self.build()
 
     def step(self, state: dict[str, Any]) -> None:
         """What a step of training does to the state, as far as a checkpoint sees it."""
