@@ -8,7 +8,13 @@ import statistics
 from typing import Any
 
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d6a9f", "#c58c2c", "#4f5d75", "#2e8b8b")
-BARS = {"stall": "stall", "durable": "until durable", "restart": "restart", "warm": "warm load", "cold": "cold load"}
+BARS = {
+    "stall": "stall",
+    "durable": "until durable",
+    "restart": "restart",
+    "warm": "warm load",
+    "cold": "cold load",
+}
 LINES = ("stall", "durable", "restart", "cold")
 
 
@@ -19,8 +25,18 @@ def _middle(entry: dict[str, Any], row: str, figure: str) -> float | None:
 
 def _svg(width: float, height: float, parts: list[str]) -> str:
     style = "text{font:12px sans-serif;fill:#333}.t{font-weight:bold;font-size:14px}.g{stroke:#ddd}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}">'
-    return "\n".join([head, f"<style>{style}</style>", '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}">'
+    )
+    return "\n".join(
+        [
+            head,
+            f"<style>{style}</style>",
+            '<rect width="100%" height="100%" fill="#fff"/>',
+            *parts,
+            "</svg>\n",
+        ]
+    )
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "") -> str:

@@ -64,6 +64,7 @@ def _multiply(matrix: torch.Tensor, done: Callable[[], bool]) -> tuple[int, floa
 
 
 def lost(folder: str, *, small: bool) -> Group:
+    names = [name for name in BACKGROUND if not small or name in ("milepost", "moonclip")]
     workload = Workload("1 GiB", 4 if small else 256, MIB // 16 if small else 4 * MIB)
     cores = os.cpu_count() or 1
 
@@ -87,11 +88,11 @@ def lost(folder: str, *, small: bool) -> Group:
         Bar("milepost", f"slower, {max(cores - 1, 1)} of {cores} cores", 0.05),
         Bar("milepost", f"lost, {cores} of {cores} cores", 0.25 * size / (1 << 30) + 0.15),
     ]
-    notes = [
+    notes = (
         "A loop of matrix products (512 x 512) runs while a save is under way, then as long without one. "
-        "Lost: the save's stall, and the seconds by which its writing slows the loop down.",
-    ]
-    return Group("Lost compute, 1 GiB in 256 tensors", [row(name) for name in BACKGROUND], notes, bars, size, 90)
+        "Lost: the save's stall, and the seconds by which its writing slows the loop down."
+    )
+    return Group("Lost compute, 1 GiB in 256 tensors", [row(name) for name in names], notes, bars, size, 90)
 
 
 # -- starting up -------------------------------------------------------------------------------------
@@ -129,15 +130,18 @@ def starts(folder: str, *, small: bool) -> Group:
         return Row(f"{name}: ready to save", turn, peers.ALL[name].config, "", peers.missing(peers.ALL[name]))
 
     rows = [
-        _command("python -c pass", sys.executable, "-c", "pass"),
+        _command("limits", sys.executable, "-c", "pass"),
         _command("import typer, rich", sys.executable, "-c", "import typer, rich"),
         _command("import torch", sys.executable, "-c", "import torch"),
         _command("milepost --help", COMMAND, "--help"),
         _command("milepost ls --help", COMMAND, "ls", "--help"),
-        *(ready(name) for name in ("milepost", "torch _experimental", "torch_checkpointing")[: 1 if small else 3]),
+        *(
+            ready(name)
+            for name in ("milepost", "torch _experimental", "torch_checkpointing")[: 1 if small else 3]
+        ),
     ]
-    bars = [Bar("milepost: ready to save", "seconds", 4.0, "python -c pass")]
-    return Group("Starting up", rows[:2] + rows[3:] if small else rows, [], bars, limit=60)
+    bars = [Bar("milepost: ready to save", "seconds", 4.0, "limits")]
+    return Group("Starting up", rows[:2] + rows[3:] if small else rows, "", bars, limit=60)
 
 
 # -- many checkpoints --------------------------------------------------------------------------------
@@ -188,7 +192,9 @@ def listing(folder: str, *, small: bool) -> Group:
         _command(f"milepost show --depth 1, {tensors:,} tensors", COMMAND, "show", "--depth", "1", large),
         _command(f"milepost doctor, {count:,} steps", COMMAND, "doctor", run),
     ]
-    notes = ["Commands are timed with their start-up; the files have just been made, so the page cache has them."]
+    notes = (
+        "Commands are timed with their start-up; the files have just been made, so the page cache has them."
+    )
     return Group(f"A folder of {count:,} checkpoints", [made(row) for row in rows], notes, limit=120)
 
 

@@ -7,7 +7,7 @@ that is forked from the harness after torch was imported, so that it starts at o
 from __future__ import annotations
 
 import ctypes
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import multiprocessing
@@ -184,9 +184,7 @@ def usage(pid: int | str = "self") -> dict[str, int]:
     found = {"private": 0, "shared": 0, "descriptors": 0}
     with suppress(OSError):
         with open(f"/proc/{pid}/status") as file:
-            sizes = {
-                line.split()[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Rss")
-            }
+            sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Rss")}
         found["private"] = sizes.get("RssAnon:", 0) + sizes.get("RssFile:", 0)
         found["shared"] = sizes.get("RssShmem:", 0)
         found["descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
@@ -213,20 +211,21 @@ def peak_private_bytes(work: Callable[[], object]) -> int:
 class Control:
     """The same work again and again, on all cores and on the disk: when it drifts, others disturb us."""
 
-    def __init__(self, folder: str, size: int) -> None:
-        self.path, self.size = os.path.join(folder, "control"), size
+    def __init__(self, folder: str, *, small: bool) -> None:
+        self.path = os.path.join(folder, "control")
+        self.size, self.times = (MIB, 1) if small else (128 * MIB, 32)
 
     def take(self) -> dict[str, float]:
         from limits import direct_write
 
-        data = bytes(self.size)
+        data = bytes(8 * MIB)
         before, mine = _busy_seconds(), sum(os.times()[:4])
         start = time.perf_counter()
         pids = []
         for _ in range(os.cpu_count() or 1):
             pid = os.fork()
             if not pid:
-                for _ in range(16):
+                for _ in range(self.times):
                     zlib.crc32(data)
                 os._exit(0)
             pids.append(pid)
@@ -303,7 +302,7 @@ class Group:
 
     title: str
     rows: list[Row]
-    notes: list[str] = field(default_factory=list)
+    notes: str = ""
     bars: list[Bar] = field(default_factory=list)
     size: int = 0
     limit: float = 300
@@ -329,7 +328,13 @@ class Results:
         again |= {"x": group.x} if group.x else {}
         if not (self.resume and old and old["about"]["commit"] == again["about"]["commit"]):
             old = {"rows": {}, "control": [], "loads": []}
-        entry = {**old, **again, "notes": group.notes, "ours": group.ours, "bars": [vars(b) for b in group.bars]}
+        entry = {
+            **old,
+            **again,
+            "notes": group.notes,
+            "ours": group.ours,
+            "bars": [vars(b) for b in group.bars],
+        }
         entry["loads"] = [*entry["loads"], self.load]
         self.content["groups"][name] = entry
         for row in group.rows:
@@ -352,7 +357,10 @@ class Results:
                 reap()
                 os.sync()  # nothing on its way to the disk disturbs the next row
                 seconds = time.perf_counter() - start
-                print(f"  {name} {turn + 1}/{rounds} {row.name}: {kept['error'] or f'{seconds:.1f} s'}", flush=True)
+                print(
+                    f"  {name} {turn + 1}/{rounds} {row.name}: {kept['error'] or f'{seconds:.1f} s'}",
+                    flush=True,
+                )
                 self.write()
         entry["control"].append(control.take())
         entry["disturbed"] = disturbed(entry)
@@ -377,16 +385,18 @@ def about() -> dict[str, Any]:
     for package in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    commit = subprocess.run(
-        ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--abbrev=12"],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
+
+    def git(*words: str) -> str:  # of what is measured: results are files of this repository, too
+        command = ["git", *words, "--", ".", "../src"]
+        here = os.path.dirname(os.path.abspath(__file__))
+        return subprocess.run(command, cwd=here, check=False, capture_output=True, text=True).stdout.strip()
+
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores ({models[0] if models else 'unknown'}), "
         f"{memory:.0f} GiB of memory, Linux {platform.release()}",
         "versions": versions,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"),
+        "commit": git("log", "-1", "--format=%h") + ("-dirty" if git("status", "--porcelain") else ""),
     }
 
 
@@ -394,4 +404,3 @@ def about() -> dict[str, Any]:
 def scratch(folder: str | None) -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir=os.path.abspath(folder or "."), prefix="bench-") as made:
         yield made
-

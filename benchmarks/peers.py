@@ -10,6 +10,7 @@ import importlib
 import os
 import shutil
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,11 @@ class Milepost(Peer):
         self.checkpointer = milepost.make_async_checkpointer()
         self.checkpointer._process.process_creation_future.result()
 
+    def open_to_load(self) -> None:
+        import milepost
+
+        self.checkpointer = milepost.make_sync_checkpointer()
+
     def prepare(self, state: Any) -> Wait | None:
         self.checkpointer.prepare(state)
         return self.checkpointer._stager.wait_prepared
@@ -161,9 +167,7 @@ class MilepostSync(Milepost):
     config = "make_sync_checkpointer(), defaults"
 
     def open(self) -> None:
-        import milepost
-
-        self.checkpointer = milepost.make_sync_checkpointer()
+        self.open_to_load()
 
     def prepare(self, state: Any) -> None:
         """Nothing needs to be prepared."""
@@ -334,7 +338,7 @@ class TorchCheckpointing(Peer):
 
     def prepare(self, state: Any) -> Wait | None:
         self.manager.prewarm_staging({"state": state})
-        return lambda: self.manager._prewarm_staging_future.result()
+        return self.manager._prewarm_staging_future.result
 
     def write(self, path: str, state: Any) -> Wait:
         written = self.manager.save(path, {"state": state})
@@ -437,5 +441,9 @@ def missing(peer: type[Peer]) -> str:
             warnings.simplefilter("ignore")
             importlib.import_module(peer.module)
     except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
+        told = os.path.join(sys.prefix, "bench-errors", peer.module)  # by tools/install.sh
+        if os.path.exists(told):
+            with open(told, encoding="utf-8") as file:
+                return f"cannot be installed: {file.read().strip()[-160:]}"
         return f"{type(error).__name__}: {error}"
     return ""

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import peers
 import torch
@@ -54,7 +54,12 @@ class RanksMilepost(peers.MilepostSync):
     """Saves that return when all ranks' parts are committed."""
 
     loads_as = ""
+
+    def open_to_load(self) -> None:
+        self.open()
+
     config = "make_sync_checkpointer, dist_barrier; under DDP replicated=['model.*']"
+
     def open(self) -> None:
         import milepost
         from milepost.config import BarrierConfig, CheckpointWriterConfig
@@ -82,7 +87,9 @@ class RanksAsync(RanksMilepost, peers.Milepost):
         from milepost.config import CheckpointWriterConfig
 
         writer = CheckpointWriterConfig(replicated=["model.*"])
-        self.checkpointer = milepost.make_async_checkpointer(milepost.CheckpointerConfig(writer_config=writer))
+        self.checkpointer = milepost.make_async_checkpointer(
+            milepost.CheckpointerConfig(writer_config=writer)
+        )
         self.checkpointer._process.process_creation_future.result()
 
 
@@ -147,7 +154,7 @@ class Job:
             for rank in range(world)
         ]
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -203,22 +210,28 @@ def plain_row(workload: Layers, folder: str, world: int) -> Row:
         shutil.rmtree(path)
         return found
 
-    return Row("limits", turn, "a copy by each rank; O_DIRECT writes of 16 MiB by each rank into its own file")
+    return Row(
+        "limits", turn, "a copy by each rank; O_DIRECT writes of 16 MiB by each rank into its own file"
+    )
 
 
-def group(kind: str, folder: str, *, world: int, small: bool, full: bool) -> Group:
+def group(kind: str, folder: str, *, world: int, small: bool) -> Group:
     """A table of 4 or 8 ranks, sharded (FSDP2) or alike (DDP)."""
     sharded = kind == "FSDP2"
-    layers = Layers(f"{kind}, {world} ranks", 2 if small else 32, 0, width=64 if small else 2048, sharded=sharded)
+    world = world // 2 if small else world
+    names = [name for name in RANK_PEERS if not small or name.startswith("milepost") or name == "DCP"]
+    layers = Layers(
+        f"{kind}, {world} ranks", 2 if small else 32, 0, width=64 if small else 2048, sharded=sharded
+    )
     reshard = world // 2 if sharded else 0
 
     def row(name: str, ranks: int = world, label: str = "") -> Row:
         other = reshard if "milepost" in name else 0
-        made = RankCycle(name, layers, folder, full=full, world=ranks, other=other).row()
+        made = RankCycle(name, layers, folder, full=not small, world=ranks, other=other).row()
         made.name = label or made.name
         return made
 
-    rows = [plain_row(layers, folder, world), *(row(name) for name in RANK_PEERS)]
+    rows = [plain_row(layers, folder, world), *(row(name) for name in names)]
     bars = []
     if sharded:
         bars.append(Bar("milepost sync", "warm, resharded", 1 / 0.7, "milepost sync", "warm"))
@@ -226,7 +239,9 @@ def group(kind: str, folder: str, *, world: int, small: bool, full: bool) -> Gro
         rows = [one for one in rows if one.name != "torch_checkpointing"]
         rows.append(row("milepost sync", 1, "milepost sync, one process saves all"))
         bars.append(Bar("milepost sync", "bytes", 1.02 * layers.size))
-    notes = [f"{layers.count} linear layers of {layers.width:,}; gloo on loopback, one thread in each rank"]
+    notes = f"{layers.count} linear layers of {layers.width:,}; gloo on loopback, one thread in each rank."
     if sharded:
-        notes.append("torch_checkpointing without its resharder, which needs CUDA")
-    return Group(f"{kind}, {world} ranks on one machine", rows, notes, bars, layers.size, 180, "milepost sync")
+        notes += " torch_checkpointing runs without its resharder, which needs CUDA."
+    return Group(
+        f"{kind}, {world} ranks on one machine", rows, notes, bars, layers.size, 180, "milepost sync"
+    )

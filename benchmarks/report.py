@@ -3,7 +3,7 @@
     python benchmarks/report.py            # write docs/benchmarks and README's table from results.json
     python benchmarks/report.py --check    # fail if they are not what results.json says
 
-Ratios are paired: one for each round, then their median. What is a limit and what a peer is the rows' business.
+Ratios are paired: one for each round, then their median.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import charts
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCS = os.path.join(ROOT, "docs", "benchmarks")
 STORED = os.path.join(DOCS, "results.json")
-MARKS = ("<!-- benchmarks: begin, written by `make docs/benchmarks` -->", "<!-- benchmarks: end -->")
+MARKS = ("<!-- benchmarks: written by `make docs/benchmarks` -->", "<!-- benchmarks: end -->")
 
 MAX_LOAD = 0.7
 MAX_OTHERS = 0.08
@@ -29,7 +29,8 @@ TOLERANCE = 1.2
 """How much worse than the stored ratio a ratio may be before `--check` fails: disks are noisy."""
 
 TABLES = {
-    "Saving": ["first stall", "first durable", "prepare", "prepared", "prepared stall", "stall", "durable", "bytes"],
+    "Saving": ["first stall", "first durable", "prepare", "prepared", "prepared stall", "stall",
+               "durable", "bytes"],
     "Loading": ["restart", "restart read", "again", "again read", "warm", "cold", "same process"],
     "Other ways to load": ["warm, unverified", "warm, no template", "warm, no template, unverified",
                            "warm, resharded", "verify"],
@@ -43,7 +44,8 @@ LABELS = {
     "durable": "until durable", "bytes": "written", "restart read": "of it from disk",
     "again": "again, another process", "again read": "of it from disk",
     "same process": "right after a save", "save: trainer private": "trainer, save",
-    "save: trainer shared": "staging", "save: writer private": "writer", "load: trainer private": "trainer, load",
+    "save: trainer shared": "staging", "save: writer private": "writer",
+    "load: trainer private": "trainer, load",
     "save: trainer descriptors": "descriptors", "save: writer descriptors": "writer's descriptors",
 }  # fmt: skip
 LIMIT_OF = {
@@ -60,9 +62,7 @@ LIMIT_OF = {
 
 def disturbed(entry: dict[str, Any]) -> str:
     """Why no verdict may be given on a group; "" if the machine was quiet."""
-    reasons = [
-        f"load average {load:.1f} when it started" for load in entry["loads"] if load > MAX_LOAD
-    ]
+    reasons = [f"load average {load:.1f} when it started" for load in entry["loads"] if load > MAX_LOAD]
     control = entry["control"]
     others = statistics.median(one["others"] for one in control)
     if others > MAX_OTHERS:
@@ -137,7 +137,7 @@ def cell(entry: dict[str, Any], row: str, figure: str) -> str:
     if len(found) > 1 and kind == "seconds":
         text += f" ({shown(min(found), kind)[:-2].strip()}–{shown(max(found), kind)})"
     ours = entry["ours"]
-    times = None if row == ours or row == "limits" else ratio(entry, row, figure, ours)
+    times = None if row in (ours, "limits") else ratio(entry, row, figure, ours)
     if times is not None and kind == "seconds" and not is_ours(row):
         text += f" ×{times:.2g}"
     return text
@@ -163,10 +163,8 @@ def group_lines(name: str, entry: dict[str, Any]) -> Iterator[str]:
     size = f", {entry['bytes'] / 2**20:,.0f} MiB" if entry["bytes"] else ""
     yield f"## {entry['title']}{size}"
     yield ""
-    yield (
-        f"`{name}`, {entry['rounds']} rounds, {about['date']}, commit {about['commit']}. "
-        + " ".join(f"{note}." if not note.endswith(".") else note for note in entry["notes"])
-    )
+    rounds = "1 round" if entry["rounds"] == 1 else f"{entry['rounds']} rounds"
+    yield f"`{name}`, {rounds}, {about['date']}, commit {about['commit']}. {entry['notes']}".rstrip()
     if entry.get("disturbed"):
         yield f"\n**The machine was busy, so these figures carry no verdict: {entry['disturbed']}.**"
     rows = [row for row in entry["rows"] if row != "limits"]
@@ -222,7 +220,11 @@ def faster_peers(entry: dict[str, Any]) -> Iterator[str]:
     for figure in [*figures, *(name for name in _lost(entry))]:
         for row in entry["rows"]:
             ours = "milepost" if values(entry, "milepost", figure) else "milepost sync"
-            if ours != "milepost sync" and figure in ("durable", "first durable") and not _background(entry, row):
+            if (
+                ours != "milepost sync"
+                and figure in ("durable", "first durable")
+                and not _background(entry, row)
+            ):
                 ours = "milepost sync"
             if figure in ("stall", "first stall") and not _background(entry, row):
                 continue  # its stall is its whole save
@@ -359,9 +361,8 @@ def readme_table(content: dict[str, Any], group: str = "gpt2") -> str:
         return ""
     about = entry["about"]
     lines = [
-        f"{entry['title']}, {entry['bytes'] / 2**30:.2f} GiB; medians of {entry['rounds']} rounds on "
-        f"{about['machine']} ({about['date']}). Milepost verifies every load; "
-        "[what the others do, and every figure](docs/benchmarks/README.md).",
+        f"{entry['title']}, {entry['bytes'] / 2**30:.2f} GiB; medians of {entry['rounds']} rounds;",
+        f"{about['machine']}; {about['date']}. Milepost verifies every load.",
         "",
         "| | Milepost | best peer | limit |",
         "|---|---|---|---|",
@@ -371,7 +372,8 @@ def readme_table(content: dict[str, Any], group: str = "gpt2") -> str:
         found = {
             row: median(entry, row, figure)
             for row in entry["rows"]
-            if is_peer(entry, row) and (figure in ("restart", "warm", "cold") or _background(entry, row) != waits)
+            if is_peer(entry, row)
+            and (figure in ("restart", "warm", "cold") or _background(entry, row) != waits)
         }
         times = {row: value for row, value in found.items() if value is not None}
         peer = min(times, key=lambda row: times[row], default="")
@@ -391,20 +393,23 @@ def documents(content: dict[str, Any]) -> dict[str, str]:
     made = {}
     for name, drawing in charts.all_charts(content).items():
         made[os.path.join(DOCS, f"{name}.svg")] = drawing
-    with open(os.path.join(DOCS, "method.md"), encoding="utf-8") as file:
-        lines = [file.read().rstrip(), ""]
-    abouts = {json.dumps([entry["about"][key] for key in ("machine", "versions")]) for entry in content["groups"].values()}
+    lines = []
+    abouts = {
+        json.dumps([group["about"][key] for key in ("machine", "versions")])
+        for group in content["groups"].values()
+    }
     for machine, versions in map(json.loads, sorted(abouts)):
-        lines += [f"Machine: {machine}. " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
+        names = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines.append(f"Machine: {machine}. {names}.\n")
     lines += [f"![{name}]({name}.svg)\n" for name in charts.all_charts(content)]
     lines += [group_text(name, entry) for name, entry in content["groups"].items()]
-    made[os.path.join(DOCS, "README.md")] = "\n".join(lines).rstrip() + "\n"
-    readme = os.path.join(ROOT, "README.md")
-    with open(readme, encoding="utf-8") as file:
-        text = file.read()
-    before, begin, rest = text.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    made[readme] = before + begin + "\n" + readme_table(content) + "\n" + MARKS[1] + after
+    for path, text in (
+        (os.path.join(DOCS, "README.md"), "\n".join(lines).rstrip()),
+        (os.path.join(ROOT, "README.md"), readme_table(content)),
+    ):
+        with open(path, encoding="utf-8") as file:
+            before, begin, rest = file.read().partition(MARKS[0])
+        made[path] = f"{before}{begin}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
     return made
 
 

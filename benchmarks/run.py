@@ -51,7 +51,7 @@ def cycle_group(
     full: bool,
     limit: float = 300,
     bars: list[Bar] | None = None,
-    notes: list[str] | None = None,
+    notes: str = "",
     x: tuple[str, float] | None = None,
 ) -> Group:
     """A table of the life of a checkpoint."""
@@ -66,7 +66,7 @@ def cycle_group(
         return Cycle(name, workload, folder, full=full, loads=loads).row()
 
     rows = [Row("limits", limits), *map(row, names)]
-    return Group(title, rows, notes or [], bars or [], size, limit, x=x)
+    return Group(title, rows, notes, bars or [], size, limit, x=x)
 
 
 def bars_of(name: str, size: int) -> list[Bar]:
@@ -105,15 +105,24 @@ def bars_of(name: str, size: int) -> list[Bar]:
 def all_groups(folder: str, *, small: bool, full: bool) -> dict[str, Callable[[], Group]]:
     """Every group by name; making one costs something, so they are made when they are run."""
     everyone = [*peers.ALL] if full else BASIC
+    if small:  # without those whose writers import torch, which takes seconds
+        scale.TENSORS, scale.ARRIVALS = 32, 3
+        everyone = [name for name in everyone if name in (*BASIC, "DCP", "moonclip", "ravex")]
     tensors = [name for name in everyone if not peers.ALL[name].objects]
-    if small:
-        tensors = everyone = [name for name in everyone if "process" not in name and "torch_" not in name]
-    few = 40 if small else 1
 
     def plain(count: int, each: int, names: list[str], **options: object) -> Callable[[], Group]:
         name = str(options.pop("name", ""))
-        title = f"{count:,} tensors of {each // MIB} MiB" if each >= MIB else f"{count:,} tensors of {each // 1024} KiB"
-        load = Workload(title, max(count // few, 1), max(each // few**2, 4), float(options.pop("changing", 1.0)))  # type: ignore[arg-type]
+        title = (
+            f"{count:,} tensors of {each // MIB} MiB"
+            if each >= MIB
+            else f"{count:,} tensors of {each // 1024} KiB"
+        )
+        changing = float(options.pop("changing", 1.0))  # type: ignore[arg-type]
+        load = (
+            Workload(title, min(count, 10), 4096, changing)
+            if small
+            else Workload(title, count, each, changing)
+        )
         asked = bars_of(name, load.count * load.each) if name else []
         title = str(options.pop("title", title))
         return lambda: cycle_group(title, load, folder, names, bars=asked, **options)  # type: ignore[arg-type]
@@ -123,7 +132,7 @@ def all_groups(folder: str, *, small: bool, full: bool) -> dict[str, Callable[[]
         "gpt2": lambda: cycle_group(
             gpt2.name, gpt2, folder, everyone, full=full,
             bars=bars_of("gpt2", sum(v.nbytes for v in workloads.tensors_of(gpt2.shape()))),
-            notes=[f"{len(workloads.tensors_of(gpt2.shape()))} tensors, the tied head among them; float32"],
+            notes=f"{len(workloads.tensors_of(gpt2.shape()))} tensors, the tied head among them; float32",
         ),
         "500x4MiB": plain(500, 4 * MIB, tensors, full=full, name="500x4MiB"),
         "20000x16KiB": plain(20_000, 16 << 10, tensors, full=full, name="20000x16KiB",
@@ -144,7 +153,7 @@ def all_groups(folder: str, *, small: bool, full: bool) -> dict[str, Callable[[]
     for kind in ("FSDP2", "DDP"):
         for world in (4, 8):
             name = f"{kind}-{world}"
-            groups[name] = lambda k=kind, w=world: ranks.group(k, folder, world=w, small=small, full=full)
+            groups[name] = lambda k=kind, w=world: ranks.group(k, folder, world=w, small=small)
     return groups | extras.all_groups(folder, small=small) | scale.all_groups(folder, small=small)
 
 
@@ -174,7 +183,11 @@ def arguments() -> argparse.Namespace:
     add("--full", action="store_true", help="all peers and figures; without names: all groups")
     add("--small", action="store_true", help="so small that nothing is measured: does it run?")
     add("--rounds", type=int, default=0, help="instead of each group's own number")
-    add("--json", default="", help="the results file (build/bench.json; with --full docs/benchmarks/results.json)")
+    add(
+        "--json",
+        default="",
+        help="the results file (build/bench.json; with --full docs/benchmarks/results.json)",
+    )
     add("--resume", action="store_true", help="go on with what this commit has measured so far")
     add("--folder", default=None, help="where to write checkpoints; its disk is what is measured")
     add("--wait", type=float, default=180, help="seconds to wait for the machine to become quiet")
@@ -193,7 +206,11 @@ def arguments() -> argparse.Namespace:
         if not fnmatch.filter(known, pattern):
             parser.error(f"no group is named {pattern}; there are {', '.join(known)}")
     if not options.names:
-        wanted = [n for n in known if not any(fnmatch.fnmatch(n, p) for p in NOT_IN_FULL)] if options.full else QUICK
+        wanted = (
+            [n for n in known if not any(fnmatch.fnmatch(n, p) for p in NOT_IN_FULL)]
+            if options.full
+            else QUICK
+        )
     options.wanted = wanted
     return options
 
@@ -207,7 +224,7 @@ def main() -> int:
     results = Results(options.json, resume=options.resume)
     with scratch(options.folder) as folder:
         groups = all_groups(folder, small=options.small, full=options.full)
-        control = Control(folder, MIB if options.small else 128 * MIB)
+        control = Control(folder, small=options.small)
         for name in options.wanted:
             start = time.monotonic()
             results.run(name, groups[name](), rounds_of(name, options), control)

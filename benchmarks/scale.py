@@ -251,11 +251,11 @@ def planning_group(folder: str, variant: str, worlds: list[int], rounds: int) ->
         for figure, growth in (("plan", 1.15), ("merge", 1.25), ("plan memory", 1.15)):
             bars.append(Bar(f"{many:,} ranks", figure, growth * many / few, f"{few:,} ranks", figure))
     shapes = {"worst": "no two of one shape", "real": f"{len(REAL_SHAPES)} shapes: the JSON is compact"}
-    notes = [
-        f"{TENSORS:,} sharded tensors, {shapes[variant]}. Plan: one rank of half as many finds, decodes, checks "
-        "and plans its load; decode: the same JSON, plainly. Merge: what the last rank does to commit; read "
-        "all: all indexes, plainly."
-    ]
+    notes = (
+        f"{TENSORS:,} sharded tensors, {shapes[variant]}. Plan: one rank of half as many finds, decodes, "
+        "checks and plans its load; decode: the same JSON, plainly. Merge: what the last rank does to "
+        "commit; read all: all indexes, plainly."
+    )
     return Group(f"Many ranks, {shapes[variant]}", [row(size) for size in worlds], notes, bars, limit=900)
 
 
@@ -279,12 +279,14 @@ def divide(size: int) -> dict[str, object]:
 
 
 def division_group(worlds: list[int]) -> Group:
-    rows = [Row(f"{size:,} ranks", lambda limit, n=size: in_worker(divide, n, limit=limit)) for size in worlds]
+    rows = [
+        Row(f"{size:,} ranks", lambda limit, n=size: in_worker(divide, n, limit=limit)) for size in worlds
+    ]
     bars = [
         Bar(f"{many:,} ranks", "first save", 1.15 * many / few, f"{few:,} ranks", "first save")
         for few, many in itertools.pairwise(worlds)
     ]
-    notes = [f"One rank takes {TENSORS:,} tensors apart that all ranks hold alike, declared replicated"]
+    notes = f"One rank takes {TENSORS:,} tensors apart that all ranks hold alike, declared replicated"
     return Group("Dividing replicas", rows, notes, bars)
 
 
@@ -550,15 +552,19 @@ def arrivals_group(folder: str, name: str, worlds: list[int]) -> Group:
 
     first, last = f"{worlds[0]:,} ranks", f"{worlds[-1]:,} ranks"
     linear = 1.25 * worlds[-1] / worlds[0]
-    bars = [Bar(last, "listings", 1), Bar(last, "marks", 0), Bar(last, "operations", 1.0, first, "operations")]
+    bars = [
+        Bar(last, "listings", 1),
+        Bar(last, "marks", 0),
+        Bar(last, "operations", 1.0, first, "operations"),
+    ]
     bars += [Bar(last, "rest", 1.5, first, "rest"), Bar(last, "a look's listings", 1)]
     bars += [Bar(last, figure, linear, first, figure) for figure in ("names", "last", "rank 0")]
-    notes = [
+    notes = (
         f"Medians of {ARRIVALS} ranks that arrive without a barrier, in parts; listing: one plain listing; "
         "names: a rank's listings and what it does with them; rest: all but these; reading: plain read and "
-        "decode of all marks; last: the rank that commits. With a barrier: rank 0 when all marks are there, and "
-        f"what another rank asks of the storage while it looks, a mean of {2 * POLLS} looks."
-    ]
+        "decode of all marks; last: the rank that commits. With a barrier: rank 0 when all marks are there, "
+        f"and what another rank asks of the storage while it looks, a mean of {2 * POLLS} looks."
+    )
     rows = [row(size) for size in worlds]
     return Group(f"Ranks that arrive, {name} storage", rows, notes, bars, limit=600)
 

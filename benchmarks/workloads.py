@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import zlib
 from collections.abc import Iterator
@@ -24,7 +25,13 @@ def tile() -> torch.Tensor:
 
 
 def load_all() -> None:
-    """Make and import, before workers are forked, what they all need."""
+    """Make and import, before workers are forked, what they need: no figure holds the time of an import."""
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
+
+    with contextlib.suppress(ImportError):
+        import safetensors.torch  # noqa: F401
     tile()
     torch.optim.AdamW([torch.zeros(1)])
 
@@ -171,7 +178,9 @@ class GPT2(Workload):
             "mlp.c_fc": (width, 4 * width),
             "mlp.c_proj": (4 * width, width),
         }
-        blocks = {f"transformer.h.{n}.{name}": shape for n in range(self.layers) for name, shape in inner.items()}
+        blocks = {
+            f"transformer.h.{n}.{name}": shape for n in range(self.layers) for name, shape in inner.items()
+        }
         for name, shape in {**blocks, "transformer.ln_f": (width,)}.items():
             shapes[f"{name}.weight"] = shape
             shapes[f"{name}.bias"] = shape[-1:]
