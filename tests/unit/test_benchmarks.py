@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 KINDS = [
@@ -135,3 +136,11 @@ def test_an_unknown_name_is_refused():
     done = run("nosuch")
     assert done.returncode == 2
     assert "scale-arrivals" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which it would check")
+def test_the_gpu_check_says_that_there_is_no_gpu():
+    """Without CUDA nothing passes and nothing fails: it says so and exits with 2."""
+    script = FOLDER.parent / "tools" / "gpu_check.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "No CUDA device is here, so nothing was checked.\n")
