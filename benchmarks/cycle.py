@@ -8,13 +8,15 @@ One turn of a row makes new processes, in this order:
 2. A new process with a state of its own, all memory touched, loads: the *restart*.
 3. In full runs another process loads the same: *again*. The page cache holds what the second one left there.
 4. The checkpoint is copied with `cp -r`, as users do to keep or to move one. Then the page cache holds all
-   of the copy, whatever the library, and a new process loads it: *warm*. Then another one loads it *cold*:
-   after fsync and POSIX_FADV_DONTNEED, which the host of a virtual machine does not see.
-5. In full runs more processes prepare before they save, load right after a save, and are watched for memory.
+   of the copy, whatever the library, and a new process loads it: *warm*, and then *cold*: after fsync and
+   POSIX_FADV_DONTNEED, which the host of a virtual machine does not see.
+5. In full runs the trainer also loads right after a save, other ones prepare before they save or are watched
+   for memory.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -60,8 +62,6 @@ class Trainer:
         start = time.perf_counter()
         wait = self.peer.prepare(self.state)
         called = time.perf_counter() - start
-        if wait is None:
-            return {}
         wait()
         return {"prepare": called, "prepared": time.perf_counter() - start}
 
@@ -102,8 +102,11 @@ class Trainer:
         return {"seconds": seconds, "read": _read_bytes() - before, "cached": cached}
 
     def cold(self) -> None:
+        gc.collect()  # pages that somebody maps stay
         drop_cache(self.peer.path())
         self.meet()
+        if cached_share(self.peer.path()) > 0.01:
+            raise ValueError("the page cache still holds the checkpoint")
 
     def more_loads(self) -> list[str]:
         return [*self.peer.more_loads(self.state)]
@@ -131,17 +134,18 @@ class Cycle:
         *,
         full: bool,
         loads: bool | None = None,
+        rounds: int = 0,
         known: dict[str, type[peers.Peer]] = peers.ALL,
     ) -> None:
         self.peer, self.workload = known[name], workload
         self.folder = os.path.join(folder, "".join(c if c.isalnum() else "-" for c in name))
-        self.full, self.later = full, 2 if full else 1
+        self.full, self.rounds = full, rounds
         self.measure_loads = not self.peer.loads_as if loads is None else loads
         self.watched = False
 
     def row(self) -> Row:
         error = peers.missing(self.peer)
-        return Row(self.peer.name, self.turn, self.peer.config, self.peer.lacks, error)
+        return Row(self.peer.name, self.turn, self.peer.config, self.peer.lacks, error, self.rounds)
 
     def turn(self, limit: float) -> dict[str, float]:
         self.deadline, self.found = time.monotonic() + limit, {}
@@ -168,17 +172,26 @@ class Cycle:
         return worker
 
     def _turn(self, found: dict[str, float]) -> None:
+        later = []
         with self._trainer() as trainer:
             first = trainer.call("save", limit=self._left())
             found |= {"first stall": first["stall"], "first durable": first["durable"]}
-            later = [trainer.call("save", limit=self._left()) for _ in range(self.later)]
+            if self.full:
+                later.append(trainer.call("save", limit=self._left()))
+                if self.measure_loads and not self.peer.objects:
+                    saved = trainer.call("sample")
+                    found["same process"] = trainer.call("load", saved, limit=self._left())["seconds"]
+            later.append(trainer.call("save", limit=self._left()))
             for name in ("stall", "durable", "bytes"):
                 found[name] = sum(one[name] for one in later) / len(later)
             saved = trainer.call("sample", limit=self._left())
         if self.measure_loads:
             self._loads(found, saved)
-        if self.full:
-            self._more(found)
+        if self.full and self.peer.prepares:
+            self._prepared(found)
+        if self.full and not self.watched:
+            self.watched = True
+            self._watched(found)
 
     def _loads(self, found: dict[str, float], saved: dict[int, int]) -> None:
         def note(name: str, process: Worker) -> None:
@@ -193,43 +206,40 @@ class Cycle:
         copy = self.folder + "-copy"
         subprocess.run(["cp", "-r", self.folder, copy], check=True)
         os.sync()
-        with self._trainer(copy) as process:
-            note("warm", process)
-            more = process.call("more_loads") if self.full else []
-            for way in more:
-                found[f"warm, {way}"] = process.call("load", saved, way, limit=self._left())["seconds"]
-        with self._trainer(copy) as process:
-            process.call("cold")
-            note("cold", process)
-            if self.full and getattr(self.peer, "verify", None):
-                process.call("cold")
-                found["verify"] = process.call("verify", limit=self._left())
+        ways = (
+            (("warm",), ("cold",)) if self.peer.objects else (("warm", "cold"),)
+        )  # these load once a process
+        for names in ways:
+            with self._trainer(copy) as process:
+                if "warm" in names:
+                    note("warm", process)
+                    for way in process.call("more_loads") if self.full else ():
+                        one = process.call("load", saved, way, limit=self._left())
+                        found[f"warm, {way}"] = one["seconds"]
+                if "cold" in names:
+                    process.call("cold")
+                    note("cold", process)
+                    if self.full and getattr(self.peer, "verify", None):
+                        process.call("cold")
+                        found["verify"] = process.call("verify", limit=self._left())
 
-    def _more(self, found: dict[str, float]) -> None:
-        """What needs fresh processes: after `prepare`, a load in the process that has saved, memory."""
+    def _prepared(self, found: dict[str, float]) -> None:
+        """A first save after `prepare`, in a fresh process."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with self._trainer() as trainer:
-            prepared = trainer.call("prepare", limit=self._left())
-            first = trainer.call("save", limit=self._left())
-            if prepared:
-                found |= prepared | {"prepared stall": first["stall"]}
-            if self.measure_loads and not self.peer.objects:
-                trainer.call("save", limit=self._left())
-                saved = trainer.call("sample")
-                found["same process"] = trainer.call("load", saved, limit=self._left())["seconds"]
-        if self.watched:
-            return
-        self.watched = True
+            found |= trainer.call("prepare", limit=self._left())
+            found["prepared stall"] = trainer.call("save", limit=self._left())["stall"]
+
+    def _watched(self, found: dict[str, float]) -> None:
+        """Memory and descriptors, in processes of their own, as looking takes time."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with self._trainer() as trainer:
             before = trainer.memory()
             for _ in range(2):
                 trainer.call("save", limit=self._left(), watch=True)
-            for name, value in trainer.peak.items():
-                found[f"save: {name}"] = value
+            found |= {f"save: {name}": value for name, value in trainer.peak.items()}
             found["save: trainer private"] -= before["trainer private"]
-            if self.measure_loads:
-                saved = trainer.call("sample")
+            saved = trainer.call("sample")
         if self.measure_loads:
             with self._trainer(self.folder) as trainer:
                 trainer.call("cold")

@@ -261,6 +261,7 @@ class Row:
         config: How the peer was configured.
         lacks: What the peer does not do that Milepost does, or the other way round.
         error: Why it cannot run at all; then `turn` is never called.
+        rounds: How many turns it takes at most, if not all.
     """
 
     name: str
@@ -268,6 +269,7 @@ class Row:
     config: str = ""
     lacks: str = ""
     error: str = ""
+    rounds: int = 0
 
 
 @dataclass
@@ -346,7 +348,7 @@ class Results:
             shift = turn % max(len(group.rows), 1)
             for row in (*group.rows[shift:], *group.rows[:shift]):
                 kept = entry["rows"][row.name]
-                if kept["error"] or len(kept["rounds"]) > turn:
+                if kept["error"] or len(kept["rounds"]) > turn or turn >= (row.rounds or rounds):
                     continue
                 start = time.perf_counter()
                 try:
@@ -357,6 +359,7 @@ class Results:
                 reap()
                 os.sync()  # nothing on its way to the disk disturbs the next row
                 seconds = time.perf_counter() - start
+                kept["took"] = kept.get("took", 0.0) + seconds
                 print(
                     f"  {name} {turn + 1}/{rounds} {row.name}: {kept['error'] or f'{seconds:.1f} s'}",
                     flush=True,

@@ -59,6 +59,8 @@ class Peer:
         background: It saves beside the training.
         loads_as: The name of the peer whose loads are the same, so that they are not measured twice.
         objects: It needs a module and an optimizer, not a state dict.
+        prepares: It can get ready for the first save.
+        slow: It takes fewer turns.
     """
 
     name = ""
@@ -68,6 +70,8 @@ class Peer:
     background = False
     loads_as = ""
     objects = False
+    prepares = False
+    slow = False
 
     def __init__(self, folder: str) -> None:
         self.folder, self.number = folder, 0
@@ -103,8 +107,9 @@ class Peer:
     def write(self, path: str, state: Any) -> Wait:
         raise NotImplementedError
 
-    def prepare(self, state: Any) -> Wait | None:
+    def prepare(self, state: Any) -> Wait:
         """Get ready for the first save of this state; what it returns ends when that is done."""
+        raise NotImplementedError
 
     def load(self, state: Any) -> None:
         """Fill the tensors of `state` with what was saved last."""
@@ -121,7 +126,7 @@ class Peer:
 
 
 class Milepost(Peer):
-    name, background = "milepost", True
+    name, background, prepares = "milepost", True, True
     config = "make_async_checkpointer(), defaults"
 
     def open(self) -> None:
@@ -135,7 +140,7 @@ class Milepost(Peer):
 
         self.checkpointer = milepost.make_sync_checkpointer()
 
-    def prepare(self, state: Any) -> Wait | None:
+    def prepare(self, state: Any) -> Wait:
         self.checkpointer.prepare(state)
         return self.checkpointer._stager.wait_prepared
 
@@ -163,14 +168,11 @@ class Milepost(Peer):
 
 
 class MilepostSync(Milepost):
-    name, background, loads_as = "milepost sync", False, "milepost"
+    name, background, prepares, loads_as = "milepost sync", False, False, "milepost"
     config = "make_sync_checkpointer(), defaults"
 
     def open(self) -> None:
         self.open_to_load()
-
-    def prepare(self, state: Any) -> None:
-        """Nothing needs to be prepared."""
 
     def write(self, path: str, state: Any) -> Wait:
         self.checkpointer.save(path, state)
@@ -273,12 +275,12 @@ class DCPAsync(DCP):
 
 
 class DCPProcess(DCPAsync):
-    name, kind = "DCP async, process", "process"
+    name, kind, slow = "DCP async, process", "process", True
     config = "async_save, a process, one stager with shared memory kept between saves"
 
 
 class Experimental(Peer):
-    name, background = "torch _experimental", True
+    name, background, slow = "torch _experimental", True, True
     config = "make_async_checkpointer, shared memory, no pinning"
     lacks = f"{NO_FSYNC}; not atomic; {UNVERIFIED}"
 
@@ -313,7 +315,8 @@ class Experimental(Peer):
 
 
 class TorchCheckpointing(Peer):
-    name, module, background = "torch_checkpointing", "torch_checkpointing", True
+    name, module = "torch_checkpointing", "torch_checkpointing"
+    background = prepares = slow = True
     config = "CheckpointManager, shared memory, no pinning, no direct I/O (ext4 refuses its writes)"
     lacks = f"{NO_FSYNC}; {UNVERIFIED}"
 
@@ -336,7 +339,7 @@ class TorchCheckpointing(Peer):
         storage = LocalFileSystemStorageConfig(use_direct_io=False)
         self.manager = CheckpointManager(CheckpointManager.Config(save=save, storage_config=storage))
 
-    def prepare(self, state: Any) -> Wait | None:
+    def prepare(self, state: Any) -> Wait:
         self.manager.prewarm_staging({"state": state})
         return self.manager._prewarm_staging_future.result
 
@@ -354,7 +357,8 @@ class TorchCheckpointing(Peer):
 
 
 class Moonclip(Peer):
-    name, module, background, level = "moonclip", "moonclip", True, 3
+    name, module, level = "moonclip", "moonclip", 3
+    background = slow = True
     config = "CheckpointManager, defaults: zstd level 3, deltas; loads copied into the tensors"
     lacks = "a format of its own; checksums of each tensor, verified"
 

@@ -77,7 +77,7 @@ class RanksMilepost(peers.MilepostSync):
 
 
 class RanksAsync(RanksMilepost, peers.Milepost):
-    name, background, loads_as = "milepost", True, "milepost sync"
+    name, background, prepares, loads_as = "milepost", True, True, "milepost sync"
     config = "make_async_checkpointer, no barrier: the last rank commits; under DDP replicated=['model.*']"
     prepare = peers.Milepost.prepare
     write = peers.Milepost.write
@@ -194,7 +194,7 @@ class RankCycle(Cycle):
         if not self.other:
             return
         with self._trainer(self.folder + "-copy", self.other) as job:
-            for _ in range(1 + self.later):
+            for _ in range(3 if self.full else 2):  # saves, each after a step
                 job.call("step")
             wanted = job.call("sample")
             found["warm, resharded"] = job.call("load", wanted, limit=self._left())["seconds"]

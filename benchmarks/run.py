@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 warnings.simplefilter("ignore")
 
@@ -34,6 +35,8 @@ from workloads import Workload  # noqa: E402
 
 QUICK = ["gpt2", "500x4MiB", "20000x16KiB"]
 BASIC = ["milepost", "milepost sync", "torch.save + fsync", "safetensors + fsync", "DCP async, thread"]
+MOST = [*BASIC, "moonclip", "moonclip, no compression"]
+WIDE = [*MOST, "torch _experimental"]
 CURVE = ["milepost", "torch.save + fsync", "safetensors + fsync", "DCP async, thread"]
 SIZES = (10, 100, 1000, 8000)
 COUNTS = (10, 100, 1000, 10_000)
@@ -43,19 +46,17 @@ NOT_IN_FULL = ("scale*", "*-8")
 
 
 def cycle_group(
-    title: str,
     workload: Workload,
     folder: str,
     names: list[str],
     *,
-    full: bool,
-    limit: float = 300,
-    bars: list[Bar] | None = None,
-    notes: str = "",
-    x: tuple[str, float] | None = None,
+    full: bool = False,
+    asked: str = "",
+    **options: Any,
 ) -> Group:
-    """A table of the life of a checkpoint."""
-    size = sum(value.nbytes for value in workloads.tensors_of(workload.shape()))
+    """A table of the life of a checkpoint; `asked` names the bars, `full` adds figures and processes."""
+    state = workloads.tensors_of(workload.shape())
+    size = sum(value.nbytes for value in state)
 
     def limits(limit: float) -> dict[str, float]:
         with Worker(Limits, workload, folder) as worker:
@@ -63,10 +64,12 @@ def cycle_group(
 
     def row(name: str) -> Row:
         loads = True if name == "DCP async, thread" and "DCP" not in names else None
-        return Cycle(name, workload, folder, full=full, loads=loads).row()
+        rounds = FULL_ROUNDS if full and peers.ALL[name].slow else 0
+        return Cycle(name, workload, folder, full=full, loads=loads, rounds=rounds).row()
 
-    rows = [Row("limits", limits), *map(row, names)]
-    return Group(title, rows, notes, bars or [], size, limit, x=x)
+    bars = bars_of(asked, size) if asked else []
+    notes = f"{len(state):,} float32 tensors."
+    return Group(workload.name, [Row("limits", limits), *map(row, names)], notes, bars, size, **options)
 
 
 def bars_of(name: str, size: int) -> list[Bar]:
@@ -104,52 +107,37 @@ def bars_of(name: str, size: int) -> list[Bar]:
 
 def all_groups(folder: str, *, small: bool, full: bool) -> dict[str, Callable[[], Group]]:
     """Every group by name; making one costs something, so they are made when they are run."""
-    everyone = [*peers.ALL] if full else BASIC
+    everyone, wide, most = ([*peers.ALL], WIDE, MOST) if full else (BASIC, BASIC, BASIC)
     if small:  # without those whose writers import torch, which takes seconds
         scale.TENSORS, scale.ARRIVALS = 32, 3
         everyone = [name for name in everyone if name in (*BASIC, "DCP", "moonclip", "ravex")]
-    tensors = [name for name in everyone if not peers.ALL[name].objects]
-
-    def plain(count: int, each: int, names: list[str], **options: object) -> Callable[[], Group]:
-        name = str(options.pop("name", ""))
-        title = (
-            f"{count:,} tensors of {each // MIB} MiB"
-            if each >= MIB
-            else f"{count:,} tensors of {each // 1024} KiB"
-        )
-        changing = float(options.pop("changing", 1.0))  # type: ignore[arg-type]
-        load = (
-            Workload(title, min(count, 10), 4096, changing)
-            if small
-            else Workload(title, count, each, changing)
-        )
-        asked = bars_of(name, load.count * load.each) if name else []
-        title = str(options.pop("title", title))
-        return lambda: cycle_group(title, load, folder, names, bars=asked, **options)  # type: ignore[arg-type]
-
     gpt2 = workloads.gpt2(small=small)
     groups: dict[str, Callable[[], Group]] = {
-        "gpt2": lambda: cycle_group(
-            gpt2.name, gpt2, folder, everyone, full=full,
-            bars=bars_of("gpt2", sum(v.nbytes for v in workloads.tensors_of(gpt2.shape()))),
-            notes=f"{len(workloads.tensors_of(gpt2.shape()))} tensors, the tied head among them; float32",
-        ),
-        "500x4MiB": plain(500, 4 * MIB, tensors, full=full, name="500x4MiB"),
-        "20000x16KiB": plain(20_000, 16 << 10, tensors, full=full, name="20000x16KiB",
-                             x=("count", 20_000), limit=150),
-        "100000x16KiB": plain(100_000, 16 << 10, tensors, full=full, x=("count", 100_000), limit=150),
-        "lora": plain(250, 4 * MIB, tensors, full=full, changing=0.1,
-                      title="250 tensors of 4 MiB, of which a step changes 10 %"),
-        "small": plain(1, MIB, BASIC, full=False, title="A state of 1 MiB"),
-    }  # fmt: skip
-    for megabytes in SIZES:
-        each = min(4_000_000, megabytes * 100_000)
-        groups[f"size-{megabytes}"] = plain(
-            megabytes * 1_000_000 // each, each, CURVE, full=False, x=("size", megabytes), limit=400,
-            title=f"{megabytes:,} MB in tensors of {each / 1e6:.0f} MB",
-        )  # fmt: skip
+        "gpt2": lambda: cycle_group(gpt2, folder, everyone, full=full, asked="gpt2")
+    }
+
+    def add(
+        name: str, title: str, count: int, each: int, names: list[str], changing: float = 1.0, **options: Any
+    ) -> None:
+        count, each = (min(count, 10), 4096) if small else (count, each)
+        load = Workload(title, count, each, changing)
+        groups[name] = lambda: cycle_group(load, folder, names, **options)
+
+    kib = 16 << 10
+    add("500x4MiB", "500 tensors of 4 MiB", 500, 4 * MIB, wide, asked="500x4MiB")
+    add(
+        "20000x16KiB", "20,000 tensors of 16 KiB", 20_000, kib, wide, asked="20000x16KiB", x=("count", 20_000)
+    )
+    x: tuple[str, float] = ("count", 100_000)
+    add("100000x16KiB", "100,000 tensors of 16 KiB", 100_000, kib, most, x=x, limit=90)
+    add("lora", "250 tensors of 4 MiB, of which a step changes 10 %", 250, 4 * MIB, most, 0.1)
+    add("small", "A state of 1 MiB", 1, MIB, BASIC)
+    for size in SIZES:
+        each = min(4_000_000, size * 100_000)
+        title = f"{size:,} MB in tensors of {each / 1e6:.0f} MB"
+        add(f"size-{size}", title, size * 1_000_000 // each, each, CURVE, x=("size", size), limit=400)
     for count in COUNTS:
-        groups[f"count-{count}"] = plain(count, 16 << 10, CURVE, full=False, x=("count", count))
+        add(f"count-{count}", f"{count:,} tensors of 16 KiB", count, kib, CURVE, x=("count", count))
     for kind in ("FSDP2", "DDP"):
         for world in (4, 8):
             name = f"{kind}-{world}"
