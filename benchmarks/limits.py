@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from isal import isal_zlib
-from workloads import Workload, tensors_of
+from workloads import Workload, unique
 
 from milepost import syscalls
 
@@ -124,7 +124,7 @@ class Limits:
 
     def __init__(self, workload: Workload, folder: str) -> None:
         self.path = os.path.join(folder, "limit")
-        self.sources = tensors_of(workload.build())
+        self.sources = unique(workload.build())
         self.targets = [torch.empty_like(value).copy_(value) for value in self.sources]
         self.size = sum(value.nbytes for value in self.sources)
 

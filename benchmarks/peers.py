@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from limits import sync
-from workloads import tensors_of
+from workloads import tensors_of, unique
 
 Wait = Callable[[], object]
 UNVERIFIED = "loads are not verified"
@@ -224,8 +224,7 @@ class Safetensors(Peer):
     @staticmethod
     def _flat(state: Any) -> dict[str, torch.Tensor]:
         """Each memory once: tied tensors are refused."""
-        unique = {value.data_ptr(): value for value in tensors_of(state)}
-        return {str(number): value for number, value in enumerate(unique.values())}
+        return {str(number): value for number, value in enumerate(unique(state))}
 
 
 class DCP(Peer):

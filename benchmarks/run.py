@@ -55,8 +55,8 @@ def cycle_group(
     **options: Any,
 ) -> Group:
     """A table of the life of a checkpoint; `asked` names the bars, `full` adds figures and processes."""
-    state = workloads.tensors_of(workload.shape())
-    size = sum(value.nbytes for value in state)
+    state = workload.shape()
+    size = sum(value.nbytes for value in workloads.unique(state))
 
     def limits(limit: float) -> dict[str, float]:
         with Worker(Limits, workload, folder) as worker:
@@ -68,7 +68,7 @@ def cycle_group(
         return Cycle(name, workload, folder, full=full, loads=loads, rounds=rounds).row()
 
     bars = bars_of(asked, size) if asked else []
-    notes = f"{len(state):,} float32 tensors."
+    notes = f"{len(workloads.tensors_of(state)):,} float32 tensors."
     return Group(workload.name, [Row("limits", limits), *map(row, names)], notes, bars, size, **options)
 
 
@@ -184,6 +184,9 @@ def arguments() -> argparse.Namespace:
     add("--check", nargs="?", const=report.STORED, metavar="STORED.json",
         help="then fail unless the ratios of these results hold (docs/benchmarks/results.json)")  # fmt: skip
     options = parser.parse_args()
+    for path in filter(None, (options.compare, options.check)):
+        if not os.path.exists(path):
+            parser.error(f"{path} is not there; `make bench-full` makes docs/benchmarks/results.json")
     options.json = options.json or (report.STORED if options.full else os.path.join("build", "bench.json"))
     known = [*all_groups("", small=options.small, full=options.full)]
     if options.list:

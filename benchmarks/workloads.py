@@ -41,6 +41,12 @@ def tensors_of(state: Any) -> list[torch.Tensor]:
     return list(_walk(state))
 
 
+def unique(state: Any) -> list[torch.Tensor]:
+    """The tensors of a state dict, tied ones once: what has to be copied and written at least."""
+    found = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in tensors_of(state)}
+    return list(found.values())
+
+
 def _walk(node: Any) -> Iterator[torch.Tensor]:
     if isinstance(node, torch.Tensor):
         yield getattr(node, "_local_tensor", node)
@@ -156,10 +162,10 @@ class GPT2(Workload):
 
     def step(self, state: dict[str, Any]) -> None:
         """As far as bits go: weights move a little, moments decay."""
-        weights = {value.data_ptr(): value for value in state["model"].values()}
+        weights = unique(state["model"])
         moments = state["optimizer"]["state"].values()
         with torch.no_grad():
-            torch._foreach_mul_([*weights.values()], 0.999)
+            torch._foreach_mul_(weights, 0.999)
             torch._foreach_mul_([values["exp_avg"] for values in moments], 0.9)
             torch._foreach_mul_([values["exp_avg_sq"] for values in moments], 0.999)
             torch._foreach_add_([values["step"] for values in moments], 1.0)

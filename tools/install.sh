@@ -26,7 +26,7 @@ if [ "${2:-}" = bench ]; then
     for peer in $("${python[@]}" -c "$list"); do # one by one: a peer that cannot be had does not stop the others
         if ! error=$("${pip[@]}" "$peer" 2>&1); then
             mkdir -p "$errors"
-            tail -n 1 <<< "$error" | tee "$errors/$peer"
+            { grep -m 1 ERROR <<< "$error" || tail -n 1 <<< "$error"; } | tee "$errors/$peer"
         fi
     done
     exit
