@@ -57,7 +57,7 @@ class Computer(Trainer):
 
 def _multiply(matrix: torch.Tensor, done: Callable[[], bool]) -> tuple[int, float]:
     count, start = 0, time.perf_counter()
-    while not done():
+    while not count or not done():
         matrix @ matrix
         count += 1
     return count, time.perf_counter() - start

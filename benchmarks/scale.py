@@ -119,7 +119,7 @@ def make(path: str, size: int, variant: str) -> None:
 def index_of(first: Index, rank: int) -> Index:
     """The index of another rank: the first one's, other places, files and checksums."""
     index = copy.copy(first)
-    index.rank, index.process = rank, f"{rank:016x}"
+    index.rank, index.process, index.sequence = rank, f"{rank:016x}", 0  # rank 0 numbers the saves
     size = first.files[0].size + len(str(rank)) - len(str(first.rank))  # the file says whose it is
     index.files = [msgspec.structs.replace(first.files[0], name=data_name(rank), size=size, crc32=crc())]
     index.records = msgspec.structs.replace(first.records, crcs=[crc() for _ in first.records.crcs])
