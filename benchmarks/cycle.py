@@ -25,7 +25,7 @@ from typing import Any
 
 import peers
 from harness import Failed, Row, Worker
-from limits import bytes_in, cached_share, drop_cache
+from limits import bytes_in, cached_share, drop_cache, sync
 from workloads import Workload, blank, sample
 
 
@@ -205,7 +205,7 @@ class Cycle:
                 note(name, process)
         copy = self.folder + "-copy"
         subprocess.run(["cp", "-r", self.folder, copy], check=True)
-        os.sync()
+        sync(copy)
         ways = (
             (("warm",), ("cold",)) if self.peer.objects else (("warm", "cold"),)
         )  # these load once a process
