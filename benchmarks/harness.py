@@ -61,6 +61,7 @@ class Worker:
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ.update(environment or {})
             os.dup2(self._log.fileno(), 1)
             os.dup2(self._log.fileno(), 2)
@@ -152,8 +153,21 @@ def in_worker(function: Callable[..., Any], *args: Any, limit: float = 900) -> A
         return worker.call(limit=limit)
 
 
+_stopped: list[int] = []
+
+
+def _stop(number: int, _frame: object) -> None:
+    """Python ignores what is raised in some places, such as those around a fork: so it is noted, too."""
+    _stopped.append(number)
+    sys.exit(128 + number)
+
+
 def adopt_orphans() -> None:
-    """Let the children of killed workers become ours, so that `reap` finds them and their time counts."""
+    """Let the children of killed workers become ours, so that `reap` finds them and their time counts.
+
+    And let SIGTERM end us as Ctrl-C does: workers and files are removed.
+    """
+    signal.signal(signal.SIGTERM, _stop)
     _libc.prctl(_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -343,6 +357,7 @@ class Results:
             "bars": [vars(b) for b in group.bars],
         }
         entry["loads"] = [*entry["loads"], self.load]
+        entry["disturbed"] = "it was not finished"
         self.content["groups"][name] = entry
         for row in group.rows:
             kept = entry["rows"].setdefault(row.name, {"rounds": [], "error": ""})
@@ -352,6 +367,8 @@ class Results:
             entry["control"].append(control.take())
             shift = turn % max(len(group.rows), 1)
             for row in (*group.rows[shift:], *group.rows[:shift]):
+                if _stopped:
+                    sys.exit(128 + _stopped[0])
                 kept = entry["rows"][row.name]
                 if kept["error"] or len(kept["rounds"]) > turn or turn >= (row.rounds or rounds):
                     continue
@@ -411,4 +428,7 @@ def about() -> dict[str, Any]:
 @contextmanager
 def scratch(folder: str | None) -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir=os.path.abspath(folder or "."), prefix="bench-") as made:
-        yield made
+        try:
+            yield made
+        finally:
+            reap()
