@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-distributed test test-slow test-filesystems test-chaos test-storm cov check \
-	lint types docs bench fmt fmt-check size gazetteer gazetteer-demo clean
+	lint types docs bench bench-full fmt fmt-check size gazetteer gazetteer-demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -80,9 +80,10 @@ lint: $(STAMP) ## ruff, spelling, and the dependency rule
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy --strict src
 
-docs: $(STAMP) ## run the code in the documents, and compare docs/cli.md and docs/filesystems.md with what they tell of
+docs: $(STAMP) ## run the code in the documents, and compare what is generated in them
 	$(BIN)/python -m pytest -p no:randomly README.md docs $(PYTEST_ARGS)
 	$(BIN)/python -m cogapp --check --diff -p "import sys; sys.path.insert(0, 'tools')" docs/cli.md docs/filesystems.md
+	$(BIN)/python benchmarks/report.py --check
 
 docs/filesystems.md: docs/filesystems.json
 
@@ -92,8 +93,23 @@ docs/filesystems.json: $(STAMP) FORCE # as root
 docs/cli.md docs/filesystems.md: $(STAMP) FORCE ## write the command line's help, and what was found, into them
 	$(BIN)/python -m cogapp -r -p "import sys; sys.path.insert(0, 'tools')" $@
 
-bench: $(STAMP) ## benchmarks, as tables with ratios
-	$(BIN)/python benchmarks/run.py
+PEERS := $(VENV)/bench.stamp
+NAME ?=
+BENCH_ARGS ?=
+
+$(PEERS): $(STAMP)
+	bash tools/install.sh "$(VENV)" bench
+	@touch $@
+
+bench: $(PEERS) ## benchmarks against the peers, 10 minutes (NAME="gpt2 lost": these, --list names all)
+	$(BIN)/python benchmarks/run.py $(NAME) $(BENCH_ARGS)
+
+bench-full: $(PEERS) ## all of them, into docs/benchmarks and README; run again, it goes on where it ended
+	$(BIN)/python benchmarks/run.py --full --resume $(NAME) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/report.py
+
+docs/benchmarks: $(STAMP) FORCE ## write the tables and charts of docs/benchmarks/results.json
+	$(BIN)/python benchmarks/report.py
 
 size: $(STAMP) ## lines per module against the budget
 	$(BIN)/python tools/size.py

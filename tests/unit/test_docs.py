@@ -56,6 +56,6 @@ def test_every_word_is_defined():
 
 def test_links_between_documents_lead_somewhere():
     """Every relative link in the documents leads to a file."""
-    for document in [*ROOT.glob("*.md"), *DOCS.glob("*.md")]:
+    for document in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), (document.name, target)

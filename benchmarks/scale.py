@@ -1,7 +1,5 @@
 """What thousands of ranks cost: reading their indexes, planning a load on half of them, and committing.
 
-python benchmarks/bench_scale.py [--ranks 64,256,1024,4096] [--marks 1000,3000,10000] [--folder DIR]
-
 One machine stands for all ranks. Torch's fake process group makes a process any rank of any world, so the
 first and the last rank save for real, and the last of them commits; the indexes in between are the first
 one's with what differs from rank to rank filled in, which is compared with what the last rank really wrote.
@@ -10,16 +8,14 @@ Data files have the right size, but nothing is read from them here.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
+import itertools
 import json
 import os
 import random
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -29,10 +25,7 @@ from contextlib import contextmanager
 import msgspec
 import torch
 import torch.distributed as dist
-from harness import MIB, fresh, machine, peak_private_bytes, run_parts, verdict, warm_cache
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from harness import MIB, Bar, Group, Row, in_worker, peak_private_bytes
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
@@ -64,6 +57,8 @@ def local_shape(number: int, variant: str) -> tuple[int, ...]:
 @contextmanager
 def as_rank(rank: int, size: int) -> Iterator[None]:
     """Be a rank of a world of this size."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
@@ -73,8 +68,11 @@ def as_rank(rank: int, size: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def sharded_state(size: int, variant: str, factor: int = 1) -> dict[str, dict[str, DTensor]]:
+def sharded_state(size: int, variant: str, factor: int = 1) -> dict[str, dict[str, torch.Tensor]]:
     """This rank's state: DTensors with `factor` times the rows of `local_shape` on each of `size` ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
     mesh = init_device_mesh("cpu", (size,))
     made = {}
     for number in range(TENSORS):
@@ -95,19 +93,11 @@ def writer(rank: int, size: int, storage: object = None, replicated: list[str] |
     return CheckpointWriter(config, RankInfo(rank, size), storage=storage)
 
 
-def partial_of(path: str) -> str:
-    """The hidden folder of the only attempt at `path`."""
-    stem = f".{os.path.basename(path)}."
-    names = [name for name in os.listdir(os.path.dirname(path)) if name.startswith(stem)]
-    assert len(names) == 1, names
-    return os.path.join(os.path.dirname(path), names[0])
-
-
-def make(path: str, size: int, variant: str) -> dict[str, float]:
+def make(path: str, size: int, variant: str) -> None:
     """A committed checkpoint of `size` ranks at `path`."""
     with as_rank(0, size):
         writer(0, size).write(path, sharded_state(size, variant))
-    folder = partial_of(path)
+    folder = hidden_folder(default_storage(), path)
     with open(os.path.join(folder, index_name(0)), "rb") as file:
         first = decode_index(file.read(), file.name)
     for rank in range(1, size - 1):
@@ -118,21 +108,18 @@ def make(path: str, size: int, variant: str) -> dict[str, float]:
             file.write(encode_index(index))
     with as_rank(size - 1, size):
         state = sharded_state(size, variant)
-        start = time.perf_counter()
         writer(size - 1, size).write(path, state)
-        seconds = time.perf_counter() - start
     with open(os.path.join(path, index_name(size - 1)), "rb") as file:
         last = decode_index(file.read(), file.name)
     assert described(last) == described(index_of(first, size - 1)), (
         "the indexes that were filled in are wrong"
     )
-    return {"seconds": seconds}
 
 
 def index_of(first: Index, rank: int) -> Index:
     """The index of another rank: the first one's, other places, files and checksums."""
     index = copy.copy(first)
-    index.rank, index.process = rank, f"{rank:016x}"
+    index.rank, index.process, index.sequence = rank, f"{rank:016x}", 0  # rank 0 numbers the saves
     size = first.files[0].size + len(str(rank)) - len(str(first.rank))  # the file says whose it is
     index.files = [msgspec.structs.replace(first.files[0], name=data_name(rank), size=size, crc32=crc())]
     index.records = msgspec.structs.replace(first.records, crcs=[crc() for _ in first.records.crcs])
@@ -183,7 +170,7 @@ def planning(path: str, size: int, rank: int, template: dict) -> Callable[[], ob
     return work
 
 
-def plan(path: str, size: int, variant: str, rounds: int) -> dict[str, object]:
+def plan(path: str, size: int, variant: str, rounds: int) -> dict[str, float]:
     """In a process of its own: peak memory first, then rounds side by side with plain decoding."""
     rank = size // 4 + 1
     with as_rank(rank, size // 2):
@@ -210,7 +197,8 @@ def plan(path: str, size: int, variant: str, rounds: int) -> dict[str, object]:
                 seconds.append(time.perf_counter() - start)
                 gc.enable()
         _close(kept)
-    return {"peak": peak, "ours": ours, "plain": plain, "bytes": sum(map(len, files))}
+    found = {"plan": statistics.median(ours), "decode": statistics.median(plain)}
+    return found | {"plan memory": peak, "JSON": sum(map(len, files))}
 
 
 def _close(kept: list[object]) -> None:
@@ -221,8 +209,7 @@ def _close(kept: list[object]) -> None:
 
 
 def merge(path: str, size: int) -> dict[str, float]:
-    """In a process of its own: what the last rank does with all indexes, which are in the page cache."""
-    warm_cache(*(os.path.join(path, index_name(rank)) for rank in range(size)))
+    """In a process of its own: what the last rank does with all indexes, which were just written."""
     with open(os.path.join(path, "manifest.json"), "rb") as file:
         attempt = json.load(file)["body"]["attempt"]
     seconds = []
@@ -244,66 +231,32 @@ def merge(path: str, size: int) -> dict[str, float]:
             msgspec.json.decode(file.read())
     plain = time.perf_counter() - start
     gc.enable()
-    return {"peak": peak, "seconds": seconds[0], "plain": plain}
+    return {"merge": seconds[0], "merge memory": peak, "read all": plain}
 
 
-def bench_ranks(folder: str, worlds: list[int], rounds: int) -> bool:
-    met = True
-    real = f"{len(REAL_SHAPES)} shapes, so tables are shared: the JSON is compact, and the baseline small"
-    for variant, text in (("worst", "no two of one shape"), ("real", real)):
-        print(
-            f"\nPlanning a load of R ranks' {TENSORS:,} sharded tensors on R/2 ranks, "
-            f"one rank's part;\n{text} (medians of {rounds}; ratio to decoding the same JSON)\n"
-            f"and what the last rank's commit reads and merges (ratio to reading and decoding all indexes)\n"
-            f"  {'R':>6} {'shards':>10} {'JSON':>9} {'decode':>9} {'milepost':>9} {'ratio':>6} {'memory':>9}"
-            f" | commit: {'merge':>8} {'ratio':>6} {'memory':>9}"
-        )
-        before: tuple[int, float, float, int] | None = None
-        for size in worlds:
-            path = os.path.join(folder, f"{variant}-{size}")
-            step("make", path, size, variant)
-            found = step("plan", path, size, variant, rounds)
-            merged = step("merge", path, size, variant)
-            fresh(path)()
-            ratio = statistics.median(a / b for a, b in zip(found["ours"], found["plain"], strict=True))
-            ours, plain = statistics.median(found["ours"]), statistics.median(found["plain"])
-            print(
-                f"  {size:6,} {size * TENSORS:10,} {found['bytes'] / MIB:5.1f} MiB {plain * 1e3:6.1f} ms "
-                f"{ours * 1e3:6.1f} ms {ratio:6.2f} {found['peak'] / MIB:5.0f} MiB |        "
-                f" {merged['seconds']:6.2f} s {merged['seconds'] / merged['plain']:6.2f} "
-                f"{merged['peak'] / MIB:5.0f} MiB",
-                flush=True,
-            )
-            if size == 1024:
-                met &= verdict("ratio at 1,024 ranks", ratio, 3)
-                met &= verdict("memory at 1,024 ranks, in MiB", found["peak"] / MIB, 1024)
-            if before is not None:
-                times = f"growth from {before[0]:,} to {size:,} ranks, to linear"
-                met &= verdict(times, (ours / before[1]) / (size / before[0]), 1.15)
-                growth = (merged["seconds"] / before[2]) / (size / before[0])
-                met &= verdict(f"the commit's {times}", growth, 1.25)
-                growth = (found["peak"] / before[3]) / (size / before[0])
-                met &= verdict(f"memory's {times}", growth, 1.15)
-            before = (size, ours, merged["seconds"], max(found["peak"], 1))
-    return met
+def planning_group(folder: str, variant: str, worlds: list[int], rounds: int) -> Group:
+    def row(size: int) -> Row:
+        def turn(limit: float) -> dict[str, float]:
+            with tempfile.TemporaryDirectory(dir=folder) as inner:
+                path = os.path.join(inner, "checkpoint")
+                in_worker(make, path, size, variant, limit=limit)
+                found = in_worker(plan, path, size, variant, rounds, limit=limit)
+                return found | in_worker(merge, path, size, limit=limit)
 
+        return Row(f"{size:,} ranks", turn)
 
-def step(name: str, path: str, size: int, variant: str, rounds: int = 1) -> dict:
-    """One of `STEPS` in a fresh process; its result."""
-    command = [sys.executable, __file__, "--step", name, "--folder", path, "--rounds", str(rounds)]
-    command += ["--ranks", str(size), "--variant", variant]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
-STEPS = {
-    "make": lambda o: make(o.folder, int(o.ranks), o.variant),
-    "plan": lambda o: plan(o.folder, int(o.ranks), o.variant, o.rounds),
-    "merge": lambda o: merge(o.folder, int(o.ranks)),
-    "divide": lambda o: divide(int(o.ranks)),
-}
+    bars = [Bar("1,024 ranks", "plan", 3, "1,024 ranks", "decode")] if 1024 in worlds else []
+    bars += [Bar("1,024 ranks", "plan memory", 1024 * MIB)] if 1024 in worlds else []
+    for few, many in itertools.pairwise(worlds):
+        for figure, growth in (("plan", 1.15), ("merge", 1.25), ("plan memory", 1.15)):
+            bars.append(Bar(f"{many:,} ranks", figure, growth * many / few, f"{few:,} ranks", figure))
+    shapes = {"worst": "no two of one shape", "real": f"{len(REAL_SHAPES)} shapes: the JSON is compact"}
+    notes = (
+        f"{TENSORS:,} sharded tensors, {shapes[variant]}. Plan: one rank of half as many finds, decodes, "
+        "checks and plans its load; decode: the same JSON, plainly. Merge: what the last rank does to "
+        "commit; read all: all indexes, plainly."
+    )
+    return Group(f"Many ranks, {shapes[variant]}", [row(size) for size in worlds], notes, bars, limit=900)
 
 
 # -- dividing replicas -------------------------------------------------------------------------------
@@ -320,25 +273,21 @@ def divide(size: int) -> dict[str, object]:
         encoder.encode(state)
         seconds.append(time.perf_counter() - start)
 
-    return {"peak": peak_private_bytes(work), "first": seconds[0], "second": (work(), seconds[1])[1]}
+    peak = peak_private_bytes(work)
+    work()
+    return {"first save": seconds[0], "later": seconds[1], "memory": peak}
 
 
-def bench_division(worlds: list[int]) -> bool:
-    print(
-        f"\nTaking {TENSORS:,} tensors apart that R ranks hold alike (declared replicated), one rank's part\n"
-        f"  {'R':>6} {'first save':>11} {'later':>10} {'memory':>9}"
-    )
-    met = True
-    before: tuple[int, float] | None = None
-    for size in worlds:
-        found = step("divide", "", size, "")
-        first = found["first"]
-        print(f"  {size:6,} {first:9.2f} s {found['second'] * 1e3:7.1f} ms {found['peak'] / MIB:5.0f} MiB")
-        if before is not None:
-            growth = (first / before[1]) / (size / before[0])
-            met &= verdict(f"growth from {before[0]:,} to {size:,} ranks, to linear", growth, 1.15)
-        before = (size, first)
-    return met
+def division_group(worlds: list[int]) -> Group:
+    rows = [
+        Row(f"{size:,} ranks", lambda limit, n=size: in_worker(divide, n, limit=limit)) for size in worlds
+    ]
+    bars = [
+        Bar(f"{many:,} ranks", "first save", 1.15 * many / few, f"{few:,} ranks", "first save")
+        for few, many in itertools.pairwise(worlds)
+    ]
+    notes = f"One rank takes {TENSORS:,} tensors apart that all ranks hold alike, declared replicated"
+    return Group("Dividing replicas", rows, notes, bars)
 
 
 # -- arrivals ----------------------------------------------------------------------------------------
@@ -520,7 +469,7 @@ def uncollected() -> Iterator[None]:
 
 
 @uncollected()
-def arrivals(kind: Kind, size: int) -> dict[str, object]:
+def arrivals(kind: Kind, size: int) -> dict[str, float]:
     """A world of this size without a barrier: the last ranks' arrivals, and the very last one's."""
     index = real_indexes(kind, size)
     folder = hidden_folder(kind.storage, kind.path)
@@ -541,12 +490,16 @@ def arrivals(kind: Kind, size: int) -> dict[str, object]:
     opened.close()
     last, _ = arrive(kind, index(size - 1))
     result = {name: statistics.median(times[name] for times in found) for name in found[0]}
-    result |= {"listing": statistics.median(plain), "reading": reading, "asked": asked}
+    result |= {"listing": statistics.median(plain), "reading": reading, **most(asked)}
     return result | {"last": last["all"], "commit": last["complete"]}
 
 
+def most(asked: list[dict[str, int]]) -> dict[str, int]:
+    return {name: max(counts[name] for counts in asked) for name in asked[0]}
+
+
 @uncollected()
-def barrier(kind: Kind, size: int) -> dict[str, object]:
+def barrier(kind: Kind, size: int) -> dict[str, float]:
     """A world of this size with a barrier: rank 0's part, and what another rank asks for while it waits.
 
     That rank's clock stands in for all the others: when it has looked for long enough, the last rank
@@ -581,104 +534,49 @@ def barrier(kind: Kind, size: int) -> dict[str, object]:
     assert pauses == 2 * POLLS
     attempt.close()
     lead.close()
-    return {"wait": seconds[0], "complete": seconds[1], "lead": sum(seconds), "asked": [asked]}
+    found = {"rank 0 waits": seconds[0], "rank 0 completes": seconds[1], "rank 0": sum(seconds)}
+    return found | {f"a look's {name}": count / (2 * POLLS) for name, count in asked.items()}
 
 
-def linear(what: str, key: str, curve: list[tuple[int, dict]]) -> bool:
-    """One sample is noisy: what counts is the whole curve."""
-    (few, at_first), (many, at_last) = curve[0], curve[-1]
-    growth = at_last[key] / at_first[key] / (many / few)
-    return verdict(f"{what}: growth from {few:,} to {many:,} ranks, to linear", growth, 1.25)
+def arrivals_group(folder: str, name: str, worlds: list[int]) -> Group:
+    def row(size: int) -> Row:
+        def turn(limit: float) -> dict[str, float]:
+            found: dict[str, float] = {}
+            for work in (arrivals, barrier):
+                with tempfile.TemporaryDirectory(dir=folder) as inner:
+                    path = os.path.join(inner, f"{work.__name__}-{size}")
+                    found |= in_worker(lambda w=work, p=path: w(Kind(name, p), size), limit=limit)
+            return found
 
+        return Row(f"{size:,} ranks", turn)
 
-def constant(what: str, curve: list[tuple[int, dict]]) -> bool:
-    """Whether a rank that does not commit lists once, reads no marks, and asks for as much in any world."""
-    asked = [counts for _, found in curve for counts in found["asked"]]
-    operations = [counts["operations"] for counts in asked]
-    met = verdict(f"{what}: listings", max(counts["listings"] for counts in asked), 1)
-    met &= verdict(f"{what}: marks read", max(counts["marks"] for counts in asked), 0)
-    spread = max(operations) - min(operations)
-    return met & verdict(f"{what}: operations, most less fewest in all worlds", spread, 0)
-
-
-def bench_arrivals(folder: str, worlds: list[int]) -> bool:
-    met = True
-    for name in ("local", "memory"):
-        print(
-            f"\nRanks that arrive without a barrier, {name} storage (medians of {ARRIVALS} ranks; 'listing' "
-            f"is one plain listing, 'reading' plain read and decode of all marks;\n'names' are a rank's own "
-            f"listings and what it does with them, 'rest' all but these, 'asked' operations on the storage)\n"
-            f"  {'ranks':>6} | one arrival: {'listing':>8} {'begin':>8} {'mark':>8} "
-            f"{'complete':>8} {'close':>8} {'names':>8} {'rest':>8} {'asked':>5} | "
-            f"the last: {'reading':>8} {'all':>8} {'per mark':>9} {'ratio':>6}"
-        )
-        curve: list[tuple[int, dict]] = []
-        for size in worlds:
-            with tempfile.TemporaryDirectory(dir=folder) as inner:
-                t = arrivals(Kind(name, os.path.join(inner, f"arrivals-{size}")), size)
-            columns = ("listing", "begin", "mark", "complete", "close", "names", "rest")
-            print(
-                f"  {size:6,} |              {' '.join(f'{t[key] * 1e3:6.2f}ms' for key in columns)} "
-                f"{t['asked'][0]['operations']:5} |           "
-                f"{t['reading'] * 1e3:6.0f}ms {t['last'] * 1e3:6.0f}ms {t['last'] / size * 1e6:6.0f} us "
-                f"{t['commit'] / t['reading']:6.2f}",
-                flush=True,
-            )
-            curve.append((size, t))
-        met &= constant("one arrival", curve)
-        (few, at_first), (many, at_last) = curve[0], curve[-1]
-        growth = at_last["rest"] / at_first["rest"]
-        met &= verdict(f"one arrival: growth of the rest from {few:,} to {many:,} ranks", growth, 1.5)
-        met &= linear("one arrival's names", "names", curve)
-        met &= linear("the last one", "last", curve)
-        met &= bench_barrier(name, folder, worlds)
-    return met
-
-
-def bench_barrier(name: str, folder: str, worlds: list[int]) -> bool:
-    print(
-        f"\nRanks that meet at a barrier, {name} storage (rank 0 when all marks are there; 'per look' are "
-        f"another rank's operations on the storage, mean of {2 * POLLS} looks)\n"
-        f"  {'ranks':>6} | rank 0: {'wait':>8} {'complete':>8} {'per mark':>9} | another: {'per look':>8}"
+    first, last = f"{worlds[0]:,} ranks", f"{worlds[-1]:,} ranks"
+    linear = 1.25 * worlds[-1] / worlds[0]
+    bars = [
+        Bar(last, "listings", 1),
+        Bar(last, "marks", 0),
+        Bar(last, "operations", 1.0, first, "operations"),
+    ]
+    bars += [Bar(last, "rest", 1.5, first, "rest"), Bar(last, "a look's listings", 1)]
+    bars += [Bar(last, figure, linear, first, figure) for figure in ("names", "last", "rank 0")]
+    notes = (
+        f"Medians of {ARRIVALS} ranks that arrive without a barrier, in parts; listing: one plain listing; "
+        "names: a rank's listings and what it does with them; rest: all but these; reading: plain read and "
+        "decode of all marks; last: the rank that commits. With a barrier: rank 0 when all marks are there, "
+        f"and what another rank asks of the storage while it looks, a mean of {2 * POLLS} looks."
     )
-    curve: list[tuple[int, dict]] = []
-    for size in worlds:
-        with tempfile.TemporaryDirectory(dir=folder) as inner:
-            t = barrier(Kind(name, os.path.join(inner, f"barrier-{size}")), size)
-        print(
-            f"  {size:6,} |         {t['wait'] * 1e3:6.2f}ms {t['complete'] * 1e3:6.0f}ms "
-            f"{t['lead'] / size * 1e6:6.0f} us |          "
-            f"{t['asked'][0]['operations'] / (2 * POLLS):8.2f}",
-            flush=True,
-        )
-        curve.append((size, t))
-    met = constant("a rank that waits", curve)
-    return met & linear("rank 0", "lead", curve)
+    rows = [row(size) for size in worlds]
+    return Group(f"Ranks that arrive, {name} storage", rows, notes, bars, limit=600)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--ranks", default="64,256,1024,4096")
-    parser.add_argument("--marks", default="1000,3000,10000")
-    parser.add_argument("--folder", default=None, help="where to write")
-    parser.add_argument("--only", default="", help="one of ranks, division, arrivals")
-    parser.add_argument("--step", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--variant", default="worst", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.step:
-        print(json.dumps(STEPS[options.step](options)))
-        return 0
-    print(f"{machine()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
-    with tempfile.TemporaryDirectory(dir=os.path.abspath(options.folder or ""), prefix="bench-") as folder:
-        worlds = list(map(int, options.ranks.split(",")))
-        parts = {
-            "ranks": lambda: bench_ranks(folder, worlds, options.rounds),
-            "division": lambda: bench_division(worlds),
-            "arrivals": lambda: bench_arrivals(folder, list(map(int, options.marks.split(",")))),
-        }
-        return 0 if run_parts(parts, options.only) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def all_groups(folder: str, *, small: bool) -> dict[str, Callable[[], Group]]:
+    worlds = [8, 16] if small else [64, 256, 1024, 4096]
+    marks = [10, 20] if small else [1000, 3000, 10_000]
+    rounds = 1 if small else 7
+    return {
+        "scale-worst": lambda: planning_group(folder, "worst", worlds, rounds),
+        "scale-real": lambda: planning_group(folder, "real", worlds, rounds),
+        "scale-division": lambda: division_group(worlds),
+        "scale-arrivals": lambda: arrivals_group(folder, "local", marks),
+        "scale-arrivals-memory": lambda: arrivals_group(folder, "memory", marks),
+    }
