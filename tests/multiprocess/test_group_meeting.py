@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def assert_done(ends):
         assert (code, output.splitlines()[-1:]) == (0, ["done"]), output
 
 
+KINDS = [pytest.param("sync", marks=pytest.mark.slow), "async"]
 STORES = {
     "tcp": "join()",
     "file": "address = f'file://{run}.store'; join()",
@@ -224,12 +226,47 @@ def test_ranks_that_do_not_save_are_named(tmp_path):
     assert "waits for ranks [1], which have not called save for it" in ends[0][0], ends[0][0]
     assert "pass RankInfo(0, 1)" in ends[0][0]
     assert "RAISED CommitTimeoutError ranks 1 did not arrive within 2 s" in ends[0][0], ends[0][0]
+    assert "hint: call save on every rank, or pass RankInfo(0, 1)" in ends[0][0]
     assert os.listdir(tmp_path / "run") != ["latest"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_that_is_killed_while_the_others_meet_is_named(tmp_path, kind):
+    """The others raise when the time is over, with its name; the old checkpoint stays."""
+    program = """
+    config.writer_config.write_barrier_timeout_secs = 3
+    checkpointer = make()
+    save(checkpointer, 1)
+    if rank == 1:
+        # It has called save, and dies before its part is written.
+        from milepost.meeting import SaveMeeting
+        begin = SaveMeeting.__init__
+
+        def die(self, *arguments):
+            begin(self, *arguments)
+            while "called" not in self._told:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        SaveMeeting.__init__ = die
+    try:
+        save(checkpointer, 2)
+    except Exception as error:
+        print("RAISED", type(error).__name__, str(error).splitlines()[0])
+    checkpointer.close()
+    print("done")
+    """
+    run = tmp_path / "run"
+    ends = Job(program, run, kind=kind).ends()
+    assert_done(ends[:1])
+    assert "RAISED CommitTimeoutError ranks 1 did not arrive within 3 s" in ends[0][0], ends[0][0]
+    assert ends[1][1] == -signal.SIGKILL
+    assert manifest_of(run / "latest").step == 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another view of a folder needs root, for a mount namespace")
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="there is no unshare command")
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path, kind):
     """Where a rank does not see what rank 0 writes, the save fails on all, with the hosts and ways out."""
     program = """

@@ -186,6 +186,8 @@ def timeout_error(folder: Folder, names: list[str], world_size: int, seconds: fl
     if not missing:
         return CommitTimeoutError(f"all ranks arrived, but none committed within {seconds:g} s", hint=hint)
     beacons = read_beacons(folder, names)
+    if any(rank not in beacons for rank in missing):
+        hint = f"call save on every rank, or pass RankInfo(0, 1) for one rank alone; {hint}"
     said = []
     for rank in missing[:10]:
         word = beacons.get(rank)
