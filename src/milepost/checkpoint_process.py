@@ -283,7 +283,7 @@ class CheckpointProcess:
             self._numbers += 1
             number = self._numbers
         future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
-        future.add_done_callback(lambda _: self._note_end(future))
+        future.add_done_callback(self._note_end)  # no closure over it: that would keep all of this alive
         return number
 
     def _submit_later(self, done: Future[STATE_DICT], *rest: Any) -> None:
@@ -406,7 +406,8 @@ class CheckpointProcess:
 
     # -- failures ----------------------------------------------------------------------------------
 
-    def _note_end(self, future: WriteFuture) -> None:
+    def _note_end(self, future: Future[None]) -> None:
+        assert isinstance(future, WriteFuture)
         if future.failure() is not None:
             with self._lock:
                 self._unseen.append(future)

@@ -377,7 +377,7 @@ def test_who_wrote_it_is_recorded(tmp_path):
 
 def test_a_rank_that_does_not_commit_lists_its_folder_once_and_reads_no_marks():
     """What the commit costs one rank out of several does not depend on what the others have put there."""
-    memory, config = MemoryStorage(), CheckpointWriterConfig(start_id="start")
+    memory, config = MemoryStorage(), CheckpointWriterConfig(start_id="lists")
     memory.make_folder("/run")
     asked = []
     for rank in range(4):
