@@ -327,6 +327,9 @@ STEPS = "/optimizer/*/step"
 COUNTS = "/model/batch.[rn]*"
 """The buffers, which differ between ranks that train on different batches."""
 
+UNABLE = ("FSDP+TP sharding does not support uneven sharding", "Cannot use ReduceOp.AVG with Gloo")
+"""What torch 2.7 says of layouts that later versions have."""
+
 CASES = [
     (
         Saved("fsdp", 4, "dcp", barrier="tcp_store"),
@@ -385,6 +388,11 @@ def test_what_is_saved_in_one_layout_goes_on_in_others(launcher, tmp_path, saved
         save = saved if world == saved.world else None
         outcomes = launcher.run(tmp_path, work, save, [(saved, layout) for layout in names], world=world)
         told = [f"rank {rank} of {world}: {text}" for rank, texts in enumerate(outcomes) for text in texts]
+        unable = [
+            line for text in told for line in text.splitlines() if any(words in line for words in UNABLE)
+        ]
+        if unable:
+            pytest.skip(f"torch {torch.__version__} cannot train in this layout: {unable[0]}")
         assert outcomes == [[]] * world, "\n".join(told[:20])
     check_copies(saved, times)
     if COUNTS in times:
