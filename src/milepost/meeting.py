@@ -151,7 +151,7 @@ class Ranks:
         known = start.wait(min(_PATIENCE_SECONDS, self._seconds))
         if start.lost:
             raise CommitError(
-                "the process group has gone before all its ranks had made a checkpointer: they have no start id",
+                "the process group has gone before all its ranks had made a checkpointer",
                 path=target,
                 rank=self._rank,
                 phase="begin",

@@ -226,7 +226,7 @@ def test_a_rank_that_leaves_without_close_still_meets_those_that_come_later(tmp_
 
 
 def test_a_group_that_goes_before_its_ranks_know_each_other_is_told_at_once(tmp_path):
-    """Without a group there is no start id any more: the save raises, and does not wait for what cannot come."""
+    """Without a group there is no start id any more: the save raises, and waits for nobody."""
     program = """
     checkpointer = make() if rank == 0 else None
     dist.destroy_process_group()
