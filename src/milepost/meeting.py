@@ -148,7 +148,16 @@ class Ranks:
         return found
 
     def _agree(self, start: Start, target: str) -> None:
-        if start.wait(min(_PATIENCE_SECONDS, self._seconds)):
+        known = start.wait(min(_PATIENCE_SECONDS, self._seconds))
+        if start.lost:
+            raise CommitError(
+                "the process group has gone before all its ranks had made a checkpointer",
+                path=target,
+                rank=self._rank,
+                phase="begin",
+                hint="save, or close the checkpointer, before destroy_process_group",
+            )
+        if known:
             return
         who = f"ranks {start.absent}" if start.absent else "some ranks"
         logger.warning(
@@ -285,8 +294,11 @@ class SaveMeeting:
         if self._arrived and "arrived" not in self._told and (rank == 0 or self._is_shared()):
             self._tell("arrived", json.dumps([process_id(), socket.gethostname()]))
         self._warn()
-        everybody = [self._key("arrived", other) for other in range(self._start.world_size)]
-        return News(arrived=rank == 0 and line.has(*everybody))
+        if rank:
+            return News()
+        return News(
+            arrived=line.has(*(self._key("arrived", other) for other in range(self._start.world_size)))
+        )
 
     def _is_shared(self) -> bool:
         """Whether the folder that rank 0 works in is the one that this rank works in.

@@ -7,6 +7,7 @@ thread of its own.
     milepost/<ranks>/hello/<r>          rank r's random token, when it wants to know the start's id
     milepost/answer/<token>             rank 0's answer: the id
     milepost/<id>/joined/<token>        that rank has read it
+    milepost/<id>/absent                rank 0's list of those that have not
     milepost/<id>/go                    all ranks have, so that this id is the one of all of them
     milepost/<id>/barrier/<n>           where rank 0 hosts the store of a barrier
 
@@ -18,7 +19,6 @@ may use the same store, nor another thread of ours ever waits for this one.
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
@@ -107,6 +107,7 @@ class Start:
         loads: The number of the last load that this rank took part in.
         token: What this rank is known by until then.
         absent: The ranks that have not asked for it yet, as far as can be told.
+        lost: The store has gone before all ranks knew the id.
         shared: Folders that were found to be shared.
         barriers: How many barriers this rank has made whose address rank 0 tells the others.
     """
@@ -122,7 +123,8 @@ class Start:
         self._ended: deque[list[str]] = deque()
         self._store = weakref.ref(store)
         self.token = secrets.token_hex(8)
-        self._answered, self._agreed = threading.Event(), threading.Event()
+        self.lost = False
+        self._answered, self._over = threading.Event(), threading.Event()
         background(lambda: self._run(self._join if rank else self._serve), "milepost-start")
 
     def store(self) -> Any:
@@ -143,7 +145,7 @@ class Start:
 
     def wait(self, timeout_seconds: float) -> bool:
         """Whether the id is known (within the time): at once on rank 0, else when all ranks know it."""
-        return self.rank == 0 or self._agreed.wait(timeout_seconds)
+        return self.rank == 0 or (self._over.wait(timeout_seconds) and not self.lost)
 
     def tell_address(self, timeout_seconds: float) -> tuple[str, int]:
         """An address at which rank 0 may host a store: each rank's n-th call returns rank 0's n-th.
@@ -191,29 +193,29 @@ class Start:
         try:
             while not work():
                 if ending.wait(pause) or self._store() is None:
-                    return
+                    raise StoreGoneError("nobody uses it any more")
                 pause = min(pause * 1.5, 0.25)
-                if pause == 0.25:
-                    ranks = range(1, self.world_size)
-                    self.absent = [rank for rank in ranks if not self.line.has(self._hello(rank))]
         except StoreGoneError as error:
             logger.debug("the store at which ranks agree on a start is gone: %s", error)
-        else:
-            self._agreed.set()
+            self.lost = True
+        self._over.set()
 
     def _serve(self) -> bool:
         """As rank 0: answer those who have asked. A token may be a dead rank's: look until it is read."""
-        joined = True
+        absent = []
         for rank in range(1, self.world_size):
             token = self.line.get(self._hello(rank))
             name = (token or b"").decode()
             if not token or not self.line.has(self.key("joined", name)):
-                joined = False
+                absent.append(rank)
                 if token:
                     self.line.set(f"milepost/answer/{name}", self.id)
-        if joined:
+        if absent != self.absent:
+            self.absent = absent
+            self.line.set(self.key("absent"), json.dumps(absent))
+        if not absent:
             self.line.set(self.key("go"), "")
-        return joined
+        return not absent
 
     def _join(self) -> bool:
         """As another rank: ask, and read the answer again until all have, as it may be a dead rank 0's."""
@@ -221,11 +223,13 @@ class Start:
             self.line.set(self._hello(self.rank), self.token)
         answer = self.line.get(f"milepost/answer/{self.token}")
         if answer is None:
+            self.absent = [0]
             return False
         if answer.decode() != self.id:
             self.id, self.loads = answer.decode(), 0
             self._answered.set()
         self.line.set(self.key("joined", self.token), "")
+        self.absent = json.loads(self.line.get(self.key("absent")) or b"[]")
         return self.line.has(self.key("go"))
 
 
@@ -256,7 +260,8 @@ def _forget_starts() -> None:
     _starts.clear()
 
 
-atexit.register(_end)
+# After the checkpointers', which are younger: an interpreter that ends finishes their saves first.
+weakref.finalize(ending, _end)
 os.register_at_fork(after_in_child=_forget_starts)
 
 

@@ -206,6 +206,41 @@ def test_rank_0_hosts_the_store_and_ends_while_another_still_waits(tmp_path):
     assert_done(Job(program, tmp_path / "run").ends())
 
 
+def test_a_rank_that_leaves_without_close_still_meets_those_that_come_later(tmp_path):
+    """An interpreter that ends finishes its saves first: until then it answers the other ranks."""
+    program = """
+    import atexit
+    if rank == 0:
+        checkpointer = make()
+        save(checkpointer, 1, wait=False)
+        atexit.register(store().set, "leaving", b"")
+    else:
+        store().wait(["leaving"])
+        with make() as checkpointer:
+            save(checkpointer, 1)
+    print("done")
+    """
+    ends = Job(program, tmp_path / "run", kind="async").ends()
+    assert [code for _, code in ends] == [0, 0], ends
+    assert manifest_of(tmp_path / "run" / "latest").step == 1
+
+
+def test_a_group_that_goes_before_its_ranks_know_each_other_is_told_at_once(tmp_path):
+    """Without a group there is no start id any more: the save raises, and waits for nobody."""
+    program = """
+    checkpointer = make() if rank == 0 else None
+    dist.destroy_process_group()
+    try:
+        save(checkpointer, 1) if rank == 0 else None
+    except Exception as error:
+        print("RAISED", type(error).__name__, str(error).replace("\\n", " "))
+    print("done")
+    """
+    ends = Job(program, tmp_path / "run").ends()
+    assert_done(ends)
+    assert "RAISED CommitError the process group has gone before all its ranks" in ends[0][0], ends[0][0]
+
+
 def test_ranks_that_do_not_save_are_named(tmp_path):
     """`if rank == 0: save` says soon whom it waits for and what to do, and raises when the time is over."""
     program = """
