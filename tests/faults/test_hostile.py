@@ -1002,6 +1002,8 @@ _NESTED = b")" + b"\x85" * 1_000_000
 _DOUBLED = b")q\0" + b"".join(bytes((*b"h", n, *b"h", n, 0x86, *b"q", n + 1)) for n in range(60))
 _SIZED = b"c__builtin__\nbytearray\n" + _pushed((1 << 33,))
 _STRIDED = b"ctorch._utils\n_rebuild_tensor_v2\n(N" + _pushed(0) + _pushed((1 << 62,)) + b"N\x89NtR"
+_ORDERED = b"ccollections\nOrderedDict\n)R"
+_PAIRS = b"(" + _pushed(("a", "b")) * 3 + b"".join(_pushed((n * PRIME, str(n))) for n in MANY)
 BOMBS = {
     "a deep tuple as a key": b"}" + _NESTED + b"Ns",
     "a deep tuple": _NESTED,
@@ -1032,6 +1034,11 @@ BOMBS = {
     "sizes of one hash": (
         b"}(" + _keys(lambda n: b"ctorch\nSize\n" + _pushed(((n * PRIME, 1),)) + b"R") + b"u"
     ),
+    "pairs of one hash as the state of an ordered dict": _ORDERED + b"]" + _PAIRS + b"eb",
+    "pairs of one hash as one part of a state": (
+        b"ccollections\nCounter\n)R]" + _PAIRS + b"eN\x86b"
+    ),
+    "a set of pairs as a state": _ORDERED + b"c__builtin__\nset\n]" + _PAIRS + b"e\x85Rb",
     "a list that holds itself very often": b"]q\7(" + b"h\7" * 1_000_000 + b"e",
     "an encoding that takes long": b"c_codecs\nencode\n" + _pushed(("é" * 500_000, "idna")) + b"R",
     "a name of a megabyte": b"c" + b"a" * 1_000_000 + b"\nb\n",
