@@ -798,6 +798,16 @@ def _refused_anew(path):
         verify(default_storage(), path)
 
 
+@pytest.mark.parametrize("kind", ["array", "blob", "object"])
+def test_a_record_is_read_for_one_value(forge, kind):
+    """A tree that names a record very often would make very many copies of it: refused."""
+    number = forge.node("sparse")[1]
+    rest = {"array": ["|V1", [forge.index["records"]["length"][number]]], "object": ["torch.Tensor"]}
+    forge.set("numbers", ["list", [[kind, number, *rest.get(kind, [])]] * 2])
+    forge.sign()
+    refused(forge.path, match="two values")
+
+
 @pytest.mark.parametrize("root", [["list", []], ["tensor", 0], ["none"], ["int", 1], ["set", []]])
 def test_the_state_must_be_a_dict(forge, root):
     """An index whose tree is no dict is refused."""
