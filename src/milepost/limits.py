@@ -106,6 +106,8 @@ def crowded(keys: Collection[Any]) -> bool:
     """
     if len(keys) <= MAX_EQUAL_HASHES or set(map(type, keys)) == {str}:
         return False
+    if len(set(map(hash, keys))) > len(keys) - MAX_EQUAL_HASHES:  # nearly all differ: the fast way
+        return False
     return max(Counter(map(hash, keys)).values()) > MAX_EQUAL_HASHES
 
 

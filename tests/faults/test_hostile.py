@@ -647,6 +647,7 @@ NODES = [
     ["scalar", "<M8[0s]", "00" * 8],
     ["scalar", "<M8[99999999999s]", "00" * 8],
     ["scalar", "=f4", "00" * 4],
+    ["scalar", "<U1", "ff" * 4],
     ["scalar", "f4,f4", "00" * 8],
     ["scalar", "(1000000,1000000)f4", "00"],
     ["scalar", "<U2000000000", ""],
@@ -982,6 +983,18 @@ def test_a_sparse_tensor_whose_indices_are_out_of_range_is_refused(forge):
     forge.data[place] = (1 << 40).to_bytes(8, "little") * ((place.stop - place.start) // 8)
     forge.sign()
     refused(forge.path, match="sparse", verified=False)
+
+
+def test_a_sparse_tensor_may_not_have_very_many_indices_in_one_place(forge):
+    """Indices of a stride of 0, which need memory only when they are compared, are refused before that."""
+    number = forge.node("weight")[1]
+    indices = rebuilt(number, dtype=torch.int64, size=(1, 1 << 28), stride=(0, 0))[2:-1]
+    values = rebuilt(number, size=(1 << 28,), stride=(0,))[2:-1]
+    layout = b"ctorch.serialization\n_get_layout\n" + _pushed(("torch.sparse_coo",)) + b"R"
+    parts = b"(" + indices + values + _pushed((10,)) + b"\x89t"
+    data = b"ctorch._utils\n_rebuild_sparse_tensor\n(" + layout + parts + b"tR"
+    forge.put_object("sparse", b"\x80\x02" + data + b".")
+    refused(forge.path, match="very many indices", verified=False)
 
 
 def test_a_tensor_in_an_object_that_fits_loads(forge):
