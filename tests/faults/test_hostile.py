@@ -1126,6 +1126,16 @@ def test_a_later_format_is_said_to_be_one(forge, where, field, value):
     refused(forge.path, UnsupportedFormatError, match="update Milepost")
 
 
+def test_what_a_file_repeats_in_an_error_is_short(forge):
+    """A format or features of a megabyte are not repeated whole in the error about them."""
+    for change in ({"format": "x" * 1_000_000}, {"requires": [f"x{n}" for n in range(100_000)]}):
+        forge.sign()
+        forge.sign_manifest(dump({**forge.body, **change}))
+        with pytest.raises((CorruptCheckpointError, UnsupportedFormatError)) as caught:
+            load(forge.path)
+        assert len(str(caught.value)) < 1000
+
+
 def test_a_later_minor_version_loads(forge):
     """Unknown fields, and a later minor version, are accepted."""
     for part in (forge.index, forge.body):
