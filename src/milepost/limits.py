@@ -106,7 +106,7 @@ def crowded(keys: Collection[Any]) -> bool:
     Python salts the hash of text, but not those of numbers: all multiples of 2^61 - 1 have the hash 0.
     """
     kinds = set(map(type, keys)) if len(keys) > MAX_EQUAL_HASHES else {str}
-    if kinds == {str} or (kinds == {int} and -_HASHES < min(keys) and max(keys) < _HASHES):
+    if kinds == {str} or (kinds == {int} and min(keys) > -_HASHES and max(keys) < _HASHES):
         return False
     return max(Counter(map(hash, keys)).values()) > MAX_EQUAL_HASHES
 

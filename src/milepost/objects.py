@@ -94,7 +94,7 @@ class _StorageOf:
 
 
 def _indices_of(tensor: torch.Tensor, name: str) -> Any:
-    """Some indices of a sparse tensor, for numpy; those that share their memory may be far too many to see."""
+    """Some indices of a sparse tensor, for numpy; those that share memory may be far too many to see."""
     found: torch.Tensor = getattr(tensor, name)()
     if found.numel() > MAX_OBJECT_WORK and found.untyped_storage().nbytes() < found.nbytes:
         raise ValueError("a sparse tensor has very many indices in the same memory")

@@ -219,7 +219,9 @@ def _numpy_scalar(node: Node) -> Any:
     try:
         return np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
     except SystemError as error:  # so numpy says that a character of a text is beyond Unicode
-        raise CorruptCheckpointError(f"numpy cannot make a value of dtype {node[1][:80]!r}: {error}") from error
+        raise CorruptCheckpointError(
+            f"numpy cannot make a value of dtype {node[1][:80]!r}: {error}"
+        ) from error
 
 
 NATIVE_LEAVES: dict[str, Callable[[Node], Any]] = {
