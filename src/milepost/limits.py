@@ -65,6 +65,7 @@ MAX_OBJECT_DEPTH = 1000
 MAX_OBJECT_WORK = 1 << 27
 """So many values may be visited to hash what an object holds; what occurs twice counts twice."""
 
+_HASHES = (1 << 61) - 1
 _MAX_DESCR = 1 << 16
 _MAX_ITEM = (1 << 31) - 1
 _EMPTY_ITEM = 1 << 16
@@ -104,7 +105,8 @@ def crowded(keys: Collection[Any]) -> bool:
 
     Python salts the hash of text, but not those of numbers: all multiples of 2^61 - 1 have the hash 0.
     """
-    if len(keys) <= MAX_EQUAL_HASHES or set(map(type, keys)) == {str}:
+    kinds = set(map(type, keys)) if len(keys) > MAX_EQUAL_HASHES else {str}
+    if kinds == {str} or (kinds == {int} and min(keys) > -_HASHES and max(keys) < _HASHES):
         return False
     return max(Counter(map(hash, keys)).values()) > MAX_EQUAL_HASHES
 

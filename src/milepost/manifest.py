@@ -346,10 +346,10 @@ def _decode(kind: type[_T], data: bytes, name: str, path: str, *, columns: tuple
         head = msgspec.json.decode(data, type=_Head)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise CorruptCheckpointError(f"not valid {name} JSON ({error}): {path}", path=path) from None
-    _Checker(path)(head.format == name, f"the format is {head.format!r}, not {name!r}")
+    _Checker(path)(head.format == name, f"the format is {head.format[:80]!r}, not {name!r}")
     unknown = sorted(set(head.requires) - FEATURES)
     if head.version[0] != VERSION[0] or unknown:
-        needs = f"features {unknown}" if unknown else f"format version {head.version[0]}"
+        needs = f"features {str(unknown)[:200]}" if unknown else f"format version {head.version[0]}"
         raise UnsupportedFormatError(
             f"{path} needs {needs}, which this version of Milepost cannot read",
             path=path,

@@ -76,7 +76,7 @@ def check_tree(root: Node, *, tensors: int = 0, records: Sequence[int] = ()) -> 
             refers to a tensor or record that is not there. The message says where.
     """
     stack: list[tuple[Node, int, bool]] = [(root, 0, False)]
-    node = root
+    node, named = root, set[int]()
     try:
         while stack:
             node, depth, key = stack.pop()
@@ -86,6 +86,10 @@ def check_tree(root: Node, *, tensors: int = 0, records: Sequence[int] = ()) -> 
                 raise ValueError(f"the tree is nested more than {MAX_DEPTH} deep")
             if tag in ("tensor", "array", "blob", "object"):
                 _check_reference(node, tensors, records)
+                if tag != "tensor":  # each would be one more copy in memory
+                    if node[1] in named:
+                        raise ValueError(f"record {node[1]} is that of two values")
+                    named.add(node[1])
             elif tag in ("list", "tuple", "set"):
                 for child in node[1]:
                     if not _is_fine(child):

@@ -19,6 +19,7 @@ import torch
 from torch import _weights_only_unpickler as restricted
 
 from milepost.errors import StateError
+from milepost.limits import MAX_OBJECT_WORK
 from milepost.pickle_scan import scan
 from milepost.utils import is_dtensor
 
@@ -92,15 +93,23 @@ class _StorageOf:
     tensor: torch.Tensor
 
 
+def _indices_of(tensor: torch.Tensor, name: str) -> Any:
+    """Some indices of a sparse tensor, for numpy; those that share memory may be far too many to see."""
+    found: torch.Tensor = getattr(tensor, name)()
+    if found.numel() > MAX_OBJECT_WORK and found.untyped_storage().nbytes() < found.nbytes:
+        raise ValueError("a sparse tensor has very many indices in the same memory")
+    return found.cpu().numpy()
+
+
 def _indices_fit(tensor: torch.Tensor) -> bool:
     """Whether a sparse tensor's indices lie in it; by numpy, as torch's threads hang in a forked process."""
     shape = np.array(tensor.shape)
     if tensor.layout is torch.sparse_coo:
-        inner = tensor._indices().cpu().numpy()  # noqa: SLF001 - of tensors that are not coalesced, too
+        inner = _indices_of(tensor, "_indices")  # of tensors that are not coalesced, too
         return bool(((inner >= 0) & (inner < shape[: len(inner), None])).all())
     by_rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
     names = ("crow_indices", "col_indices") if by_rows else ("ccol_indices", "row_indices")
-    ends, inner = (getattr(tensor, name)().cpu().numpy() for name in names)
+    ends, inner = (_indices_of(tensor, name) for name in names)
     batch, values = ends.ndim - 1, tensor.values().shape
     blocked = tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
     grid = shape[batch : batch + 2] // (values[batch + 1 : batch + 3] if blocked else 1)

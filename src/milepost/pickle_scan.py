@@ -30,7 +30,7 @@ class _Stand:
         depth: How deep it is nested.
         work: How many values must be visited to hash it; those that it holds twice count twice.
         parts: What is in it, if it is a tuple or list.
-        name: The name of a class or function, or "dict".
+        name: The name of a class or function; of what they made, "dict", "set" or the like, or "the user's".
     """
 
     __slots__ = ("depth", "name", "parts", "value", "work")
@@ -187,7 +187,8 @@ class _Scan:
     def call(self) -> None:
         """Call a function."""
         function, arguments = self.top(2)
-        self.push()
+        users = function.name not in _CALLED and not function.name.startswith("torch.")
+        self.push(name="the user's" if users else _CALLED.get(function.name, ""))
         self._check_call(function.name, arguments.parts or [], self._stack[-1])
         self._give(arguments)
 
@@ -196,12 +197,16 @@ class _Scan:
         kind, arguments = self.top(2)
         if kind.name in _CALLED:
             raise ValueError(f"it makes a {kind.name} in an unknown way")
-        self.push()
+        self.push(name="" if kind.name.startswith("torch.") else "the user's")
         self._give(arguments)
 
     def build(self) -> None:
-        """Give an object its state."""
+        """Give an object its state, which torch may make a dict of: keys in pairs are not checked as such."""
         (state,) = self.top(1)
+        if self._stack[-1].name != "the user's":
+            for part in (state, *(state.parts or [])[:2]):
+                if part.name == "set" or len(part.parts or []) > MAX_EQUAL_HASHES:
+                    raise ValueError("the state of an object has an unknown form")
         self._count_elements(state.parts or [])
         self._give(state)
 

@@ -216,7 +216,12 @@ def numpy_dtype(descr: str) -> np.dtype[Any]:
 
 def _numpy_scalar(node: Node) -> Any:
     dtype, data = numpy_dtype(node[1]), bytes.fromhex(node[2])
-    return np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
+    try:
+        return np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
+    except SystemError as error:  # so numpy says that a character of a text is beyond Unicode
+        raise CorruptCheckpointError(
+            f"numpy cannot make a value of dtype {node[1][:80]!r}: {error}"
+        ) from error
 
 
 NATIVE_LEAVES: dict[str, Callable[[Node], Any]] = {

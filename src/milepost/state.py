@@ -258,7 +258,8 @@ class StateEncoder:
         elif is_dtensor(value):
             return self._dtensor(value, path)
         elif isinstance(value, np.generic) and kind.__module__ == "numpy":
-            return ("scalar", _descr(value.dtype, path), value.tobytes().hex())
+            data = value.tobytes()[: value.dtype.itemsize]  # numpy adds a byte to an empty text
+            return ("scalar", _descr(value.dtype, path), data.hex())
         elif kind is np.ndarray:
             return self._array(value, path)
         return self._object(value, path)

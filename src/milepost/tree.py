@@ -164,9 +164,10 @@ class TreeEncoder:
             if len(path) + depth >= MAX_DEPTH:
                 raise UnencodableError(f"a key is nested more than {MAX_DEPTH} deep", path)
             return ("tuple", [self._key(part, path, depth + 1) for part in key])
-        scalar = _SCALARS.get(kind) or self._further.get(kind)
-        if scalar is not None:
-            return _checked(scalar(key), path, key=True)
+        if (scalar := _SCALARS.get(kind)) is not None:
+            return scalar(key)
+        if (further := self._further.get(kind)) is not None:
+            return _checked(further(key), path, key=True)
         if kind.__module__ == "numpy":
             node = self._leaf(key, path)
             if node[0] == "scalar":
@@ -272,7 +273,7 @@ class TreeDecoder:
 
 def _spread(keys: list[Any], node: Node) -> list[Any]:
     """Refuse keys whose hashes are the same though those of their nodes are not, as of numpy's scalars."""
-    if crowded(keys):
+    if not set(map(type, keys)) <= _SCALARS.keys() and crowded(keys):  # of others it is known
         raise CorruptCheckpointError(f"a {node[0]} of the tree has too many keys of one hash")
     return keys
 

@@ -647,6 +647,7 @@ NODES = [
     ["scalar", "<M8[0s]", "00" * 8],
     ["scalar", "<M8[99999999999s]", "00" * 8],
     ["scalar", "=f4", "00" * 4],
+    ["scalar", "<U1", "ff" * 4],
     ["scalar", "f4,f4", "00" * 8],
     ["scalar", "(1000000,1000000)f4", "00"],
     ["scalar", "<U2000000000", ""],
@@ -796,6 +797,16 @@ def _refused_anew(path):
             assert path in str(error)  # noqa: PT017 - it may also load
     with contextlib.suppress(LoadError):
         verify(default_storage(), path)
+
+
+@pytest.mark.parametrize("kind", ["array", "blob", "object"])
+def test_a_record_is_read_for_one_value(forge, kind):
+    """A tree that names a record very often would make very many copies of it: refused."""
+    number = forge.node("sparse")[1]
+    rest = {"array": ["|V1", [forge.index["records"]["length"][number]]], "object": ["torch.Tensor"]}
+    forge.set("numbers", ["list", [[kind, number, *rest.get(kind, [])]] * 2])
+    forge.sign()
+    refused(forge.path, match="two values")
 
 
 @pytest.mark.parametrize("root", [["list", []], ["tensor", 0], ["none"], ["int", 1], ["set", []]])
@@ -974,6 +985,18 @@ def test_a_sparse_tensor_whose_indices_are_out_of_range_is_refused(forge):
     refused(forge.path, match="sparse", verified=False)
 
 
+def test_a_sparse_tensor_may_not_have_very_many_indices_in_one_place(forge):
+    """Indices of a stride of 0, which need memory only when they are compared, are refused before that."""
+    number = forge.node("weight")[1]
+    indices = rebuilt(number, dtype=torch.int64, size=(1, 1 << 28), stride=(0, 0))[2:-1]
+    values = rebuilt(number, size=(1 << 28,), stride=(0,))[2:-1]
+    layout = b"ctorch.serialization\n_get_layout\n" + _pushed(("torch.sparse_coo",)) + b"R"
+    parts = b"(" + indices + values + _pushed((10,)) + b"\x89t"
+    data = b"ctorch._utils\n_rebuild_sparse_tensor\n(" + layout + parts + b"tR"
+    forge.put_object("sparse", b"\x80\x02" + data + b".")
+    refused(forge.path, match="very many indices", verified=False)
+
+
 def test_a_tensor_in_an_object_that_fits_loads(forge):
     """The tool of these tests makes objects that load, so that it is the range that is refused."""
     forge.put_object("sparse", rebuilt(forge.node("weight")[1]))
@@ -1002,6 +1025,8 @@ _NESTED = b")" + b"\x85" * 1_000_000
 _DOUBLED = b")q\0" + b"".join(bytes((*b"h", n, *b"h", n, 0x86, *b"q", n + 1)) for n in range(60))
 _SIZED = b"c__builtin__\nbytearray\n" + _pushed((1 << 33,))
 _STRIDED = b"ctorch._utils\n_rebuild_tensor_v2\n(N" + _pushed(0) + _pushed((1 << 62,)) + b"N\x89NtR"
+_ORDERED = b"ccollections\nOrderedDict\n)R"
+_PAIRS = b"(" + _pushed(("a", "b")) * 3 + b"".join(_pushed((n * PRIME, str(n))) for n in MANY)
 BOMBS = {
     "a deep tuple as a key": b"}" + _NESTED + b"Ns",
     "a deep tuple": _NESTED,
@@ -1032,6 +1057,11 @@ BOMBS = {
     "sizes of one hash": (
         b"}(" + _keys(lambda n: b"ctorch\nSize\n" + _pushed(((n * PRIME, 1),)) + b"R") + b"u"
     ),
+    "pairs of one hash as the state of an ordered dict": _ORDERED + b"]" + _PAIRS + b"eb",
+    "pairs of one hash as one part of a state": (
+        b"ccollections\nCounter\n)R]" + _PAIRS + b"eN\x86b"
+    ),
+    "a set of pairs as a state": _ORDERED + b"c__builtin__\nset\n]" + _PAIRS + b"e\x85Rb",
     "a list that holds itself very often": b"]q\7(" + b"h\7" * 1_000_000 + b"e",
     "an encoding that takes long": b"c_codecs\nencode\n" + _pushed(("é" * 500_000, "idna")) + b"R",
     "a name of a megabyte": b"c" + b"a" * 1_000_000 + b"\nb\n",
@@ -1094,6 +1124,16 @@ def test_a_later_format_is_said_to_be_one(forge, where, field, value):
     (forge.index if where == "index" else forge.body)[field] = value
     forge.sign_index(dump(forge.index))
     refused(forge.path, UnsupportedFormatError, match="update Milepost")
+
+
+def test_what_a_file_repeats_in_an_error_is_short(forge):
+    """A format or features of a megabyte are not repeated whole in the error about them."""
+    for change in ({"format": "x" * 1_000_000}, {"requires": [f"x{n}" for n in range(100_000)]}):
+        forge.sign()
+        forge.sign_manifest(dump({**forge.body, **change}))
+        with pytest.raises((CorruptCheckpointError, UnsupportedFormatError)) as caught:
+            load(forge.path)
+        assert len(str(caught.value)) < 1000
 
 
 def test_a_later_minor_version_loads(forge):

@@ -374,6 +374,12 @@ def test_large_bytes_are_kept_out_of_the_index(tmp_path):
     assert load(path) == {"data": data, "again": [data, b"small"]}
 
 
+def test_empty_texts_of_numpy_come_back(tmp_path):
+    """Scalars of text without a character, of which numpy gives one byte or four, are saved and load."""
+    state = {"texts": [np.str_(""), np.bytes_(b""), np.array(["", "a"])[0]]}
+    assert_same(state, round_trip(tmp_path, state))
+
+
 def test_an_empty_state_dict(tmp_path):
     """An empty state dict, and one without tensors, are checkpoints like any other."""
     assert round_trip(tmp_path, {}) == {}
