@@ -14,14 +14,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import repeat
-from math import prod
 from operator import add, le, mul
 from typing import Any, Protocol
 
 import msgspec
 
 from milepost.errors import CorruptCheckpointError
-from milepost.limits import MAX_DEPTH, MAX_DIMS, MAX_INT
+from milepost.limits import MAX_DEPTH, sizes_fit
 from milepost.nodes import check_tree
 from milepost.paths import ATTRIBUTES, Item, Path
 from milepost.reshard import Box, Piece, disjoint, intersection
@@ -357,7 +356,7 @@ def check_described(shards: _Described) -> str | None:
         if (shards.dtype[first], shards.shape[first]) != (shards.dtype[number], shards.shape[number]):
             return "an alias names an entry of another dtype or shape"
     for shape in shards.shape:
-        if len(shape) > MAX_DIMS or any(n < 0 for n in shape) or prod(shape) > MAX_INT // 16:
+        if any(length < 0 for length in shape) or not sizes_fit(shape, 16):
             return f"a global tensor has shape {shape}"
     for key in shards.key:
         if not _is_key(key):

@@ -1037,6 +1037,7 @@ FORGERIES = {
     "a larger shape": lambda shards, at: shards["shape"][at["a"]].__setitem__(0, 4),
     "a huge shape": lambda shards, at: shards["shape"][at["c"]].__setitem__(0, 1 << 40),
     "a huge box": lambda shards, at: enlarge(shards, at["c"]),
+    "an empty tensor of huge rows": lambda shards, at: empty(shards, at["c"]),
 }
 """What may be wrong with a shard map whose fields are each well-formed; `at` has the number of each key."""
 
@@ -1047,6 +1048,12 @@ def enlarge(shards, number):
     table["size"][-2] = (1 << 40) - table["start"][-2]
     shards["table"][number] = len(shards["tables"])
     shards["tables"].append(table)
+
+
+def empty(shards, number):
+    shards["shape"][number] = [0, 1 << 62, 1 << 62]
+    shards["table"][number] = len(shards["tables"])
+    shards["tables"].append({"rank": [], "start": [], "size": []})
 
 
 @pytest.mark.parametrize("on_disk", ["odd"], indirect=True)
