@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.commit import Outcome, expect
 from milepost.commit import locate as locate_now
 from milepost.commit.locate import _expected
-from milepost.errors import AbortedError, CheckpointNotFoundError, ConfigError
+from milepost.errors import AbortedError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from milepost.manifest import identity_of
 from milepost.meeting import Ranks, SaveMeeting
 from milepost.start import Start, start_at
 from milepost.storage import default_storage
@@ -140,6 +143,21 @@ def test_what_this_host_does_not_show_yet_is_waited_for(tmp_path, monkeypatch):
     found = locate_now(storage, path)
     found.folder.close()
     writer.close()
+
+
+def test_files_that_this_host_does_not_show_yet_are_waited_for(tmp_path, monkeypatch):
+    """Where the manifest shows before the data file, a load waits, and does not call that damage."""
+    path, data = str(tmp_path / "c"), tmp_path / "c" / "checkpoint_0.pt"
+    CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1)).write(path, {"a": 1})
+    found = locate_now(default_storage(), path)
+    found.folder.close()
+    data.rename(tmp_path / "late")
+    with pytest.raises(CorruptCheckpointError):
+        locate_now(default_storage(), path)
+    expect(path, f"{found.manifest.sequence}:{identity_of(found.manifest)}")
+    show = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: (tmp_path / "late").rename(data))
+    monkeypatch.setattr(sys.modules["milepost.commit.locate"], "time", show)
+    locate_now(default_storage(), path).folder.close()
 
 
 @pytest.fixture

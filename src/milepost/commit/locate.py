@@ -98,8 +98,9 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
     while True:
         try:
             located = _locate_settled(storage, path)
-        except (CheckpointNotFoundError, IncompleteCheckpointError):
-            if path not in _expected:
+        except (CheckpointNotFoundError, IncompleteCheckpointError, CorruptCheckpointError) as error:
+            damaged = isinstance(error, CorruptCheckpointError) and time.monotonic() > deadline
+            if path not in _expected or damaged:
                 raise
         else:
             if path not in _expected or is_at_least(located.manifest, _expected[path]):
