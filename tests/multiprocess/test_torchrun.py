@@ -51,9 +51,6 @@ PROGRAM = textwrap.dedent(
     """
 )
 
-TRIES = 5
-"""Now and then torch's gloo does not find all ranks of the second life, and nothing can be saved."""
-
 
 def torchrun(folder, kind, steps, *options, alone="0"):
     (folder / "program.py").write_text(PROGRAM)
@@ -80,16 +77,12 @@ def logs(folder):
 )
 def test_ranks_that_torchrun_starts_again_go_on_saving(tmp_path, kind, world):
     """After a rank was killed all are started again, with the store of their first life, and save on."""
-    for number in range(TRIES):
-        folder = tmp_path / str(number)
-        run = folder / "run"
-        run.mkdir(parents=True)
-        (run / "kill1").touch()
-        agent = torchrun(folder, kind, 4, "--standalone", "--max-restarts", "1", f"--nproc-per-node={world}")
-        code, text = agent.wait(200), logs(folder)
-        if "connectFullMesh failed" not in text:
-            break
-    assert code == 0, text
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "kill1").touch()
+    agent = torchrun(tmp_path, kind, 4, "--standalone", "--max-restarts", "1", f"--nproc-per-node={world}")
+    assert agent.wait(200) == 0, logs(tmp_path)
+    text = logs(tmp_path)
     assert text.count("BEGIN") == 2 * world, text
     assert text.count("END") == world, text
     assert manifest_of(run / "latest").step == 3
