@@ -29,7 +29,7 @@ PROGRAM = textwrap.dedent(
     hosts = rank == 0 and os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True"
     store = dist.TCPStore(*address, is_master=hosts, multi_tenant=True)
     store.delete_key(f"default_pg/0//cpu//0/{rank}")
-    assert Start(store, rank, world).wait(60)
+    assert Start(store, rank, world)._over.wait(60)  # rank 0 too waits until all have removed them
     dist.init_process_group("gloo")
     make = make_sync_checkpointer if kind == "sync" else make_async_checkpointer
     config = CheckpointerConfig()
