@@ -127,7 +127,10 @@ class Job:
     store: Any
 
     def kill(self, number):
-        os.kill(self.pids[number], signal.SIGKILL)
+        try:
+            os.kill(self.pids[number], signal.SIGKILL)
+        except ProcessLookupError:  # the launcher's answer is read, or the next job would get it
+            pytest.fail(f"process {number} has ended by itself: {self.wait()}")
 
     def logs(self):
         """What each process has written last."""
@@ -828,7 +831,8 @@ def test_a_rank_killed_while_it_waits_in_the_barrier(launcher, quick_path, path,
     late = (victim + 1) % WORLD
     with Gate(quick_path) as gate:
         faults = {late: Fault(stop="barrier", gate=gate)}
-        how = Save(path, 2, port=free_port(), timeout=SHORT, faults=faults, stall=0.3)
+        # Longer than a busy machine takes to bring all ranks there, as the victim waits already.
+        how = Save(path, 2, port=free_port(), timeout=2 * SHORT, faults=faults, stall=0.3)
         job = launcher.start(quick_path, save, how)
         gate.wait()
         job.kill(victim)
