@@ -81,7 +81,11 @@ def test_ranks_that_torchrun_starts_again_go_on_saving(tmp_path, kind, world):
     run.mkdir()
     (run / "kill1").touch()
     agent = torchrun(tmp_path, kind, 4, "--standalone", "--max-restarts", "1", f"--nproc-per-node={world}")
-    assert agent.wait(200) == 0, logs(tmp_path)
+    try:
+        assert agent.wait(150) == 0, logs(tmp_path)
+    finally:
+        agent.terminate()  # it ends its ranks, too
+        agent.wait()
     text = logs(tmp_path)
     assert text.count("BEGIN") == 2 * world, text
     assert text.count("END") == world, text
