@@ -723,3 +723,21 @@ def test_a_commit_that_is_not_seen_is_never_told_as_published(storage):
     attempt.close()
     assert roll_forward(storage, PATH) == [attempt.folder]
     assert loaded_step(storage, PATH) == 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_save_that_comes_to_commit_after_a_later_one_replaces_nothing(storage, world_size):
+    """Writers of a dead start that commit at last do not put their older step over a newer one."""
+    slow = [
+        arrive(storage, PATH, 1, attempt="dead-1", rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    save(storage, PATH, 2)
+    for attempt in slow:
+        attempt.complete()
+        assert attempt.committed
+        assert loaded_step(storage, PATH) == 2
+        attempt.close()
+    clean_up(storage, PATH)
+    assert loaded_step(storage, PATH) == 2
+    assert_clean(storage, PATH)

@@ -221,6 +221,11 @@ def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
                 return False
             continue  # it has been moved between the looks
         try:
+            there = published_manifest(storage, path)
+            if there is not None and there.sequence > manifest.sequence > 0:
+                # As of a dead start whose writers are late: a later save has replaced it before it came.
+                retire(storage, path, source, None)
+                return False
             if storage.stat(path) is None:
                 storage.rename(source, path, "create")
                 return True
