@@ -224,8 +224,10 @@ def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
             there = published_manifest(storage, path)
             if there is not None and there.sequence > manifest.sequence > 0:
                 # As of a dead start whose writers are late: a later save has replaced it before it came.
-                retire(storage, path, source, None)
-                return False
+                gone = [retire(storage, path, place, None) for place in (partial, slot)]
+                if all(gone):
+                    return False
+                continue  # the path is empty for a moment, as the later one is moved in
             if storage.stat(path) is None:
                 storage.rename(source, path, "create")
                 return True
