@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -295,3 +296,21 @@ class ShoutingWriter:
 
 def shouting_writer(rank_info):
     return ShoutingWriter()
+
+
+def together(*works):
+    """What each rank's work returned or raised; each is run in a thread of its own."""
+    results = [None] * len(works)
+
+    def run(rank):
+        try:
+            results[rank] = works[rank]()
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

@@ -67,7 +67,7 @@ class CheckpointWriter:
         commit_hook: Called around the commit.
         storage: Where checkpoints live; the local file system by default.
         meets: Meet the other ranks at the store of the default process group, where there is no barrier.
-        observers: Told of each write that is not known to be committed.
+        observers: Get an event for each write that is not known to be committed.
     """
 
     def __init__(

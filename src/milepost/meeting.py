@@ -111,7 +111,7 @@ class Ranks:
         return self._start
 
     def next(self, target: str) -> SaveName:
-        """Count a save to a path, whatever becomes of it: that is how the ranks find each other.
+        """Count a save to a path. A save that fails counts too, so that all ranks count alike.
 
         Raises:
             CommitTimeoutError: The ranks have not agreed on a start id within the time.

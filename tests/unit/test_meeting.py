@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from background import wait_until
+from background import together, wait_until
 
 from milepost import CheckpointerConfig, RankInfo, make_async_checkpointer, make_sync_checkpointer
 from milepost.barriers import BarrierConfig, TCPStoreBarrier, create_barrier_from_config
@@ -35,20 +34,7 @@ def new_store():
 
 def all_ranks(work, world=2):
     """Do some work as each of the ranks at once; what each returned or raised."""
-    results = [None] * world
-
-    def run(rank):
-        try:
-            results[rank] = work(rank)
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    return together(*(partial(work, rank) for rank in range(world)))
 
 
 def test_what_dead_ranks_have_left_at_a_store_is_not_taken_for_new():

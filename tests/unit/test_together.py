@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
+from background import together
 
 from milepost import RankInfo, builder
 from milepost.barriers import Barrier, barrier_store
@@ -17,24 +18,6 @@ from milepost.config import CheckpointerConfig
 from milepost.errors import PeerLoadError
 from milepost.start import Start
 from milepost.together import Meeting, Report, Verdict, default_meeting, refuse
-
-
-def together(*works):
-    """What each rank's work returned or raised; each is run in a thread of its own."""
-    results = [None] * len(works)
-
-    def run(rank):
-        try:
-            results[rank] = works[rank]()
-        except BaseException as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def test_a_checkpoint_that_was_replaced_meanwhile_is_told_as_that():

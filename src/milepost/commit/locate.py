@@ -128,11 +128,11 @@ def expect(path: str, identity: str) -> None:
 
 
 def is_at_least(manifest: Manifest | None, identity: str) -> bool:
-    """Whether a manifest is that of a checkpoint that another rank told of, or of a later one at its path.
+    """Whether a manifest is the one with this identity, or that of a later save to its path.
 
     Args:
         manifest: What is seen.
-        identity: The sequence and the SHA-256 of the one that was told of.
+        identity: The sequence and the SHA-256 of a manifest, as another rank gave them.
     """
     sequence, _, sha = identity.partition(":")
     if manifest is None:

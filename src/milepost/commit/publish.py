@@ -215,15 +215,14 @@ def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
     partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
     for _ in range(_TRIES):
         source = next((place for place in (partial, slot) if _holds(storage, place, attempt)), None)
+        there = published_manifest(storage, path)
         if source is None:
-            there = published_manifest(storage, path)
             if there and (there.attempt == attempt or there.order >= manifest.order):
                 return False
             continue  # it has been moved between the looks
         try:
-            there = published_manifest(storage, path)
             if there is not None and there.sequence > manifest.sequence > 0:
-                # As of a dead start whose writers are late: a later save has replaced it before it came.
+                # A later save is there already, as when writers of a dead start commit late.
                 gone = [retire(storage, path, place, None) for place in (partial, slot)]
                 if all(gone):
                     return False
