@@ -549,10 +549,13 @@ def save(how):
         store.wait([f"done/{other}" for other in range(world) if other != rank])
     if fault.after is not None:
         fault.after.stop()
-    if how.timeout <= SHORT:  # only what a rank meets on purpose may keep it from being in time
-        store.set(f"ready/{rank}", b"")
-        store.wait([f"ready/{other}" for other in range(world)])
-    error = (in_background if how.background else at_once)(how, rank, world, state, *parts)
+
+    def meet():
+        if how.timeout <= SHORT:  # only what a rank meets on purpose may keep it from being in time
+            store.set(f"ready/{rank}", b"")
+            store.wait([f"ready/{other}" for other in range(world)])
+
+    error = (in_background if how.background else at_once)(how, rank, world, state, meet, *parts)
     store.set(f"done/{rank}", b"")
     for gate in (fault.gate, how.done):
         if gate is not None:
@@ -606,11 +609,12 @@ def replicated(how):
     return ["model.plain" if how.group else "model.*"]
 
 
-def at_once(how, rank, world, state, storage, hook, barrier):
+def at_once(how, rank, world, state, meet, storage, hook, barrier):
     from milepost import RankInfo
     from milepost.checkpoint_writer import CheckpointWriter
 
     writer = CheckpointWriter(writer_config(how), RankInfo(rank, world), barrier, hook, storage=storage)
+    meet()
     try:
         writer.write(how.path, state, step=how.step)
     except Exception as error:
@@ -620,7 +624,7 @@ def at_once(how, rank, world, state, storage, hook, barrier):
         writer.close()
 
 
-def in_background(how, rank, world, state, storage, hook, barrier):
+def in_background(how, rank, world, state, meet, storage, hook, barrier):
     from milepost import RankInfo
     from milepost.checkpoint_process import CheckpointProcess, LeanWriter
     from milepost.checkpoint_reader import CheckpointReader
@@ -642,6 +646,8 @@ def in_background(how, rank, world, state, storage, hook, barrier):
         CheckpointReader(info),
         config=AsyncConfig(on_failure="raise"),
     )
+    process.process_creation_future.result(PATIENCE)
+    meet()
     error = None
     try:
         _, written = checkpointer.save(how.path, state, step=how.step)

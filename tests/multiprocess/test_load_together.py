@@ -156,9 +156,12 @@ def work(rank, way, call):
         path, template, options = now
         template = None if template is None else template_of(way, rank, template)
         seconds, world = options.pop("timeout_seconds", 60), options.pop("world", WORLD)
+        ready = options.pop("ready", [])  # so that no slow machine makes one of these late for a short timeout
         at = store if world == WORLD else dist.PrefixStore("some", meeting)
         reader = CheckpointReader(RankInfo(rank, world), store=at, timeout_seconds=seconds)
         result.error = None
+        meeting.set(f"ready/{number}/{rank}", b"")
+        meeting.wait([f"ready/{number}/{other}" for other in ready])
         try:
             loaded, result.missing = reader.read(path, template, **options)
         except Exception as error:
@@ -397,8 +400,9 @@ def damage(path, rank):
 @pytest.mark.parametrize("absent", [0, 2])
 def test_a_rank_that_never_comes_is_named(start, path, way, absent):
     """Ranks wait for another no longer than their timeout, and each names the one that did not come."""
-    call = (path, ALL, {"timeout_seconds": 10})
-    results = start(way, *(None if rank == absent else call for rank in range(WORLD)))
+    others = [rank for rank in range(WORLD) if rank != absent]
+    call = (path, ALL, {"timeout_seconds": 10, "ready": others})
+    results = start(way, *(call if rank in others else None for rank in range(WORLD)))
     assert results[absent].error is None
     for rank in range(WORLD):
         if rank != absent:
@@ -415,7 +419,8 @@ def test_a_rank_that_never_comes_is_named(start, path, way, absent):
 def test_a_rank_that_missed_a_load_takes_part_in_the_next(start, path, way, late):
     """Ranks that waited in vain, and the one that did not come, load together the next time."""
     call = (path, ALL, {})
-    calls = [[(path, ALL, {"timeout_seconds": 5}), call] for _ in range(WORLD)]
+    others = [rank for rank in range(WORLD) if rank != late]
+    calls = [[(path, ALL, {"timeout_seconds": 5, "ready": others}), call] for _ in range(WORLD)]
     calls[late] = [None, call]
     for rank, result in enumerate(start(way, *calls)):
         assert result.error is None, result.error
