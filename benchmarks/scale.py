@@ -35,9 +35,9 @@ from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
 from milepost.commit.hidden import join_hidden
 from milepost.commit.marks import assemble
-from milepost.manifest import Index, data_name, decode_index, encode_index, index_name
+from milepost.format.boxes import cut
+from milepost.format.manifest import Index, data_name, decode_index, encode_index, index_name
 from milepost.names import Names
-from milepost.reshard import cut
 from milepost.state import StateEncoder
 from milepost.storage import default_storage
 from milepost.testing.faults import FaultyStorage

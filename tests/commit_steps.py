@@ -12,7 +12,7 @@ import zlib
 from milepost.commit import Attempt, Clock, check_target, locate, new_attempt_id
 from milepost.commit.hidden import is_own
 from milepost.errors import CheckpointNotFoundError, EntryNotFoundError, StorageError
-from milepost.manifest import (
+from milepost.format.manifest import (
     MANIFEST_NAME,
     DataFile,
     Index,

@@ -16,21 +16,21 @@ import msgspec
 import torch
 
 from milepost.errors import CorruptCheckpointError
+from milepost.format.boxes import Box, Piece, disjoint, whole
+from milepost.format.global_tree import with_global_columns, with_shards
+from milepost.format.manifest import Index
+from milepost.format.paths import path_text
+from milepost.format.shards import ShardMap, Shards, decode_key
+from milepost.format.tree import Node, numbers_of
 from milepost.gather import Gather, shifted
-from milepost.manifest import Index
 from milepost.names import Names
-from milepost.paths import path_text
 from milepost.placements import narrowed
 from milepost.rebuild import dtype_of, finished
 from milepost.records import reach
-from milepost.reshard import Box, Piece, disjoint, whole
-from milepost.shard_tree import with_global_columns, with_shards
-from milepost.shards import ShardMap, Shards, decode_key
 from milepost.sharing import raw_bytes, sharing_misfits
 from milepost.sources import IndexedSource
 from milepost.storage import OpenFile
 from milepost.template import Fill, Match, copy_into, match
-from milepost.tree import Node, numbers_of
 from milepost.types import STATE_DICT
 
 __all__ = ["ShardedSource"]

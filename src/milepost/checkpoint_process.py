@@ -33,9 +33,9 @@ from milepost.errors import (
     TargetError,
     error_context,
 )
+from milepost.format.paths import path_text
+from milepost.format.shards import decode_key
 from milepost.meeting import Ranks
-from milepost.paths import path_text
-from milepost.shards import decode_key
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
 from milepost.staged import StagedImage, image_of
 from milepost.staging import DefaultStager

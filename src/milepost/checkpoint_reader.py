@@ -21,15 +21,15 @@ from milepost.errors import (
     MismatchError,
     error_context,
 )
-from milepost.manifest import (
+from milepost.format.manifest import (
     MAX_INDEX_BYTES,
     Index,
     data_name,
     decode_index,
     digest,
 )
+from milepost.format.shards import ShardMap
 from milepost.names import Names
-from milepost.shards import ShardMap
 from milepost.sources import IndexedSource, PlainSource, Verify
 from milepost.storage import OpenFile, Storage, default_storage
 from milepost.template import Match

@@ -14,7 +14,7 @@ from milepost.barriers import Barrier, barrier_store
 from milepost.commit import absolute_path, check_target
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
-from milepost.manifest import data_name
+from milepost.format.manifest import data_name
 from milepost.meeting import Ranks
 from milepost.snapshot import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.state import StateEncoder

@@ -13,8 +13,8 @@ import torch
 
 from milepost.arena import Arena
 from milepost.channel import Write, decode_path
-from milepost.image import Layout
-from milepost.manifest import Tensors
+from milepost.format.image import Layout
+from milepost.format.manifest import Tensors
 from milepost.rebuild import TensorBuilder
 from milepost.snapshot import Packed
 

@@ -51,7 +51,7 @@ from milepost.errors import (
     StorageError,
     UnsupportedFormatError,
 )
-from milepost.manifest import (
+from milepost.format.manifest import (
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
     FileDigest,

@@ -20,12 +20,12 @@ from isal.isal_zlib import crc32
 
 from milepost import syscalls
 from milepost.errors import StateError
-from milepost.paths import Path, path_text
+from milepost.format.boxes import Box, Piece, cut, is_run, span, whole
+from milepost.format.paths import Path, path_text
+from milepost.format.shards import ON_EACH_MESH, Shards, encode_key
+from milepost.format.tree import Node
 from milepost.placements import Placed, narrowed, ranges
 from milepost.rebuild import dtype_name
-from milepost.reshard import Box, Piece, cut, is_run, span, whole
-from milepost.shards import ON_EACH_MESH, Shards, encode_key
-from milepost.tree import Node
 from milepost.utils import beside, gc_paused
 
 __all__ = ["STAGED_SHARE", "Division", "Member", "is_share_array", "mark_share"]

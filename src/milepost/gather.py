@@ -14,11 +14,11 @@ from functools import partial
 
 import torch
 
-from milepost.manifest import CHUNK_BYTES, Index
+from milepost.format.boxes import Box, is_run, span, split_for_reading
+from milepost.format.manifest import CHUNK_BYTES, Index
+from milepost.format.shards import dtype_bytes
 from milepost.placements import narrowed
 from milepost.rebuild import dtype_of
-from milepost.reshard import Box, is_run, span, split_for_reading
-from milepost.shards import dtype_bytes
 from milepost.sources import IndexedSource
 from milepost.storage.reading import Part
 from milepost.template import copy_into

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from milepost.errors import ConfigError
-from milepost.paths import Item, Path, path_text
-from milepost.tree import HOLE, Node, TreeDecoder
+from milepost.format.paths import Item, Path, path_text
+from milepost.format.tree import HOLE, Node, TreeDecoder
 
 __all__ = ["Names", "matcher", "nodes_by_path"]
 

@@ -19,8 +19,8 @@ import torch
 from torch import _weights_only_unpickler as restricted
 
 from milepost.errors import StateError
-from milepost.limits import MAX_OBJECT_WORK
-from milepost.pickle_scan import scan
+from milepost.format.limits import MAX_OBJECT_WORK
+from milepost.format.pickle_scan import scan
 from milepost.utils import is_dtensor
 
 __all__ = ["pickle_object", "storage_from", "unpickle_object"]

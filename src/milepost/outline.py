@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from milepost.manifest import Index
-from milepost.shards import dtype_bytes
-from milepost.tree import Node, TreeDecoder
+from milepost.format.manifest import Index
+from milepost.format.shards import dtype_bytes
+from milepost.format.tree import Node, TreeDecoder
 
 __all__ = ["Line", "outline", "plain_value", "text_of"]
 

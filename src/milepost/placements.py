@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from milepost.errors import ConfigError, StateError
+from milepost.format.boxes import Box, Piece, Split, pieces_of, whole
+from milepost.format.paths import Path, path_text
 from milepost.names import matcher
-from milepost.paths import Path, path_text
-from milepost.reshard import Box, Piece, Split, pieces_of, whole
 
 __all__ = ["Placed", "Replicated", "declared_whole", "local_of", "narrowed", "placed", "ranges"]
 

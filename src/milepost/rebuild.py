@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from milepost.errors import CorruptCheckpointError
-from milepost.limits import numpy_size
-from milepost.manifest import Tensors
+from milepost.format.limits import numpy_size
+from milepost.format.manifest import Tensors
+from milepost.format.shards import dtype_bytes
+from milepost.format.tree import Node, TreeDecoder
 from milepost.objects import storage_from, unpickle_object
-from milepost.shards import dtype_bytes
-from milepost.tree import Node, TreeDecoder
 
 __all__ = [
     "NATIVE_LEAVES",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from milepost.errors import StateError
-from milepost.paths import Path, path_text
+from milepost.format.paths import Path, path_text
 
 __all__ = ["check_memory", "end_of", "partition", "reach", "refuse_meta"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from milepost.manifest import Tensors
+from milepost.format.manifest import Tensors
+from milepost.format.tree import Node, paths_of
 from milepost.template import Fill, is_dense
-from milepost.tree import Node, paths_of
 
 __all__ = ["raw_bytes", "sharing_misfits"]
 

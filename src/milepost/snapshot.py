@@ -22,15 +22,15 @@ import msgspec
 import milepost
 from milepost.commit import Attempt, Meeting, Outcome
 from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
-from milepost.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
-from milepost.limits import MAX_METADATA_BYTES
-from milepost.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
-from milepost.paths import path_text
-from milepost.pickle_view import emit
-from milepost.shards import SHARDS_FEATURE, Shards
+from milepost.format.data_pkl import emit
+from milepost.format.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
+from milepost.format.limits import MAX_METADATA_BYTES
+from milepost.format.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
+from milepost.format.paths import path_text
+from milepost.format.shards import SHARDS_FEATURE, Shards
+from milepost.format.tree import Node, TreeEncoder, UnencodableError, encode_tree
 from milepost.storage import Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
-from milepost.tree import Node, TreeEncoder, UnencodableError, encode_tree
 from milepost.utils import beside
 
 __all__ = [

@@ -19,20 +19,20 @@ import torch
 from isal import isal_zlib
 
 from milepost.errors import ConfigError, CorruptCheckpointError, MilepostError, MismatchError
-from milepost.manifest import CHUNK_BYTES, Index
+from milepost.format.boxes import Box
+from milepost.format.manifest import CHUNK_BYTES, Index
+from milepost.format.nodes import place_of
+from milepost.format.shards import dtype_bytes
+from milepost.format.tree import Node, numbers_of, paths_of
 from milepost.names import Names
-from milepost.nodes import place_of
 from milepost.placements import narrowed
 from milepost.rebuild import TensorBuilder, device_of, first_line
-from milepost.reshard import Box
-from milepost.shards import dtype_bytes
 from milepost.sharing import raw_bytes, sharing_misfits
 from milepost.state import StateEncoder
 from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
 from milepost.storage.stream import FileStream
 from milepost.template import Fill, Match, copy_into, is_dense, match
-from milepost.tree import Node, numbers_of, paths_of
 from milepost.types import STATE_DICT
 from milepost.utils import gc_paused
 

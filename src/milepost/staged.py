@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from milepost.arena import Arena
-from milepost.image import Layout
-from milepost.manifest import Tensors
+from milepost.format.image import Layout
+from milepost.format.manifest import Tensors
+from milepost.format.tree import Node
 from milepost.snapshot import Shares
 from milepost.state import Parts
-from milepost.tree import Node
 from milepost.types import STATE_DICT
 
 __all__ = ["SharedRecords", "StagedImage", "descriptor_of", "image_of", "staged_bytes"]

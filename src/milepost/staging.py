@@ -25,7 +25,7 @@ from milepost.arena import Arena, available_bytes
 from milepost.config import CheckpointStagerConfig
 from milepost.division import mark_share
 from milepost.errors import ClosedError, LowMemoryError, StateError, UnavailableError
-from milepost.paths import path_text
+from milepost.format.paths import path_text
 from milepost.rebuild import TensorBuilder
 from milepost.staged import SharedRecords, StagedImage
 from milepost.state import Parts, StateEncoder

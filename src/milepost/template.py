@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from milepost.errors import CorruptCheckpointError, StateError
-from milepost.manifest import Tensors
+from milepost.format.boxes import Piece, whole
+from milepost.format.manifest import Tensors
+from milepost.format.paths import Item, Path, path_text
+from milepost.format.tree import HOLE, Node
 from milepost.names import Names, nodes_by_path
-from milepost.paths import Item, Path, path_text
 from milepost.placements import local_of, placed
 from milepost.rebuild import dtype_of
 from milepost.records import end_of, reach
-from milepost.reshard import Piece, whole
-from milepost.tree import HOLE, Node
 from milepost.utils import is_dtensor
 
 __all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]

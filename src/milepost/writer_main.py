@@ -45,9 +45,9 @@ from milepost.channel import (
 )
 from milepost.commit import News, Outcome
 from milepost.errors import CommitTimeoutError
-from milepost.image import Layout
-from milepost.manifest import Tensors
-from milepost.pickle_view import tensor_fragments
+from milepost.format.data_pkl import tensor_fragments
+from milepost.format.image import Layout
+from milepost.format.manifest import Tensors
 from milepost.snapshot import Labels, Packed, SaveOptions, Shares, Snapshot, save_snapshot
 from milepost.storage.writing import Ring
 

@@ -19,7 +19,6 @@ import torch
 from forge import Forge, dump, write
 from scenarios import in_child, load, make_state, same, save
 
-from milepost import pickle_scan
 from milepost.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -28,7 +27,8 @@ from milepost.errors import (
     MismatchError,
     UnsupportedFormatError,
 )
-from milepost.manifest import decode_index
+from milepost.format import pickle_scan
+from milepost.format.manifest import decode_index
 from milepost.outline import MOST_LINES, outline
 from milepost.storage import default_storage
 from milepost.verify import verify

@@ -31,7 +31,7 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CorruptCheckpointError
-from milepost.manifest import decode_index
+from milepost.format.manifest import decode_index
 from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
 from milepost.verify import verify

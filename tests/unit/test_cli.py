@@ -392,7 +392,7 @@ def test_an_empty_path_is_wrong_usage(run, monkeypatch, arguments):
 
 def test_a_later_format_is_exit_code_4(run):
     """A checkpoint that a later version wrote is exit code 4, with the way out."""
-    from milepost.manifest import decode_manifest, encode_manifest
+    from milepost.format.manifest import decode_manifest, encode_manifest
 
     path = run / "step-5" / "manifest.json"
     manifest = decode_manifest(path.read_bytes(), "")

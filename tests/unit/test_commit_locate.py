@@ -18,7 +18,7 @@ from milepost.errors import (
     StorageError,
     UnsupportedFormatError,
 )
-from milepost.manifest import encode_manifest
+from milepost.format.manifest import encode_manifest
 from milepost.storage.local import LocalStorage
 from milepost.testing import FaultyStorage
 

@@ -11,7 +11,7 @@ from memory_storage import MemoryStorage
 from milepost.commit import check_target
 from milepost.commit.hidden import join_hidden, siblings
 from milepost.errors import StorageError, TargetError
-from milepost.manifest import data_name
+from milepost.format.manifest import data_name
 from milepost.storage import Stat
 from milepost.storage.local import LocalStorage
 

@@ -21,7 +21,7 @@ from milepost.commit import Attempt
 from milepost.commit.hidden import join_hidden
 from milepost.diagnosis import diagnose
 from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
-from milepost.manifest import decode_manifest, digest, encode_manifest
+from milepost.format.manifest import decode_manifest, digest, encode_manifest
 from milepost.storage.local import LocalStorage
 
 STORAGE = LocalStorage()

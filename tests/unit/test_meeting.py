@@ -21,7 +21,7 @@ from milepost.commit import Outcome, expect
 from milepost.commit import locate as locate_now
 from milepost.commit.locate import _expected
 from milepost.errors import AbortedError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError
-from milepost.manifest import identity_of
+from milepost.format.manifest import identity_of
 from milepost.meeting import Ranks, SaveMeeting
 from milepost.start import Start, start_at
 from milepost.storage import default_storage

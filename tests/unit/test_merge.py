@@ -29,7 +29,7 @@ from milepost.checkpoint_writer import CheckpointWriter
 from milepost.commit import merge
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CommitError, CorruptCheckpointError, MismatchError
-from milepost.shards import decode_shard_map
+from milepost.format.shards import decode_shard_map
 from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
 

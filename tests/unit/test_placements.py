@@ -20,9 +20,9 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CheckpointNotFoundError, ConfigError, MismatchError, StateError
-from milepost.manifest import decode_index
+from milepost.format.boxes import Piece
+from milepost.format.manifest import decode_index
 from milepost.placements import Replicated, placed, ranges
-from milepost.reshard import Piece
 from milepost.types import RankInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -225,11 +225,11 @@ def test_what_a_load_would_refuse_is_refused(tmp_path, name):
 def test_too_many_values_are_refused(tmp_path, monkeypatch):
     """A state with more values than a load reads is an error that names the largest key; so are metadata."""
     state = {"small": [1], "[text]": "[" * 2000, "ids": list(range(1000))}
-    monkeypatch.setattr("milepost.limits.MAX_NODES", 1100)
+    monkeypatch.setattr("milepost.format.limits.MAX_NODES", 1100)
     assert_same(state, round_trip(tmp_path, state))
     for name, value, key in (
-        ("milepost.limits.MAX_NODES", 1000, "ids"),
-        ("milepost.limits.MAX_INDEX_BYTES", 1000, "ids"),
+        ("milepost.format.limits.MAX_NODES", 1000, "ids"),
+        ("milepost.format.limits.MAX_INDEX_BYTES", 1000, "ids"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, value)

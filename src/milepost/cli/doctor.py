@@ -17,7 +17,7 @@ from milepost.commit.hidden import is_own, names_of, numbers
 from milepost.commit.listing import causes, ranks_named
 from milepost.diagnosis import LATE_SECONDS, Damage, Diagnosis, Finding, RankState, Watch, diagnose
 from milepost.errors import CheckpointNotFoundError, MilepostError
-from milepost.manifest import MANIFEST_NAME
+from milepost.format.manifest import MANIFEST_NAME
 from milepost.storage import Storage, default_storage
 
 _MOST_RANKS = 10

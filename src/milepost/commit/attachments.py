@@ -9,8 +9,8 @@ from contextlib import suppress
 
 from milepost.commit.hidden import data_rank, file_digest, index_rank, is_own, list_names
 from milepost.errors import CommitError, EntryNotFoundError
-from milepost.manifest import FileDigest, is_plain_name
-from milepost.shards import SHARDS_NAME
+from milepost.format.manifest import FileDigest, is_plain_name
+from milepost.format.shards import SHARDS_NAME
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
 

@@ -26,7 +26,7 @@ from milepost.errors import (
     LoadError,
     error_context,
 )
-from milepost.manifest import (
+from milepost.format.manifest import (
     MANIFEST_NAME,
     identity_of,
     index_name,

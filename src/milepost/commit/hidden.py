@@ -27,7 +27,7 @@ from milepost.errors import (
     StorageError,
     TargetError,
 )
-from milepost.manifest import (
+from milepost.format.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     FileDigest,

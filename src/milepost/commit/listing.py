@@ -39,7 +39,7 @@ from milepost.errors import (
     StorageError,
     UnsupportedFormatError,
 )
-from milepost.manifest import MANIFEST_NAME, Manifest
+from milepost.format.manifest import MANIFEST_NAME, Manifest
 from milepost.storage import Folder, Storage
 
 __all__ = ["Entry", "Explanation", "causes", "entry_at", "explain", "ranks_named", "scan"]

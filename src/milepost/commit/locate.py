@@ -35,8 +35,8 @@ from milepost.errors import (
     LoadError,
     StorageError,
 )
-from milepost.image import IDENTITY_ENTRY
-from milepost.manifest import MANIFEST_NAME, Manifest, identity_of
+from milepost.format.image import IDENTITY_ENTRY
+from milepost.format.manifest import MANIFEST_NAME, Manifest, identity_of
 from milepost.storage import Folder, Storage
 
 __all__ = ["VISIBLE_SECONDS", "Located", "expect", "has_identity", "is_at_least", "locate"]

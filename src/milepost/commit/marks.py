@@ -24,7 +24,7 @@ from milepost.errors import (
     EntryNotFoundError,
     UnsupportedFormatError,
 )
-from milepost.manifest import (
+from milepost.format.manifest import (
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
     FileDigest,
@@ -34,7 +34,7 @@ from milepost.manifest import (
     digest,
     index_name,
 )
-from milepost.shards import (
+from milepost.format.shards import (
     MAX_SHARDS_BYTES,
     SHARDS_FEATURE,
     SHARDS_NAME,

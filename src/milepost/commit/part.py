@@ -41,7 +41,7 @@ from milepost.errors import (
     MilepostError,
     error_context,
 )
-from milepost.manifest import (
+from milepost.format.manifest import (
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
     FileDigest,

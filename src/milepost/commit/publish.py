@@ -37,7 +37,7 @@ from milepost.errors import (
     StorageError,
     TargetError,
 )
-from milepost.manifest import MANIFEST_NAME, Manifest
+from milepost.format.manifest import MANIFEST_NAME, Manifest
 from milepost.storage import Folder, Storage
 
 __all__ = ["Target", "check_target", "is_pending", "publish", "retire"]

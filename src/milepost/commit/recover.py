@@ -40,8 +40,8 @@ from milepost.errors import (
     StorageError,
     TargetError,
 )
-from milepost.limits import MAX_INT
-from milepost.manifest import (
+from milepost.format.limits import MAX_INT
+from milepost.format.manifest import (
     MANIFEST_NAME,
     MAX_INDEX_BYTES,
     Manifest,
@@ -50,7 +50,7 @@ from milepost.manifest import (
     encode_manifest,
     index_name,
 )
-from milepost.shards import SHARDS_NAME
+from milepost.format.shards import SHARDS_NAME
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
 

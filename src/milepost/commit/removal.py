@@ -8,7 +8,7 @@ import os
 
 from milepost.commit.hidden import NOTE_NAME, index_rank, is_aborted, is_own, names_of
 from milepost.errors import EntryNotFoundError, StorageError
-from milepost.manifest import MANIFEST_NAME
+from milepost.format.manifest import MANIFEST_NAME
 from milepost.storage import Lock, Storage
 
 __all__ = ["NOT_EMPTY", "remove_file", "remove_tree", "sweep"]

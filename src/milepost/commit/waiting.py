@@ -29,7 +29,7 @@ from milepost.errors import (
     CorruptCheckpointError,
     EntryNotFoundError,
 )
-from milepost.manifest import MANIFEST_NAME
+from milepost.format.manifest import MANIFEST_NAME
 from milepost.storage import Folder, Storage
 
 __all__ = [

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 
 from milepost.errors import CorruptCheckpointError
-from milepost.limits import MAX_EQUAL_HASHES
-from milepost.manifest import Tensors
-from milepost.paths import path_text
-from milepost.reshard import steps_of
-from milepost.shards import ATTRIBUTES_STEP, Key, ShardMap, decode_key, step_of
-from milepost.tree import HOLE, Node
+from milepost.format.boxes import steps_of
+from milepost.format.limits import MAX_EQUAL_HASHES
+from milepost.format.manifest import Tensors
+from milepost.format.paths import path_text
+from milepost.format.shards import ATTRIBUTES_STEP, Key, ShardMap, decode_key, step_of
+from milepost.format.tree import HOLE, Node
 
 __all__ = ["key_trie", "with_global_columns", "with_shards"]
 

@@ -18,9 +18,16 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import msgspec
 
 from milepost.errors import CorruptCheckpointError, StateError, UnsupportedFormatError
-from milepost.limits import MAX_DIMS, MAX_INDEX_BYTES, MAX_INT, excess, is_device, sizes_fit
-from milepost.nodes import Node, check_tree
-from milepost.shards import SHARDS_FEATURE, SHARDS_NAME, Shards, check_leaves, check_shards, dtype_bytes
+from milepost.format.limits import MAX_DIMS, MAX_INDEX_BYTES, MAX_INT, excess, is_device, sizes_fit
+from milepost.format.nodes import Node, check_tree
+from milepost.format.shards import (
+    SHARDS_FEATURE,
+    SHARDS_NAME,
+    Shards,
+    check_leaves,
+    check_shards,
+    dtype_bytes,
+)
 from milepost.utils import gc_paused
 
 __all__ = [

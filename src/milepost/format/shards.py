@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import msgspec
 
 from milepost.errors import CorruptCheckpointError
-from milepost.limits import MAX_DEPTH, sizes_fit
-from milepost.nodes import check_tree
-from milepost.paths import ATTRIBUTES, Item, Path
-from milepost.reshard import Box, Piece, disjoint, intersection
-from milepost.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
+from milepost.format.boxes import Box, Piece, disjoint, intersection
+from milepost.format.limits import MAX_DEPTH, sizes_fit
+from milepost.format.nodes import check_tree
+from milepost.format.paths import ATTRIBUTES, Item, Path
+from milepost.format.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
 
 __all__ = [
     "ARRAY_DTYPES",

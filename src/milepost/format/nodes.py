@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from milepost.limits import (
+from milepost.format.limits import (
     MAX_DEPTH,
     MAX_NAME,
     crowded,
@@ -23,7 +23,7 @@ from milepost.limits import (
     is_int,
     numpy_size,
 )
-from milepost.paths import Item, path_text
+from milepost.format.paths import Item, path_text
 
 __all__ = ["DECODERS", "FACTORIES", "Node", "check_node", "check_tree", "place_of"]
 

@@ -28,9 +28,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from milepost.errors import CorruptCheckpointError, StateError
-from milepost.limits import MAX_DEPTH, crowded, excess
-from milepost.nodes import DECODERS, FACTORIES, Node, check_node
-from milepost.paths import ATTRIBUTES, Item, Path, path_text
+from milepost.format.limits import MAX_DEPTH, crowded, excess
+from milepost.format.nodes import DECODERS, FACTORIES, Node, check_node
+from milepost.format.paths import ATTRIBUTES, Item, Path, path_text
 
 __all__ = [
     "HOLE",

@@ -16,9 +16,9 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from milepost.manifest import Tensors
-from milepost.shards import dtype_bytes
-from milepost.tree import Node, TreeDecoder
+from milepost.format.manifest import Tensors
+from milepost.format.shards import dtype_bytes
+from milepost.format.tree import Node, TreeDecoder
 
 __all__ = ["emit", "tensor_fragments"]
 

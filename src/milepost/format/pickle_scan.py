@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
-from milepost.limits import MAX_EQUAL_HASHES, MAX_NAME, MAX_OBJECT_DEPTH, MAX_OBJECT_WORK
+from milepost.format.limits import MAX_EQUAL_HASHES, MAX_NAME, MAX_OBJECT_DEPTH, MAX_OBJECT_WORK
 
 __all__ = ["scan"]
 
