@@ -24,11 +24,11 @@ from milepost.format.shards import ShardMap, Shards, decode_key
 from milepost.format.tree import Node, numbers_of
 from milepost.gather import Gather, shifted
 from milepost.names import Names
-from milepost.placements import narrowed
-from milepost.rebuild import dtype_of, finished
-from milepost.records import reach
 from milepost.sharing import raw_bytes, sharing_misfits
 from milepost.sources import IndexedSource
+from milepost.state.decode import dtype_of, finished
+from milepost.state.memory import reach
+from milepost.state.placements import narrowed
 from milepost.storage import OpenFile
 from milepost.template import Fill, Match, copy_into, match
 from milepost.types import STATE_DICT

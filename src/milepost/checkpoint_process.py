@@ -39,7 +39,7 @@ from milepost.meeting import Ranks
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
 from milepost.staged import StagedImage, image_of
 from milepost.staging import DefaultStager
-from milepost.state import StateEncoder
+from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.types import STATE_DICT, RankInfo

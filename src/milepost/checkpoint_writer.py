@@ -17,7 +17,7 @@ from milepost.errors import ClosedError, CommitError, PostCommitError, error_con
 from milepost.format.manifest import data_name
 from milepost.meeting import Ranks
 from milepost.snapshot import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
-from milepost.state import StateEncoder
+from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.telemetry import Event, Observer, notify

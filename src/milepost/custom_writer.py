@@ -15,8 +15,8 @@ from milepost.arena import Arena
 from milepost.channel import Write, decode_path
 from milepost.format.image import Layout
 from milepost.format.manifest import Tensors
-from milepost.rebuild import TensorBuilder
 from milepost.snapshot import Packed
+from milepost.state.decode import TensorBuilder
 
 __all__ = ["start"]
 

@@ -25,10 +25,10 @@ from milepost.format.nodes import place_of
 from milepost.format.shards import dtype_bytes
 from milepost.format.tree import Node, numbers_of, paths_of
 from milepost.names import Names
-from milepost.placements import narrowed
-from milepost.rebuild import TensorBuilder, device_of, first_line
 from milepost.sharing import raw_bytes, sharing_misfits
-from milepost.state import StateEncoder
+from milepost.state.decode import TensorBuilder, device_of, first_line
+from milepost.state.encode import StateEncoder
+from milepost.state.placements import narrowed
 from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
 from milepost.storage.stream import FileStream

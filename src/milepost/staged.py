@@ -21,7 +21,7 @@ from milepost.format.image import Layout
 from milepost.format.manifest import Tensors
 from milepost.format.tree import Node
 from milepost.snapshot import Shares
-from milepost.state import Parts
+from milepost.state.encode import Parts
 from milepost.types import STATE_DICT
 
 __all__ = ["SharedRecords", "StagedImage", "descriptor_of", "image_of", "staged_bytes"]

@@ -20,9 +20,9 @@ from milepost.format.manifest import Tensors
 from milepost.format.paths import Item, Path, path_text
 from milepost.format.tree import HOLE, Node
 from milepost.names import Names, nodes_by_path
-from milepost.placements import local_of, placed
-from milepost.rebuild import dtype_of
-from milepost.records import end_of, reach
+from milepost.state.decode import dtype_of
+from milepost.state.memory import end_of, reach
+from milepost.state.placements import local_of, placed
 from milepost.utils import is_dtensor
 
 __all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]

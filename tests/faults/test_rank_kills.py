@@ -631,7 +631,7 @@ def in_background(how, rank, world, state, meet, storage, hook, barrier):
     from milepost.checkpointer import AsyncCheckpointer
     from milepost.config import AsyncConfig, CheckpointProcessConfig
     from milepost.staging import DefaultStager
-    from milepost.state import StateEncoder
+    from milepost.state.encode import StateEncoder
 
     info = RankInfo(rank, world)
 

@@ -26,12 +26,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from milepost import placements as placements_module
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CorruptCheckpointError
 from milepost.format.manifest import decode_index
+from milepost.state import placements as placements_module
 from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
 from milepost.verify import verify

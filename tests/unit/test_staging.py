@@ -22,7 +22,7 @@ from milepost.config import CheckpointStagerConfig
 from milepost.errors import ClosedError, ConfigError, LowMemoryError, StateError
 from milepost.staged import image_of
 from milepost.staging import CheckpointStager, DefaultStager
-from milepost.state import StateEncoder
+from milepost.state.encode import StateEncoder
 from milepost.types import RankInfo
 
 pytestmark = [

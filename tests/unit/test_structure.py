@@ -8,7 +8,7 @@ from states import assert_same, index_of, load, sharing, torch_load
 
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
-from milepost.state import _KEPT_PLANS, StateEncoder
+from milepost.state.encode import _KEPT_PLANS, StateEncoder
 from milepost.types import RankInfo
 
 

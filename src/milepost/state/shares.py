@@ -24,8 +24,8 @@ from milepost.format.boxes import Box, Piece, cut, is_run, span, whole
 from milepost.format.paths import Path, path_text
 from milepost.format.shards import ON_EACH_MESH, Shards, encode_key
 from milepost.format.tree import Node
-from milepost.placements import Placed, narrowed, ranges
-from milepost.rebuild import dtype_name
+from milepost.state.decode import dtype_name
+from milepost.state.placements import Placed, narrowed, ranges
 from milepost.utils import beside, gc_paused
 
 __all__ = ["STAGED_SHARE", "Division", "Member", "is_share_array", "mark_share"]

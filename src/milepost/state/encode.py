@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from milepost.accelerator import copy_bytes
-from milepost.division import STAGED_SHARE, Division, Member, is_share_array
 from milepost.errors import CorruptCheckpointError, StateError, UnsupportedTypeError
 from milepost.format.data_pkl import tensor_fragments
 from milepost.format.image import Layout
@@ -25,11 +23,13 @@ from milepost.format.manifest import Tensors
 from milepost.format.paths import Path, path_text
 from milepost.format.shards import ARRAY_DTYPES
 from milepost.format.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
-from milepost.objects import pickle_object, storage_from, unpickle_object
-from milepost.placements import Placed, Replicated, declared_whole, local_of, placed
-from milepost.rebuild import NATIVE_LEAVES, dtype_name, numpy_dtype
-from milepost.records import check_memory, partition, refuse_meta
 from milepost.snapshot import Shares, Snapshot
+from milepost.state.accelerator import copy_bytes
+from milepost.state.decode import NATIVE_LEAVES, dtype_name, numpy_dtype
+from milepost.state.memory import check_memory, partition, refuse_meta
+from milepost.state.objects import pickle_object, storage_from, unpickle_object
+from milepost.state.placements import Placed, Replicated, declared_whole, local_of, placed
+from milepost.state.shares import STAGED_SHARE, Division, Member, is_share_array
 from milepost.types import RankInfo
 from milepost.utils import is_dtensor
 

@@ -19,7 +19,7 @@ from milepost.format.limits import numpy_size
 from milepost.format.manifest import Tensors
 from milepost.format.shards import dtype_bytes
 from milepost.format.tree import Node, TreeDecoder
-from milepost.objects import storage_from, unpickle_object
+from milepost.state.objects import storage_from, unpickle_object
 
 __all__ = [
     "NATIVE_LEAVES",
