@@ -35,7 +35,7 @@ from milepost.errors import (
 )
 from milepost.format.paths import path_text
 from milepost.format.shards import decode_key
-from milepost.meeting import Ranks
+from milepost.ranks.save_meeting import Ranks
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
 from milepost.staged import StagedImage, image_of
 from milepost.staging import DefaultStager

@@ -30,10 +30,10 @@ from milepost.format.manifest import (
 )
 from milepost.format.shards import ShardMap
 from milepost.names import Names
+from milepost.ranks.load_meeting import Meeting, Report, default_meeting, refuse
 from milepost.sources import IndexedSource, PlainSource, Verify
 from milepost.storage import OpenFile, Storage, default_storage
 from milepost.template import Match
-from milepost.together import Meeting, Report, default_meeting, refuse
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused, is_dtensor
 

@@ -39,7 +39,7 @@ from milepost.channel import (
 )
 from milepost.commit import News, Outcome
 from milepost.errors import LostWriterError
-from milepost.meeting import SaveMeeting
+from milepost.ranks.save_meeting import SaveMeeting
 from milepost.snapshot import Packed
 from milepost.staged import StagedImage
 from milepost.utils import TrackedFuture

@@ -25,8 +25,8 @@ from milepost.errors import (
     MismatchError,
     PeerLoadError,
 )
-from milepost.start import Start
-from milepost.together import Meeting, Report, Verdict, refuse
+from milepost.ranks.load_meeting import Meeting, Report, Verdict, refuse
+from milepost.ranks.start import Start
 
 WORLD = 3
 WAYS = ["group", "store"]

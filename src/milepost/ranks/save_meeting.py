@@ -38,7 +38,7 @@ from milepost.commit import (
     sees_rank,
 )
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, MilepostError
-from milepost.start import Start, StoreGoneError, background, ending, group_store, start_at
+from milepost.ranks.start import Start, StoreGoneError, background, ending, group_store, start_at
 from milepost.storage import Storage
 from milepost.types import RankInfo
 

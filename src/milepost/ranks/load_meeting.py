@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from milepost.errors import MilepostError, PeerLoadError
-from milepost.start import Start, StoreGoneError, group_store, start_at
+from milepost.ranks.start import Start, StoreGoneError, group_store, start_at
 
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
 
