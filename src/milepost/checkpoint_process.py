@@ -18,9 +18,10 @@ from typing import Any
 import msgspec
 import torch
 
+from milepost.background.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
+from milepost.background.messages import Channel, Init, Write, encode_path
+from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
-from milepost.channel import Channel, Init, Write, encode_path
-from milepost.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
 from milepost.commit import absolute_path, check_target, process_id
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
@@ -37,7 +38,6 @@ from milepost.format.paths import path_text
 from milepost.format.shards import decode_key
 from milepost.ranks.save_meeting import Ranks
 from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
-from milepost.staged import StagedImage, image_of
 from milepost.staging import DefaultStager
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage

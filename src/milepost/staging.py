@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from milepost import syscalls
-from milepost.arena import Arena, available_bytes
+from milepost.background.arena import Arena, available_bytes
+from milepost.background.staged import SharedRecords, StagedImage
 from milepost.config import CheckpointStagerConfig
 from milepost.errors import ClosedError, LowMemoryError, StateError, UnavailableError
 from milepost.format.paths import path_text
-from milepost.staged import SharedRecords, StagedImage
 from milepost.state import accelerator
 from milepost.state.accelerator import copy_tensors
 from milepost.state.decode import TensorBuilder

@@ -222,7 +222,7 @@ def test_the_others_hear_of_a_write_that_cannot_be_handed_over(tmp_path, monkeyp
             monkeypatch.undo()
             raise OSError(24, "Too many open files")
 
-        monkeypatch.setattr("milepost.child.write_blob", fail)
+        monkeypatch.setattr("milepost.background.child.write_blob", fail)
         with pytest.raises(OSError, match="Too many open files"):
             checkpointer.save(path, state(1))
         with pytest.raises(AbortedError, match="Too many open files"):

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milepost import channel, errors
-from milepost.channel import (
+from milepost import errors
+from milepost.background import messages as channel
+from milepost.background.messages import (
     MAX_DESCRIPTORS,
     Arrived,
     Attached,
@@ -32,8 +33,8 @@ from milepost.channel import (
     rebuild_error,
     write_blob,
 )
+from milepost.background.writer_main import Service
 from milepost.errors import MilepostError, RemoteError, StorageError
-from milepost.writer_main import Service
 
 
 @pytest.fixture

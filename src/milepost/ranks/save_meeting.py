@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from milepost.channel import describe_error
+from milepost.background.messages import describe_error
 from milepost.commit import (
     News,
     Outcome,

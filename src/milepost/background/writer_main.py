@@ -1,4 +1,4 @@
-"""The checkpoint process: ``python -P -m milepost.writer_main DESCRIPTOR``. Torch-free unless asked for more.
+"""The checkpoint process: ``python -P -m milepost.background.writer_main DESCRIPTOR``. Torch-free unless asked for more.
 
 It outlives its trainer: signals meant for the job are ignored, the trainer's end is seen through a pidfd,
 and every request that the trainer got into the line is carried out before this process ends.
@@ -22,8 +22,8 @@ from typing import Any
 import msgspec
 
 from milepost import syscalls
-from milepost.arena import Arena
-from milepost.channel import (
+from milepost.background.arena import Arena
+from milepost.background.messages import (
     Arrived,
     Attached,
     Channel,
@@ -109,7 +109,7 @@ class Service:
         self._prepare_main(self._setup.parts + self._setup.custom)
         self._storage, self._hook = pickle.loads(self._setup.parts)  # noqa: S301 - from our own trainer
         if self._setup.custom:
-            custom = importlib.import_module("milepost.custom_writer")
+            custom = importlib.import_module("milepost.background.custom_writer")
             self._write, self._close = custom.start(self._setup.custom)  # type: ignore[method-assign]
 
     def _prepare_main(self, pickled: bytes) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milepost.arena import Arena
+from milepost.background.arena import Arena
 from milepost.format.image import Layout
 from milepost.format.manifest import Tensors
 from milepost.format.tree import Node

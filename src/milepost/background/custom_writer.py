@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import torch
 
-from milepost.arena import Arena
-from milepost.channel import Write, decode_path
+from milepost.background.arena import Arena
+from milepost.background.messages import Write, decode_path
 from milepost.format.image import Layout
 from milepost.format.manifest import Tensors
 from milepost.snapshot import Packed

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from milepost import syscalls
-from milepost.channel import (
+from milepost.background.messages import (
     MAX_DESCRIPTORS,
     Arrived,
     Attached,
@@ -37,11 +37,11 @@ from milepost.channel import (
     rebuild_error,
     write_blob,
 )
+from milepost.background.staged import StagedImage
 from milepost.commit import News, Outcome
 from milepost.errors import LostWriterError
 from milepost.ranks.save_meeting import SaveMeeting
 from milepost.snapshot import Packed
-from milepost.staged import StagedImage
 from milepost.utils import TrackedFuture
 
 __all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]
@@ -191,7 +191,7 @@ class Child:
                         sys.executable,
                         "-P",
                         "-m",
-                        "milepost.writer_main",
+                        "milepost.background.writer_main",
                         str(theirs.fileno()),
                         str(os.getpid()),
                     ],
