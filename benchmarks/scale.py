@@ -37,7 +37,7 @@ from milepost.commit.hidden import join_hidden
 from milepost.commit.marks import assemble
 from milepost.format.boxes import cut
 from milepost.format.manifest import Index, data_name, decode_index, encode_index, index_name
-from milepost.names import Names
+from milepost.loading.renames import Names
 from milepost.state.encode import StateEncoder
 from milepost.storage import default_storage
 from milepost.testing.faults import FaultyStorage

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from milepost.assembly import ShardedSource
 from milepost.commit import Located, locate
 from milepost.commit.marks import read_shard_map
 from milepost.errors import (
@@ -29,11 +28,12 @@ from milepost.format.manifest import (
     digest,
 )
 from milepost.format.shards import ShardMap
-from milepost.names import Names
+from milepost.loading.rank_file import IndexedSource, PlainSource, Verify
+from milepost.loading.renames import Names
+from milepost.loading.sharded import ShardedSource
+from milepost.loading.template import Match
 from milepost.ranks.load_meeting import Meeting, Report, default_meeting, refuse
-from milepost.sources import IndexedSource, PlainSource, Verify
 from milepost.storage import OpenFile, Storage, default_storage
-from milepost.template import Match
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused, is_dtensor
 

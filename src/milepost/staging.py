@@ -25,12 +25,12 @@ from milepost.background.staged import SharedRecords, StagedImage
 from milepost.config import CheckpointStagerConfig
 from milepost.errors import ClosedError, LowMemoryError, StateError, UnavailableError
 from milepost.format.paths import path_text
+from milepost.loading.template import is_dense
 from milepost.state import accelerator
 from milepost.state.accelerator import copy_tensors
 from milepost.state.decode import TensorBuilder
 from milepost.state.encode import Parts, StateEncoder
 from milepost.state.shares import mark_share
-from milepost.template import is_dense
 from milepost.types import STATE_DICT
 from milepost.utils import gc_paused
 

@@ -15,7 +15,7 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ConfigError, MismatchError
-from milepost.names import Names, matcher
+from milepost.loading.renames import Names, matcher
 from milepost.types import RankInfo
 
 _paths = itertools.count()

@@ -18,7 +18,7 @@ import torch
 from milepost.errors import ConfigError, StateError
 from milepost.format.boxes import Box, Piece, Split, pieces_of, whole
 from milepost.format.paths import Path, path_text
-from milepost.names import matcher
+from milepost.loading.renames import matcher
 
 __all__ = ["Placed", "Replicated", "declared_whole", "local_of", "narrowed", "placed", "ranges"]
 

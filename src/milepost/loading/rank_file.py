@@ -24,15 +24,15 @@ from milepost.format.manifest import CHUNK_BYTES, Index
 from milepost.format.nodes import place_of
 from milepost.format.shards import dtype_bytes
 from milepost.format.tree import Node, numbers_of, paths_of
-from milepost.names import Names
-from milepost.sharing import raw_bytes, sharing_misfits
+from milepost.loading.aliases import raw_bytes, sharing_misfits
+from milepost.loading.renames import Names
+from milepost.loading.template import Fill, Match, copy_into, is_dense, match
 from milepost.state.decode import TensorBuilder, device_of, first_line
 from milepost.state.encode import StateEncoder
 from milepost.state.placements import narrowed
 from milepost.storage import OpenFile
 from milepost.storage.reading import Damage, Part, default_threads, read_parts
 from milepost.storage.stream import FileStream
-from milepost.template import Fill, Match, copy_into, is_dense, match
 from milepost.types import STATE_DICT
 from milepost.utils import gc_paused
 

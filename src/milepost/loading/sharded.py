@@ -22,15 +22,15 @@ from milepost.format.manifest import Index
 from milepost.format.paths import path_text
 from milepost.format.shards import ShardMap, Shards, decode_key
 from milepost.format.tree import Node, numbers_of
-from milepost.gather import Gather, shifted
-from milepost.names import Names
-from milepost.sharing import raw_bytes, sharing_misfits
-from milepost.sources import IndexedSource
+from milepost.loading.aliases import raw_bytes, sharing_misfits
+from milepost.loading.gather import Gather, shifted
+from milepost.loading.rank_file import IndexedSource
+from milepost.loading.renames import Names
+from milepost.loading.template import Fill, Match, copy_into, match
 from milepost.state.decode import dtype_of, finished
 from milepost.state.memory import reach
 from milepost.state.placements import narrowed
 from milepost.storage import OpenFile
-from milepost.template import Fill, Match, copy_into, match
 from milepost.types import STATE_DICT
 
 __all__ = ["ShardedSource"]

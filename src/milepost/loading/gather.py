@@ -17,11 +17,11 @@ import torch
 from milepost.format.boxes import Box, is_run, span, split_for_reading
 from milepost.format.manifest import CHUNK_BYTES, Index
 from milepost.format.shards import dtype_bytes
-from milepost.sources import IndexedSource
+from milepost.loading.rank_file import IndexedSource
+from milepost.loading.template import copy_into
 from milepost.state.decode import dtype_of
 from milepost.state.placements import narrowed
 from milepost.storage.reading import Part
-from milepost.template import copy_into
 
 __all__ = ["Gather", "shifted"]
 

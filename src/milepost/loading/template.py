@@ -19,7 +19,7 @@ from milepost.format.boxes import Piece, whole
 from milepost.format.manifest import Tensors
 from milepost.format.paths import Item, Path, path_text
 from milepost.format.tree import HOLE, Node
-from milepost.names import Names, nodes_by_path
+from milepost.loading.renames import Names, nodes_by_path
 from milepost.state.decode import dtype_of
 from milepost.state.memory import end_of, reach
 from milepost.state.placements import local_of, placed

@@ -11,7 +11,7 @@ import torch
 
 from milepost.format.manifest import Tensors
 from milepost.format.tree import Node, paths_of
-from milepost.template import Fill, is_dense
+from milepost.loading.template import Fill, is_dense
 
 __all__ = ["raw_bytes", "sharing_misfits"]
 
