@@ -13,9 +13,9 @@ from scenarios import SCENARIOS, SINGLE, descriptors, load, make_state, same, sa
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.errors import MilepostError, StorageError, TargetError
+from milepost.health.verify import verify
 from milepost.storage import default_storage
 from milepost.testing import FaultyStorage, short_writes, signal_storm
-from milepost.verify import verify
 
 
 def failing_saves(scenario, root, error, times):

@@ -29,9 +29,9 @@ from milepost.errors import (
 )
 from milepost.format import pickle_scan
 from milepost.format.manifest import decode_index
-from milepost.outline import MOST_LINES, outline
+from milepost.health.outline import MOST_LINES, outline
+from milepost.health.verify import verify
 from milepost.storage import default_storage
-from milepost.verify import verify
 
 MEMORY_BYTES = 1 << 30
 BIG, TOO_BIG = (1 << 63) - 1, 1 << 63

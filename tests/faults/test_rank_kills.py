@@ -40,9 +40,9 @@ from milepost.errors import (
     RemoteError,
     StateError,
 )
+from milepost.health.verify import verify
 from milepost.storage import default_storage
 from milepost.testing import FaultyStorage
-from milepost.verify import verify
 
 WORLD = 3
 PATIENCE = 90

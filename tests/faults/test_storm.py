@@ -33,8 +33,8 @@ from milepost import CheckpointerConfig, RankInfo, make_async_checkpointer, make
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.commit import scan
 from milepost.errors import MilepostError
+from milepost.health.verify import verify
 from milepost.storage import default_storage
-from milepost.verify import verify
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the launcher adopts orphans as Linux can"),

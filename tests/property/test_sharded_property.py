@@ -31,10 +31,10 @@ from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CorruptCheckpointError
 from milepost.format.manifest import decode_index
+from milepost.health.verify import verify
 from milepost.state import placements as placements_module
 from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
-from milepost.verify import verify
 
 DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.float64, torch.uint8, torch.complex64]
 

@@ -425,10 +425,10 @@ def test_debug_shows_the_traceback(run):
 def test_an_interrupt_ends_cleanly(run):
     """Ctrl-C in the middle of a command is exit code 130 and one word, without a traceback."""
     code = (
-        "import os, signal, sys, milepost.verify\n"
+        "import os, signal, sys, milepost.health.verify\n"
         "from milepost.cli import main\n"
         "def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT)\n"
-        "milepost.verify.scan_file = interrupted\n"
+        "milepost.health.verify.scan_file = interrupted\n"
         f"sys.argv = ['milepost', 'verify', {str(run / 'step-5')!r}]\n"
         "main()\n"
     )

@@ -15,7 +15,7 @@ from milepost.format.global_tree import with_global_columns, with_shards
 from milepost.format.manifest import Index, Manifest, decode_index, digest
 from milepost.format.shards import ShardMap, Shards
 from milepost.format.tree import numbers_of
-from milepost.outline import Line, outline, plain_value, text_of
+from milepost.health.outline import Line, outline, plain_value, text_of
 from milepost.storage import default_storage
 
 _MOST_CHARACTERS = 100

@@ -22,11 +22,11 @@ from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
 from milepost.commit.hidden import absolute_path
 from milepost.commit.ids import attempt_id, count_save, environment_start_id, new_attempt_id, process_id
-from milepost.commit.listing import Entry, Explanation, explain, scan
 from milepost.commit.locate import Located, expect, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
 from milepost.commit.waiting import Meeting, News, Outcome, is_undecided, sees_rank
+from milepost.health.listing import Entry, Explanation, explain, scan
 
 __all__ = [
     "Attempt",

@@ -41,7 +41,6 @@ from milepost.commit.hidden import (
     siblings,
     stem_of,
 )
-from milepost.commit.listing import Explanation, explain_folder
 from milepost.commit.marks import assemble, checked_manifest, missing_files
 from milepost.commit.recover import is_overtaken
 from milepost.errors import (
@@ -62,9 +61,10 @@ from milepost.format.manifest import (
     index_name,
     is_plain_name,
 )
-from milepost.outline import outline
+from milepost.health.listing import Explanation, explain_folder
+from milepost.health.outline import outline
+from milepost.health.verify import Progress, verify
 from milepost.storage import Folder, Storage
-from milepost.verify import Progress, verify
 
 __all__ = ["LATE_SECONDS", "Damage", "Diagnosis", "Finding", "RankState", "Watch", "diagnose"]
 

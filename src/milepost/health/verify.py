@@ -16,7 +16,7 @@ from milepost.commit import Located, locate
 from milepost.commit.hidden import data_rank, file_digest, published_manifest, read_manifest
 from milepost.errors import CorruptCheckpointError, IncompleteCheckpointError, LoadError, StorageError
 from milepost.format.manifest import CHUNK_BYTES, DataFile, FileDigest, Index, Manifest, decode_index
-from milepost.outline import Line, outline
+from milepost.health.outline import Line, outline
 from milepost.storage import Folder, Storage
 from milepost.storage.reading import scan_file
 from milepost.storage.stream import FileStream
