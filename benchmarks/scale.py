@@ -33,7 +33,7 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
-from milepost.commit.hidden import join_hidden
+from milepost.commit.folders import join_hidden
 from milepost.commit.marks import assemble
 from milepost.format.boxes import cut
 from milepost.format.manifest import Index, data_name, decode_index, encode_index, index_name

@@ -10,7 +10,7 @@ import threading
 import zlib
 
 from milepost.commit import Attempt, Clock, check_target, locate, new_attempt_id
-from milepost.commit.hidden import is_own
+from milepost.commit.folders import is_own
 from milepost.errors import CheckpointNotFoundError, EntryNotFoundError, StorageError
 from milepost.format.manifest import (
     MANIFEST_NAME,

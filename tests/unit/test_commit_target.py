@@ -9,7 +9,7 @@ from commit_steps import Wrapper, assert_clean, content, hidden, loaded_step, ma
 from memory_storage import MemoryStorage
 
 from milepost.commit import check_target
-from milepost.commit.hidden import join_hidden, siblings
+from milepost.commit.folders import join_hidden, siblings
 from milepost.errors import StorageError, TargetError
 from milepost.format.manifest import data_name
 from milepost.storage import Stat

@@ -13,7 +13,7 @@ from milepost.cli.output import DAMAGED, FAILED, OK, Session, size
 from milepost.cli.verify import _bar
 from milepost.commit import clean_up, roll_forward
 from milepost.commit.claim import unchanged_seconds
-from milepost.commit.hidden import is_own, names_of, numbers
+from milepost.commit.folders import is_own, names_of, numbers
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.format.manifest import MANIFEST_NAME
 from milepost.health.diagnosis import LATE_SECONDS, Damage, Diagnosis, Finding, RankState, Watch, diagnose

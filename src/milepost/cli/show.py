@@ -8,7 +8,7 @@ from typing import Any
 
 from milepost.cli.output import OK, Session, moment, plain, size
 from milepost.commit import Located, locate
-from milepost.commit.hidden import data_rank
+from milepost.commit.folders import data_rank
 from milepost.commit.marks import read_shard_map
 from milepost.errors import CheckpointNotFoundError, CorruptCheckpointError
 from milepost.format.global_tree import with_global_columns, with_shards

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
-from milepost.commit.hidden import absolute_path
+from milepost.commit.folders import absolute_path
 from milepost.commit.ids import attempt_id, count_save, environment_start_id, new_attempt_id, process_id
 from milepost.commit.locate import Located, expect, locate
 from milepost.commit.publish import Target, check_target, publish

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 
-from milepost.commit.hidden import data_rank, file_digest, index_rank, is_own, list_names
+from milepost.commit.folders import data_rank, file_digest, index_rank, is_own, list_names
 from milepost.errors import CommitError, EntryNotFoundError
 from milepost.format.manifest import FileDigest, is_plain_name
 from milepost.format.shards import SHARDS_NAME

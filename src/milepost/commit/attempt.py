@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     ABORTED_NAME,
     ARRIVED_NAME,
     published_manifest,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     MAX_SMALL_BYTES,
     NOTE_NAME,
     Hidden,

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     NOTE_NAME,
     Hidden,
     absolute_path,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from milepost.commit.copies import Copies
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     belongs,
     file_digest,
     is_aborted,

@@ -8,7 +8,7 @@ from math import prod
 
 import msgspec
 
-from milepost.commit.hidden import numbers
+from milepost.commit.folders import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
 from milepost.format.global_tree import key_trie
 from milepost.format.paths import path_text

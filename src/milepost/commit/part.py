@@ -17,7 +17,7 @@ from milepost.commit.claim import (
     refuse_other_starts,
     same_rank_error,
 )
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     ABORTED_NAME,
     beacon_name,
     join_hidden,

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     REPLACED,
     absolute_path,
     data_rank,

@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 
 from milepost.commit.claim import encode_note, is_abandoned, take_over
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     NOTE_NAME,
     Hidden,
     belongs,

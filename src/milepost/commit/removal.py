@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 
-from milepost.commit.hidden import NOTE_NAME, index_rank, is_aborted, is_own, names_of
+from milepost.commit.folders import NOTE_NAME, index_rank, is_aborted, is_own, names_of
 from milepost.errors import EntryNotFoundError, StorageError
 from milepost.format.manifest import MANIFEST_NAME
 from milepost.storage import Lock, Storage

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from milepost.commit.claim import Clock
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     MAX_SMALL_BYTES,
     beacon_name,
     failures,

@@ -9,7 +9,7 @@ from contextlib import suppress
 import msgspec
 
 from milepost.commit.claim import Clock
-from milepost.commit.hidden import ABORTED_NAME, AbortMark, Beacon, abort_name, beacon_name, shown
+from milepost.commit.folders import ABORTED_NAME, AbortMark, Beacon, abort_name, beacon_name, shown
 from milepost.errors import EntryExistsError, StorageError
 from milepost.storage import Storage
 from milepost.storage.writing import publish_bytes

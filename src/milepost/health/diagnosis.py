@@ -18,7 +18,7 @@ from typing import Literal
 
 from milepost.commit import Entry, absolute_path, locate, scan
 from milepost.commit.claim import is_abandoned
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     NOTE_NAME,
     REPLACED,
     Hidden,

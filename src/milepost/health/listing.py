@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from milepost.commit.hidden import (
+from milepost.commit.folders import (
     AbortMark,
     Beacon,
     Note,

@@ -13,7 +13,7 @@ from math import inf
 from isal.isal_zlib import crc32_combine
 
 from milepost.commit import Located, locate
-from milepost.commit.hidden import data_rank, file_digest, published_manifest, read_manifest
+from milepost.commit.folders import data_rank, file_digest, published_manifest, read_manifest
 from milepost.errors import CorruptCheckpointError, IncompleteCheckpointError, LoadError, StorageError
 from milepost.format.manifest import CHUNK_BYTES, DataFile, FileDigest, Index, Manifest, decode_index
 from milepost.health.outline import Line, outline
