@@ -23,6 +23,7 @@ from milepost.background.messages import Channel, Init, Write, encode_path
 from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
 from milepost.commit import absolute_path, check_target, process_id
+from milepost.commit.save import Labels, SaveOptions, telling_others
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
     AbortedError,
@@ -36,8 +37,8 @@ from milepost.errors import (
 )
 from milepost.format.paths import path_text
 from milepost.format.shards import decode_key
+from milepost.format.snapshot import Packed
 from milepost.ranks.save_meeting import Ranks
-from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
 from milepost.staging import DefaultStager
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage

@@ -30,7 +30,6 @@ import pytest
 from ports import free_port
 
 from milepost import errors
-from milepost.commit import scan
 from milepost.errors import (
     AbortedError,
     CheckpointNotFoundError,
@@ -40,6 +39,7 @@ from milepost.errors import (
     RemoteError,
     StateError,
 )
+from milepost.health.listing import scan
 from milepost.health.verify import verify
 from milepost.storage import default_storage
 from milepost.testing import FaultyStorage

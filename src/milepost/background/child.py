@@ -40,8 +40,8 @@ from milepost.background.messages import (
 from milepost.background.staged import StagedImage
 from milepost.commit import News, Outcome
 from milepost.errors import LostWriterError
+from milepost.format.snapshot import Packed
 from milepost.ranks.save_meeting import SaveMeeting
-from milepost.snapshot import Packed
 from milepost.utils import TrackedFuture
 
 __all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]

@@ -15,7 +15,7 @@ from milepost.background.arena import Arena
 from milepost.background.messages import Write, decode_path
 from milepost.format.image import Layout
 from milepost.format.manifest import Tensors
-from milepost.snapshot import Packed
+from milepost.format.snapshot import Packed
 from milepost.state.decode import TensorBuilder
 
 __all__ = ["start"]

@@ -19,8 +19,8 @@ import torch
 from milepost.background.arena import Arena
 from milepost.format.image import Layout
 from milepost.format.manifest import Tensors
+from milepost.format.snapshot import Shares
 from milepost.format.tree import Node
-from milepost.snapshot import Shares
 from milepost.state.encode import Parts
 from milepost.types import STATE_DICT
 

@@ -44,11 +44,12 @@ from milepost.background.messages import (
     rebuild_error,
 )
 from milepost.commit import News, Outcome
+from milepost.commit.save import Labels, SaveOptions, save_snapshot
 from milepost.errors import CommitTimeoutError
 from milepost.format.data_pkl import tensor_fragments
 from milepost.format.image import Layout
 from milepost.format.manifest import Tensors
-from milepost.snapshot import Labels, Packed, SaveOptions, Shares, Snapshot, save_snapshot
+from milepost.format.snapshot import Packed, Shares, Snapshot
 from milepost.storage.writing import Ring
 
 __all__ = ["Service", "main"]

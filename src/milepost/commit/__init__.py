@@ -26,13 +26,10 @@ from milepost.commit.locate import Located, expect, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
 from milepost.commit.waiting import Meeting, News, Outcome, is_undecided, sees_rank
-from milepost.health.listing import Entry, Explanation, explain, scan
 
 __all__ = [
     "Attempt",
     "Clock",
-    "Entry",
-    "Explanation",
     "Located",
     "Meeting",
     "News",
@@ -45,13 +42,11 @@ __all__ = [
     "count_save",
     "environment_start_id",
     "expect",
-    "explain",
     "is_undecided",
     "locate",
     "new_attempt_id",
     "process_id",
     "publish",
     "roll_forward",
-    "scan",
     "sees_rank",
 ]

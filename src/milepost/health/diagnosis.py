@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Literal
 
-from milepost.commit import Entry, absolute_path, locate, scan
+from milepost.commit import absolute_path, locate
 from milepost.commit.claim import is_abandoned
 from milepost.commit.folders import (
     NOTE_NAME,
@@ -61,7 +61,7 @@ from milepost.format.manifest import (
     index_name,
     is_plain_name,
 )
-from milepost.health.listing import Explanation, explain_folder
+from milepost.health.listing import Entry, Explanation, explain_folder, scan
 from milepost.health.outline import outline
 from milepost.health.verify import Progress, verify
 from milepost.storage import Folder, Storage

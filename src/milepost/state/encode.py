@@ -22,8 +22,8 @@ from milepost.format.limits import is_array
 from milepost.format.manifest import Tensors
 from milepost.format.paths import Path, path_text
 from milepost.format.shards import ARRAY_DTYPES
+from milepost.format.snapshot import Shares, Snapshot
 from milepost.format.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
-from milepost.snapshot import Shares, Snapshot
 from milepost.state.accelerator import copy_bytes
 from milepost.state.decode import NATIVE_LEAVES, dtype_name, numpy_dtype
 from milepost.state.memory import check_memory, partition, refuse_meta

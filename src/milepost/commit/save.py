@@ -1,7 +1,6 @@
-"""A snapshot, and how it becomes one rank's part of a committed checkpoint. Torch-free.
+"""The phases of one save: a `Snapshot` becomes one rank's part of a committed checkpoint.
 
-A `Snapshot` is all that a save needs: where the bytes lie, how to copy them, and every other value in
-encoded form. `save_snapshot` runs the phases of a save, in the trainer or in any other process.
+`save_snapshot` runs them, in the trainer or in any other process.
 """
 
 from __future__ import annotations
@@ -19,15 +18,16 @@ from typing import Any, Protocol
 
 import msgspec
 
-import milepost
-from milepost.commit import Attempt, Meeting, Outcome
+from milepost._version import __version__
+from milepost.commit.attempt import Attempt
+from milepost.commit.waiting import Meeting, Outcome
 from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
-from milepost.format.data_pkl import emit
-from milepost.format.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image, Layout
+from milepost.format.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image
 from milepost.format.limits import MAX_METADATA_BYTES
-from milepost.format.manifest import DataFile, Index, Records, Tensors, data_name, encode_index
+from milepost.format.manifest import DataFile, Index, Records, data_name, encode_index
 from milepost.format.paths import path_text
-from milepost.format.shards import SHARDS_FEATURE, Shards
+from milepost.format.shards import SHARDS_FEATURE
+from milepost.format.snapshot import Snapshot
 from milepost.format.tree import Node, TreeEncoder, UnencodableError, encode_tree
 from milepost.storage import Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
@@ -35,10 +35,7 @@ from milepost.utils import beside
 
 __all__ = [
     "Labels",
-    "Packed",
     "SaveOptions",
-    "Shares",
-    "Snapshot",
     "partial_directory",
     "save_snapshot",
     "telling_others",
@@ -62,91 +59,6 @@ def partial_directory() -> str:
         return _partial.get()
     except LookupError:
         raise RuntimeError("partial_directory() is only known during a hook's pre_commit") from None
-
-
-@dataclass
-class Shares:
-    """What this rank's file holds of tensors that several ranks hold between them.
-
-    Attributes:
-        columns: The columns `Shards` of the index, without CRCs, as msgpack.
-        agreement: Hash of what all ranks must agree on.
-        crcs: Computes (or returns) the column of CRCs.
-    """
-
-    columns: bytes
-    agreement: str
-    crcs: Callable[[], list[list[int]]]
-
-    def decoded(self) -> Shards:
-        """The columns, without CRCs."""
-        return msgspec.msgpack.decode(self.columns, type=Shards)
-
-    def numbers(self) -> list[int]:
-        """Numbers of the tensors that are parts of global ones."""
-        return self.decoded().tensor
-
-
-@dataclass
-class Snapshot:
-    """A state dict taken apart.
-
-    Attributes:
-        tree: The tree for the index.
-        tensors: The tensor columns for the index.
-        layout: Where the records lie in the file.
-        fragments: The pickle of each tensor, for ``data.pkl``.
-        objects: The bytes of the records that follow the tensors' records.
-        copy: Copies a piece of a record: ``copy(record, position, bytes, address)``.
-        memory: Where the records are in place already: a function that returns that memory, page-aligned
-            and at least as large as it is asked for.
-        shares: This rank's part of global tensors; None without such.
-    """
-
-    tree: Node
-    tensors: Tensors
-    layout: Layout
-    fragments: list[bytes]
-    objects: list[bytes]
-    copy: Callable[[int, int, int, int], None]
-    memory: Callable[[int], memoryview] | None = None
-    shares: Shares | None = None
-
-    def pickle(self) -> bytes:
-        """The bytes of ``data.pkl``."""
-        first = len(self.layout.lengths)
-        return emit(self.tree, self.fragments, lambda record: self.objects[record - first])
-
-
-class Packed(msgspec.Struct):
-    """A snapshot on its way to another process, but for the memory that holds its records.
-
-    Attributes:
-        tree: The tree for the index.
-        tensors: The tensor columns, encoded as msgpack.
-        lengths: Bytes of each record.
-        objects: The bytes of the records that follow the tensors' records.
-        metadata: The user's metadata, as a tree, or None.
-        writer: Facts about the trainer, for the index.
-        arguments: Pickle of the save's keyword arguments, where a hook or writer of the user's wants them.
-        shared: Records that are not in the arena but in memory attached to the request: (record, which
-            of the attached, where in that memory).
-        shares: As in `Shares`, its columns; b"" without shares.
-        agreement: As in `Shares`.
-        crcs: As in `Shares`.
-    """
-
-    tree: Any
-    tensors: bytes
-    lengths: list[int]
-    objects: list[bytes]
-    metadata: Any = None
-    writer: dict[str, str] = {}
-    arguments: bytes = b""
-    shared: list[tuple[int, int, int]] = []
-    shares: bytes = b""
-    agreement: str = ""
-    crcs: list[list[int]] = []
 
 
 def _in_place(record: int, position: int, size: int, address: int) -> None:
@@ -473,7 +385,7 @@ def _records(snapshot: Snapshot, image: Image) -> Records:
 
 def _writer_facts() -> dict[str, str]:
     return {
-        "milepost": milepost.__version__,
+        "milepost": __version__,
         "python": sys.version.split()[0],
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
