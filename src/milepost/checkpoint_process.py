@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from milepost.background.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
+from milepost.background.futures import TrackedFuture, raise_unseen
 from milepost.background.messages import Channel, Init, Write, encode_path
 from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
@@ -44,7 +45,7 @@ from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import TrackedFuture, gc_paused, raise_unseen
+from milepost.utils import gc_paused
 
 __all__ = [
     "CheckpointProcess",

@@ -12,6 +12,7 @@ from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
+from milepost.background.futures import raise_unseen
 from milepost.background.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
 from milepost.background.staged import staged_bytes
 from milepost.checkpoint_process import CheckpointProcess, WriteFuture
@@ -22,7 +23,6 @@ from milepost.errors import AbortedError, ClosedError, ConfigError, LostWriterEr
 from milepost.staging import CheckpointStager, StagingPlan
 from milepost.telemetry import Event, Kind, notify
 from milepost.types import STATE_DICT
-from milepost.utils import raise_unseen
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
 

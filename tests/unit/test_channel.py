@@ -13,26 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from milepost import errors
-from milepost.background import messages as channel
+from milepost.background import remote_errors
 from milepost.background.messages import (
     MAX_DESCRIPTORS,
     Arrived,
     Attached,
     Channel,
     Exit,
-    Failure,
     Finished,
     Go,
     Init,
     Moved,
     Ready,
     Write,
-    describe_error,
     encode_path,
     read_blob,
-    rebuild_error,
     write_blob,
 )
+from milepost.background.remote_errors import Failure, describe_error, rebuild_error
 from milepost.background.writer_main import Service
 from milepost.errors import MilepostError, RemoteError, StorageError
 
@@ -258,10 +256,10 @@ def test_any_facts_cross(message, path, rank):
 
 def test_messages_of_a_full_line_wait():
     """The module's largest message fits the line, so that no send is refused for its size."""
-    text = "x" * channel._MAX_TEXT_BYTES
-    fact = "x" * channel._MAX_FACT_BYTES
+    text = "x" * remote_errors._MAX_TEXT_BYTES
+    fact = "x" * remote_errors._MAX_FACT_BYTES
     facts = dict.fromkeys(("path", "key", "phase", "hint", "operation"), fact)
-    largest = Finished(1, Failure(fact, fact, text, facts, "x" * channel._MAX_TRACE_BYTES))
+    largest = Finished(1, Failure(fact, fact, text, facts, "x" * remote_errors._MAX_TRACE_BYTES))
     ours, theirs = Channel.pair()
     other = Channel(theirs)
     assert ours.send(largest)

@@ -18,13 +18,13 @@ from typing import Any
 import msgspec
 
 from milepost import syscalls
+from milepost.background.futures import TrackedFuture
 from milepost.background.messages import (
     MAX_DESCRIPTORS,
     Arrived,
     Attached,
     Channel,
     Exit,
-    Failure,
     Finished,
     Go,
     Init,
@@ -33,16 +33,14 @@ from milepost.background.messages import (
     Moved,
     Ready,
     Write,
-    describe_error,
-    rebuild_error,
     write_blob,
 )
+from milepost.background.remote_errors import Failure, describe_error, rebuild_error
 from milepost.background.staged import StagedImage
 from milepost.commit import News, Outcome
 from milepost.errors import LostWriterError
 from milepost.format.snapshot import Packed
 from milepost.ranks.save_meeting import SaveMeeting
-from milepost.utils import TrackedFuture
 
 __all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]
 

@@ -1,26 +1,24 @@
 """The line between a trainer and its writer process: an unnamed socket pair for small messages.
 
 Whatever is large, and memory to share, travels as a file descriptor. Pickle crosses it for the user's own
-functions, hooks and their arguments alone; errors cross as facts, which `rebuild_error` turns into errors.
+functions, hooks and their arguments alone; errors cross as facts (`remote_errors`).
 """
 
 from __future__ import annotations
 
 import array
-import builtins
 import errno
 import os
 import select
 import socket
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import msgspec
 
-from milepost import errors, syscalls
-from milepost.errors import MilepostError, RemoteError, StorageError
+from milepost import syscalls
+from milepost.background.remote_errors import Failure
+from milepost.errors import StorageError
 
 __all__ = [
     "MAX_DESCRIPTORS",
@@ -28,7 +26,6 @@ __all__ = [
     "Attached",
     "Channel",
     "Exit",
-    "Failure",
     "Finished",
     "Go",
     "Init",
@@ -38,39 +35,14 @@ __all__ = [
     "Ready",
     "Write",
     "decode_path",
-    "describe_error",
     "encode_path",
-    "printable",
     "read_blob",
-    "rebuild_error",
     "write_blob",
 ]
 
 _MAX_MESSAGE_BYTES = 128 * 1024
 MAX_DESCRIPTORS = 64
 """How many descriptors a message can carry."""
-
-_MAX_TEXT_BYTES = 16_000
-_MAX_FACT_BYTES = 8_000
-_MAX_TRACE_BYTES = 32_000
-
-
-class Failure(msgspec.Struct, tag=True):
-    """An error as facts.
-
-    Attributes:
-        module: Module of its class.
-        name: Name of its class.
-        message: Its text.
-        facts: The attributes of a MilepostError.
-        trace: The traceback as text.
-    """
-
-    module: str
-    name: str
-    message: str
-    facts: dict[str, Any] = {}
-    trace: str = ""
 
 
 class Init(msgspec.Struct, tag=True):
@@ -276,73 +248,3 @@ def read_blob(descriptor: int) -> bytes:
         return data
     finally:
         os.close(descriptor)
-
-
-def describe_error(error: BaseException) -> Failure:
-    """An error as facts that can cross to another process."""
-    facts = {
-        name: printable(value, _MAX_FACT_BYTES) if isinstance(value, str) else value
-        for name, value in (vars(error) if isinstance(error, MilepostError) else {}).items()
-        if name != "message" and isinstance(value, str | int | bool | None)
-    }
-    if isinstance(error, OSError) and error.errno is not None:
-        facts["errno"] = error.errno
-    kind = type(error)
-    return Failure(
-        printable(str(kind.__module__), _MAX_FACT_BYTES),
-        printable(kind.__qualname__, _MAX_FACT_BYTES),
-        printable(_text(error)),
-        facts,
-        printable("".join(traceback.format_exception(error)), _MAX_TRACE_BYTES, end=True),
-    )
-
-
-def _text(error: BaseException) -> str:
-    """What it says, also where the class of a user's error cannot tell."""
-    try:
-        return error.message if isinstance(error, MilepostError) else str(error)
-    except Exception as another:  # noqa: BLE001 - whatever its __str__ raises
-        return f"(its text could not be had: {type(another).__name__})"
-
-
-def printable(text: str, limit: int = _MAX_TEXT_BYTES, *, end: bool = False) -> str:
-    """A text that fits into a message: cut in the middle of nowhere if it must be, `end` says where."""
-    data = text.encode("utf-8", "backslashreplace")
-    if len(data) > limit:
-        data = b"... " + data[-limit:] if end else data[:limit] + b" ..."
-    return data.decode("utf-8", "ignore")
-
-
-def rebuild_error(failure: Failure) -> Exception:
-    """The error again: of its own class where that is Milepost's or built in, and a `RemoteError` always.
-
-    The traceback of the other process rides along as a note.
-    """
-    module: Any = {"milepost.errors": errors, "builtins": builtins}.get(failure.module)
-    kind = getattr(module, failure.name, None)
-    error: Exception
-    message = failure.message
-    if isinstance(kind, type) and issubclass(kind, MilepostError):
-        both: Any = kind
-        if issubclass(RemoteError, kind):
-            both = RemoteError
-        elif not issubclass(kind, RemoteError):
-            both = type(kind.__name__, (kind, RemoteError), {"__module__": kind.__module__})
-        remote: MilepostError = both(message)
-        for name, value in failure.facts.items():
-            setattr(remote, name, value)
-        error = remote
-    else:
-        bases: tuple[type, ...] = (RemoteError,)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            bases = (RemoteError, kind)
-        else:
-            message = f"{failure.module}.{failure.name}: {message}"
-        try:
-            error = type(failure.name, bases, {"__module__": failure.module})(message)
-        except TypeError:
-            error = RemoteError(f"{failure.name}: {message}")
-        if isinstance(error, OSError):
-            error.errno = failure.facts.get("errno")
-    error.add_note(f"in the checkpoint process:\n{failure.trace}")
-    return error

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from milepost.utils import TrackedFuture
+from milepost.background.futures import TrackedFuture
 
 __all__ = ["GUARD_ADVICE", "Save", "SaveFuture", "drain", "finish_abandoned", "guard_steps"]
 

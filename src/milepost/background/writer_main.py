@@ -1,4 +1,5 @@
-"""The checkpoint process: ``python -P -m milepost.background.writer_main DESCRIPTOR``. Torch-free unless asked for more.
+"""The checkpoint process: ``python -P -m milepost.background.writer_main DESCRIPTOR``. It imports no torch
+unless it is asked for more.
 
 It outlives its trainer: signals meant for the job are ignored, the trainer's end is seen through a pidfd,
 and every request that the trainer got into the line is carried out before this process ends.
@@ -28,7 +29,6 @@ from milepost.background.messages import (
     Attached,
     Channel,
     Exit,
-    Failure,
     Finished,
     Go,
     Init,
@@ -38,11 +38,9 @@ from milepost.background.messages import (
     Ready,
     Write,
     decode_path,
-    describe_error,
-    printable,
     read_blob,
-    rebuild_error,
 )
+from milepost.background.remote_errors import Failure, describe_error, printable, rebuild_error
 from milepost.commit import News, Outcome
 from milepost.commit.save import Labels, SaveOptions, save_snapshot
 from milepost.errors import CommitTimeoutError

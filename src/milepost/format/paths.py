@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["ATTRIBUTES", "Item", "Path", "path_text"]
+__all__ = ["ATTRIBUTES", "Item", "Path", "matcher", "path_text"]
 
 Path = tuple[Any, ...]
 """Where a value is: the keys on the way down, an `Item` for each position in a list, tuple or set, and
@@ -34,3 +37,14 @@ def path_text(path: Path) -> str:
         else:
             text += f".{step}" if text else str(step)
     return text
+
+
+def matcher(patterns: Iterable[str]) -> Callable[[str], object]:
+    """A function that tells whether a path fits one of some patterns.
+
+    In a pattern ``*`` stands for any text and ``?`` for one character; brackets stand for themselves, as
+    paths have them: ``layers[0].*``.
+    """
+    return re.compile(
+        "|".join(fnmatch.translate(item.replace("[", "[[]")) for item in patterns) or "(?!)"
+    ).match

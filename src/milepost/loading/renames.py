@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from milepost.errors import ConfigError
-from milepost.format.paths import Item, Path, path_text
+from milepost.format.paths import Item, Path, matcher, path_text
 from milepost.format.tree import HOLE, Node, TreeDecoder
 
-__all__ = ["Names", "matcher", "nodes_by_path"]
-
-
-def matcher(patterns: Iterable[str]) -> Callable[[str], object]:
-    """A function that tells whether a path fits one of some patterns.
-
-    In a pattern ``*`` stands for any text and ``?`` for one character; brackets stand for themselves, as
-    paths have them: ``layers[0].*``.
-    """
-    return re.compile(
-        "|".join(fnmatch.translate(item.replace("[", "[[]")) for item in patterns) or "(?!)"
-    ).match
+__all__ = ["Names", "nodes_by_path"]
 
 
 class Names:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from milepost.errors import MilepostError, PeerLoadError
+from milepost.errors import MilepostError, PeerLoadError, text_of
 from milepost.ranks.start import Start, StoreGoneError, group_store, start_at
 
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
@@ -338,7 +338,7 @@ def _common(lists: list[list[str]]) -> list[str]:
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    text = error.brief if isinstance(error, MilepostError) else str(error)
+    text = error.brief if isinstance(error, MilepostError) else text_of(error)
     return f"{type(error).__name__}: {text}"
 
 

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from milepost.background.messages import describe_error
 from milepost.commit import (
     News,
     Outcome,
@@ -37,7 +36,7 @@ from milepost.commit import (
     process_id,
     sees_rank,
 )
-from milepost.errors import AbortedError, CommitError, CommitTimeoutError, MilepostError
+from milepost.errors import AbortedError, CommitError, CommitTimeoutError, MilepostError, text_of
 from milepost.ranks.start import Start, StoreGoneError, background, ending, group_store, start_at
 from milepost.storage import Storage
 from milepost.types import RankInfo
@@ -231,8 +230,7 @@ class SaveMeeting:
         if outcome is not None and outcome.committed:
             self.end(outcome)
         elif error is not None:
-            failure = describe_error(error)
-            word = {"rank": self._start.rank, "name": failure.name, "message": failure.message}
+            word = {"rank": self._start.rank, "name": type(error).__qualname__, "message": text_of(error)}
             if isinstance(error, MilepostError):
                 word |= {"message": error.brief, "hint": error.hint, "phase": error.phase}
             if not isinstance(error, AbortedError):  # of which all know

@@ -17,8 +17,7 @@ import torch
 
 from milepost.errors import ConfigError, StateError
 from milepost.format.boxes import Box, Piece, Split, pieces_of, whole
-from milepost.format.paths import Path, path_text
-from milepost.loading.renames import matcher
+from milepost.format.paths import Path, matcher, path_text
 
 __all__ = ["Placed", "Replicated", "declared_whole", "local_of", "narrowed", "placed", "ranges"]
 
