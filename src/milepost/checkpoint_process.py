@@ -36,8 +36,8 @@ from milepost.errors import (
     TargetError,
     error_context,
 )
+from milepost.format.keys import decode_key
 from milepost.format.paths import path_text
-from milepost.format.shards import decode_key
 from milepost.format.snapshot import Packed
 from milepost.ranks.save_meeting import Ranks
 from milepost.staging import DefaultStager

@@ -20,13 +20,9 @@ from milepost.errors import (
     MismatchError,
     error_context,
 )
-from milepost.format.manifest import (
-    MAX_INDEX_BYTES,
-    Index,
-    data_name,
-    decode_index,
-    digest,
-)
+from milepost.format.index import Index, decode_index, digest
+from milepost.format.limits import MAX_INDEX_BYTES
+from milepost.format.names import data_name
 from milepost.format.shards import ShardMap
 from milepost.loading.rank_file import IndexedSource, PlainSource, Verify
 from milepost.loading.renames import Names

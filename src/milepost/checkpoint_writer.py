@@ -15,7 +15,7 @@ from milepost.commit import absolute_path, check_target
 from milepost.commit.save import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
-from milepost.format.manifest import data_name
+from milepost.format.names import data_name
 from milepost.ranks.save_meeting import Ranks
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage

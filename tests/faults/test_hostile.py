@@ -28,7 +28,7 @@ from milepost.errors import (
     UnsupportedFormatError,
 )
 from milepost.format import pickle_scan
-from milepost.format.manifest import decode_index
+from milepost.format.index import decode_index
 from milepost.health.outline import MOST_LINES, outline
 from milepost.health.verify import verify
 from milepost.storage import default_storage

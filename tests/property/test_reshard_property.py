@@ -28,8 +28,9 @@ from milepost.format.boxes import (
     steps_of,
     whole,
 )
+from milepost.format.keys import decode_key, encode_key
 from milepost.format.paths import Item
-from milepost.format.shards import Table, decode_key, encode_key
+from milepost.format.shards import Table
 
 shapes = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 

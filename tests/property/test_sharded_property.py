@@ -30,7 +30,7 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CorruptCheckpointError
-from milepost.format.manifest import decode_index
+from milepost.format.index import decode_index
 from milepost.health.verify import verify
 from milepost.state import placements as placements_module
 from milepost.storage.local import LocalStorage

@@ -35,7 +35,7 @@ from milepost.commit import (
 )
 from milepost.commit.folders import read_beacons
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, StorageError
-from milepost.format.manifest import DataFile, encode_index
+from milepost.format.index import DataFile, encode_index
 from milepost.storage.local import LocalStorage
 from milepost.testing import FaultyStorage
 

@@ -18,9 +18,10 @@ import milepost
 from milepost.cli import app
 from milepost.cli.doctor import advice, is_wrong, repair, words
 from milepost.commit import Attempt
-from milepost.commit.folders import join_hidden
 from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
-from milepost.format.manifest import decode_manifest, digest, encode_manifest
+from milepost.format.index import digest
+from milepost.format.manifest import decode_manifest, encode_manifest
+from milepost.format.names import join_hidden
 from milepost.health.diagnosis import diagnose
 from milepost.storage.local import LocalStorage
 

@@ -20,7 +20,7 @@ from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CheckpointNotFoundError, ConfigError, MismatchError, StateError
 from milepost.format.boxes import Piece
-from milepost.format.manifest import decode_index
+from milepost.format.index import decode_index
 from milepost.state import placements
 from milepost.state.placements import Replicated, placed, ranges
 from milepost.types import RankInfo

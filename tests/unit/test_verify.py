@@ -11,7 +11,7 @@ import torch
 
 import milepost
 from milepost.checkpoint_writer import WriterHook, partial_directory
-from milepost.format.manifest import CHUNK_BYTES
+from milepost.format.index import CHUNK_BYTES
 from milepost.health.verify import verify
 from milepost.storage import default_storage
 

@@ -14,7 +14,7 @@ import torch
 from milepost.background.arena import Arena
 from milepost.background.messages import Write, decode_path
 from milepost.format.image import Layout
-from milepost.format.manifest import Tensors
+from milepost.format.index import Tensors
 from milepost.format.snapshot import Packed
 from milepost.state.decode import TensorBuilder
 

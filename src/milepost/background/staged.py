@@ -18,7 +18,7 @@ import torch
 
 from milepost.background.arena import Arena
 from milepost.format.image import Layout
-from milepost.format.manifest import Tensors
+from milepost.format.index import Tensors
 from milepost.format.snapshot import Shares
 from milepost.format.tree import Node
 from milepost.state.encode import Parts

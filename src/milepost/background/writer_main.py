@@ -1,5 +1,6 @@
-"""The checkpoint process: ``python -P -m milepost.background.writer_main DESCRIPTOR``. It imports no torch
-unless it is asked for more.
+"""The checkpoint process: ``python -P -m milepost.background.writer_main DESCRIPTOR``.
+
+It imports torch only for a writer, a hook or a storage of the user's that needs it.
 
 It outlives its trainer: signals meant for the job are ignored, the trainer's end is seen through a pidfd,
 and every request that the trainer got into the line is carried out before this process ends.
@@ -46,7 +47,7 @@ from milepost.commit.save import Labels, SaveOptions, save_snapshot
 from milepost.errors import CommitTimeoutError
 from milepost.format.data_pkl import tensor_fragments
 from milepost.format.image import Layout
-from milepost.format.manifest import Tensors
+from milepost.format.index import Tensors
 from milepost.format.snapshot import Packed, Shares, Snapshot
 from milepost.storage.writing import Ring
 

@@ -11,19 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from milepost.commit.folders import (
-    NOTE_NAME,
     Hidden,
     absolute_path,
-    data_rank,
-    index_rank,
     list_names,
-    looks_hidden,
     names_of,
     open_if_there,
     opened,
     published_manifest,
     read_manifest,
-    shown,
     siblings,
 )
 from milepost.commit.marks import checked_manifest, missing_files
@@ -36,7 +31,8 @@ from milepost.errors import (
     StorageError,
 )
 from milepost.format.image import IDENTITY_ENTRY
-from milepost.format.manifest import MANIFEST_NAME, Manifest, identity_of
+from milepost.format.manifest import Manifest, identity_of
+from milepost.format.names import MANIFEST_NAME, NOTE_NAME, data_rank, index_rank, looks_hidden, shown
 from milepost.storage import Folder, Storage
 
 __all__ = ["VISIBLE_SECONDS", "Located", "expect", "has_identity", "is_at_least", "locate"]

@@ -15,18 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from milepost.commit.folders import (
-    REPLACED,
-    absolute_path,
-    data_rank,
-    index_rank,
-    is_own,
-    join_hidden,
-    list_names,
-    names_of,
-    published_manifest,
-    read_manifest,
-)
+from milepost.commit.folders import absolute_path, list_names, names_of, published_manifest, read_manifest
 from milepost.commit.removal import NOT_EMPTY, remove_file, sweep
 from milepost.errors import (
     CorruptCheckpointError,
@@ -37,7 +26,8 @@ from milepost.errors import (
     StorageError,
     TargetError,
 )
-from milepost.format.manifest import MANIFEST_NAME, Manifest
+from milepost.format.manifest import Manifest
+from milepost.format.names import MANIFEST_NAME, REPLACED, data_rank, index_rank, is_own, join_hidden
 from milepost.storage import Folder, Storage
 
 __all__ = ["Target", "check_target", "is_pending", "publish", "retire"]

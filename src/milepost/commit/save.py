@@ -23,8 +23,9 @@ from milepost.commit.attempt import Attempt
 from milepost.commit.waiting import Meeting, Outcome
 from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
 from milepost.format.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image
+from milepost.format.index import DataFile, Index, Records, encode_index
 from milepost.format.limits import MAX_METADATA_BYTES
-from milepost.format.manifest import DataFile, Index, Records, data_name, encode_index
+from milepost.format.names import data_name
 from milepost.format.paths import path_text
 from milepost.format.shards import SHARDS_FEATURE
 from milepost.format.snapshot import Snapshot

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from milepost.format.manifest import Tensors
+from milepost.format.index import Tensors
 from milepost.format.shards import dtype_bytes
 from milepost.format.tree import Node, TreeDecoder
 

@@ -11,10 +11,11 @@ import msgspec
 
 from milepost.errors import CorruptCheckpointError
 from milepost.format.boxes import steps_of
+from milepost.format.index import Tensors
+from milepost.format.keys import ATTRIBUTES_STEP, Key, decode_key, step_of
 from milepost.format.limits import MAX_EQUAL_HASHES
-from milepost.format.manifest import Tensors
 from milepost.format.paths import path_text
-from milepost.format.shards import ATTRIBUTES_STEP, Key, ShardMap, decode_key, step_of
+from milepost.format.shards import ShardMap
 from milepost.format.tree import HOLE, Node
 
 __all__ = ["key_trie", "with_global_columns", "with_shards"]

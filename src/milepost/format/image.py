@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from isal import isal_zlib
 
-from milepost.format.manifest import CHUNK_BYTES
+from milepost.format.index import CHUNK_BYTES
 
 __all__ = ["IDENTITY_ENTRY", "PICKLE_ENTRY", "Image", "Layout", "address_of"]
 

@@ -9,43 +9,37 @@ the ranks that it reads from.
 from __future__ import annotations
 
 import re
-import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import repeat
 from operator import add, le, mul
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from milepost.errors import CorruptCheckpointError
 from milepost.format.boxes import Box, Piece, disjoint, intersection
-from milepost.format.limits import MAX_DEPTH, sizes_fit
-from milepost.format.nodes import check_tree
-from milepost.format.paths import ATTRIBUTES, Item, Path
-from milepost.format.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
+from milepost.format.keys import Key, is_key
+from milepost.format.limits import sizes_fit
+from milepost.format.names import SHARDS_NAME
 
 __all__ = [
     "ARRAY_DTYPES",
     "MAX_SHARDS_BYTES",
     "ON_EACH_MESH",
     "SHARDS_FEATURE",
-    "SHARDS_NAME",
     "ShardMap",
     "Shards",
     "Table",
     "check_described",
     "check_leaves",
     "check_shards",
-    "decode_key",
     "decode_shard_map",
     "dtype_bytes",
-    "encode_key",
     "encode_shard_map",
 ]
 
-SHARDS_NAME = "shards.json"
 SHARDS_FEATURE = "shards"
 """The feature that an index or manifest with shards requires of its reader."""
 
@@ -53,12 +47,6 @@ ON_EACH_MESH = ", on each mesh"
 """The end of the placement of tensors whose mesh is a part of the job, so that several may hold it."""
 
 MAX_SHARDS_BYTES = 1 << 31
-
-Key = list[Any]
-"""A typed path: text for a key that is text, ["item", n] for a position, ["attributes"] for the attributes of
-an OrderedDict, else the key's node."""
-
-ATTRIBUTES_STEP = ["attributes"]
 
 
 class Shards(msgspec.Struct):
@@ -359,95 +347,6 @@ def check_described(shards: _Described) -> str | None:
         if any(length < 0 for length in shape) or not sizes_fit(shape, 16):
             return f"a global tensor has shape {shape}"
     for key in shards.key:
-        if not _is_key(key):
+        if not is_key(key):
             return f"a key of the shards is malformed: {str(key)[:80]!r}"
     return None
-
-
-# -- keys ------------------------------------------------------------------------------------------
-
-
-def _refuse(value: Any, path: Path) -> Node:
-    raise UnencodableError(f"a key of type {type(value).__name__}", path)
-
-
-_encoder = TreeEncoder(_refuse)
-
-
-def _plain_scalar(node: Any) -> Any:
-    """A numpy scalar as the plain value that is equal to it, or else as a tuple of its node."""
-    name, data = node[1][1:], bytes.fromhex(node[2])
-    if name[:1] in ("i", "u", "b"):
-        return int.from_bytes(data, "little", signed=name[0] == "i")
-    codes = {"f2": "<e", "f4": "<f", "f8": "<d"}
-    if name in codes and len(data) == int(name[1]):
-        return struct.unpack(codes[name], data)[0]
-    return tuple(node)
-
-
-_decoder = TreeDecoder(
-    {
-        "scalar": _plain_scalar,
-        "size": lambda node: tuple(node[1]),  # to which a torch.Size is equal
-        "dtype": tuple,
-        "device": tuple,
-    }
-)
-
-
-def encode_key(path: Path, node_of: Any = None) -> Key:
-    """A path as it is written down.
-
-    Args:
-        path: The keys on the way down.
-        node_of: Encodes a key that is no text; by default only plain values can be encoded.
-    """
-    encode = node_of or _encoder.encode
-    key: Key = []
-    for step in path:
-        if type(step) is Item:
-            key.append(["item", int(step)])
-            continue
-        key.append(ATTRIBUTES_STEP if step is ATTRIBUTES else step_of(encode(step)))
-    return key
-
-
-def step_of(node: Node) -> Any:
-    """The step of a `Key` that stands for a key of a dict, given as its node."""
-    return node[1] if node[0] == "str" and node[1] is not None else node
-
-
-def decode_key(key: Key) -> Path:
-    """The path in a key; for looking things up and for messages."""
-    path: list[Any] = []
-    for part in key:
-        if isinstance(part, str):
-            path.append(part)
-        elif part[0] == "item":
-            path.append(Item(part[1]))
-        elif part == ATTRIBUTES_STEP:
-            path.append(ATTRIBUTES)
-        else:
-            path.append(_decoder.decode(part))
-    return tuple(path)
-
-
-def _is_key(key: Key) -> bool:
-    if len(key) > MAX_DEPTH + 1:
-        return False
-    for part in key:
-        if isinstance(part, str):
-            continue
-        if not isinstance(part, list) or not part:
-            return False
-        if part[0] == "item":
-            if len(part) != 2 or type(part[1]) is not int or part[1] < 0:
-                return False
-            continue
-        if part == ATTRIBUTES_STEP:
-            continue
-        try:
-            check_tree(["set", [part]])
-        except ValueError:
-            return False
-    return True

@@ -13,7 +13,7 @@ import msgspec
 
 from milepost.format.data_pkl import emit
 from milepost.format.image import Layout
-from milepost.format.manifest import Tensors
+from milepost.format.index import Tensors
 from milepost.format.shards import Shards
 from milepost.format.tree import Node
 

@@ -19,27 +19,17 @@ from typing import Literal
 from milepost.commit import absolute_path, locate
 from milepost.commit.claim import is_abandoned
 from milepost.commit.folders import (
-    NOTE_NAME,
-    REPLACED,
     Hidden,
     Note,
     belongs,
-    data_rank,
     file_digest,
-    index_rank,
-    is_aborted,
-    is_note_aside,
-    is_own,
     list_names,
-    looks_hidden,
     names_of,
     opened,
     published_manifest,
-    ranks_in,
     read_manifest,
     read_note,
     siblings,
-    stem_of,
 )
 from milepost.commit.marks import assemble, checked_manifest, missing_files
 from milepost.commit.recover import is_overtaken
@@ -50,16 +40,24 @@ from milepost.errors import (
     StorageError,
     UnsupportedFormatError,
 )
-from milepost.format.manifest import (
+from milepost.format.index import FileDigest, decode_index, decode_mark
+from milepost.format.limits import MAX_INDEX_BYTES
+from milepost.format.manifest import Manifest
+from milepost.format.names import (
     MANIFEST_NAME,
-    MAX_INDEX_BYTES,
-    FileDigest,
-    Manifest,
+    NOTE_NAME,
+    REPLACED,
     data_name,
-    decode_index,
-    decode_mark,
+    data_rank,
     index_name,
+    index_rank,
+    is_aborted,
+    is_note_aside,
+    is_own,
     is_plain_name,
+    looks_hidden,
+    ranks_in,
+    stem_of,
 )
 from milepost.health.listing import Entry, Explanation, explain_folder, scan
 from milepost.health.outline import outline

@@ -15,16 +15,11 @@ from milepost.commit.folders import (
     Beacon,
     Note,
     absolute_path,
-    data_rank,
     failures,
-    index_rank,
-    is_own,
     list_names,
-    looks_hidden,
     names_of,
     numbers,
     opened,
-    ranks_in,
     read_beacons,
     read_manifest,
     read_note,
@@ -39,7 +34,8 @@ from milepost.errors import (
     StorageError,
     UnsupportedFormatError,
 )
-from milepost.format.manifest import MANIFEST_NAME, Manifest
+from milepost.format.manifest import Manifest
+from milepost.format.names import MANIFEST_NAME, data_rank, index_rank, is_own, looks_hidden, ranks_in
 from milepost.storage import Folder, Storage
 
 __all__ = ["Entry", "Explanation", "causes", "entry_at", "explain", "ranks_named", "scan"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from milepost.format.manifest import Index
+from milepost.format.index import Index
 from milepost.format.shards import dtype_bytes
 from milepost.format.tree import Node, TreeDecoder
 

@@ -13,9 +13,11 @@ from math import inf
 from isal.isal_zlib import crc32_combine
 
 from milepost.commit import Located, locate
-from milepost.commit.folders import data_rank, file_digest, published_manifest, read_manifest
+from milepost.commit.folders import file_digest, published_manifest, read_manifest
 from milepost.errors import CorruptCheckpointError, IncompleteCheckpointError, LoadError, StorageError
-from milepost.format.manifest import CHUNK_BYTES, DataFile, FileDigest, Index, Manifest, decode_index
+from milepost.format.index import CHUNK_BYTES, DataFile, FileDigest, Index, decode_index
+from milepost.format.manifest import Manifest
+from milepost.format.names import data_rank
 from milepost.health.outline import Line, outline
 from milepost.storage import Folder, Storage
 from milepost.storage.reading import scan_file

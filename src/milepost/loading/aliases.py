@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from milepost.format.manifest import Tensors
+from milepost.format.index import Tensors
 from milepost.format.tree import Node, paths_of
 from milepost.loading.template import Fill, is_dense
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from milepost.format.boxes import Box, is_run, span, split_for_reading
-from milepost.format.manifest import CHUNK_BYTES, Index
+from milepost.format.index import CHUNK_BYTES, Index
 from milepost.format.shards import dtype_bytes
 from milepost.loading.rank_file import IndexedSource
 from milepost.loading.template import copy_into

@@ -20,7 +20,7 @@ from isal import isal_zlib
 
 from milepost.errors import ConfigError, CorruptCheckpointError, MilepostError, MismatchError
 from milepost.format.boxes import Box
-from milepost.format.manifest import CHUNK_BYTES, Index
+from milepost.format.index import CHUNK_BYTES, Index
 from milepost.format.nodes import place_of
 from milepost.format.shards import dtype_bytes
 from milepost.format.tree import Node, numbers_of, paths_of

@@ -18,9 +18,10 @@ import torch
 from milepost.errors import CorruptCheckpointError
 from milepost.format.boxes import Box, Piece, disjoint, whole
 from milepost.format.global_tree import with_global_columns, with_shards
-from milepost.format.manifest import Index
+from milepost.format.index import Index
+from milepost.format.keys import decode_key
 from milepost.format.paths import path_text
-from milepost.format.shards import ShardMap, Shards, decode_key
+from milepost.format.shards import ShardMap, Shards
 from milepost.format.tree import Node, numbers_of
 from milepost.loading.aliases import raw_bytes, sharing_misfits
 from milepost.loading.gather import Gather, shifted

@@ -16,7 +16,7 @@ import torch
 
 from milepost.errors import CorruptCheckpointError, StateError
 from milepost.format.boxes import Piece, whole
-from milepost.format.manifest import Tensors
+from milepost.format.index import Tensors
 from milepost.format.paths import Item, Path, path_text
 from milepost.format.tree import HOLE, Node
 from milepost.loading.renames import Names, nodes_by_path

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from milepost.errors import CorruptCheckpointError
+from milepost.format.index import Tensors
 from milepost.format.limits import numpy_size
-from milepost.format.manifest import Tensors
 from milepost.format.shards import dtype_bytes
 from milepost.format.tree import Node, TreeDecoder
 from milepost.state.objects import storage_from, unpickle_object

@@ -18,8 +18,8 @@ import torch
 from milepost.errors import CorruptCheckpointError, StateError, UnsupportedTypeError
 from milepost.format.data_pkl import tensor_fragments
 from milepost.format.image import Layout
+from milepost.format.index import Tensors
 from milepost.format.limits import is_array
-from milepost.format.manifest import Tensors
 from milepost.format.paths import Path, path_text
 from milepost.format.shards import ARRAY_DTYPES
 from milepost.format.snapshot import Shares, Snapshot

@@ -21,8 +21,9 @@ from isal.isal_zlib import crc32
 from milepost import syscalls
 from milepost.errors import StateError
 from milepost.format.boxes import Box, Piece, cut, is_run, span, whole
+from milepost.format.keys import encode_key
 from milepost.format.paths import Path, path_text
-from milepost.format.shards import ON_EACH_MESH, Shards, encode_key
+from milepost.format.shards import ON_EACH_MESH, Shards
 from milepost.format.tree import Node
 from milepost.state.decode import dtype_name
 from milepost.state.placements import Placed, narrowed, ranges
