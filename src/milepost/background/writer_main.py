@@ -106,6 +106,8 @@ class Service:
 
     def _start(self, blob: bytes) -> None:
         self._setup = msgspec.msgpack.decode(blob, type=Setup)
+        if self._setup.argv:  # before a module of the user's is imported: it may read it
+            sys.argv = pickle.loads(self._setup.argv)  # noqa: S301 - from our own trainer
         self._prepare_main(self._setup.parts + self._setup.custom)
         self._storage, self._hook = pickle.loads(self._setup.parts)  # noqa: S301 - from our own trainer
         if self._setup.custom:
@@ -299,11 +301,12 @@ _NO_RING = Ring()
 
 
 class Setup(msgspec.Struct):
-    """The blob of an `Init`: pickles of the user's own functions and objects, and what they need."""
+    """The blob of an `Init`: pickles of the user's own functions and objects, and of what they need."""
 
     parts: bytes
     main: bytes = b""
     custom: bytes = b""
+    argv: bytes = b""
 
 
 class _Reporter:

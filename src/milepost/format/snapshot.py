@@ -85,8 +85,9 @@ class Packed(msgspec.Struct):
         metadata: The user's metadata, as a tree, or None.
         writer: Facts about the trainer, for the index.
         arguments: Pickle of the save's keyword arguments, where a hook or writer of the user's wants them.
-        shared: Records that are not in the arena but in memory attached to the request: (record, which
-            of the attached, where in that memory).
+        shared: Records that are not in the arena but in memory attached to the request: the record, which
+            of the attached files holds its storage, where the storage begins there, how long it is, and
+            where the record begins in the storage.
         shares: As in `Shares`, its columns; b"" without shares.
         agreement: As in `Shares`.
         crcs: As in `Shares`.
@@ -99,7 +100,7 @@ class Packed(msgspec.Struct):
     metadata: Any = None
     writer: dict[str, str] = {}
     arguments: bytes = b""
-    shared: list[tuple[int, int, int]] = []
+    shared: list[tuple[int, int, int, int, int]] = []
     shares: bytes = b""
     agreement: str = ""
     crcs: list[list[int]] = []
