@@ -244,12 +244,13 @@ def words(finding: Finding, now: float) -> str:
 
 
 def _damage(damage: Damage) -> str:
-    text = f"{damage.file} {damage.message}".strip()
-    if damage.rank is not None:
-        text = f"{damage.file} of rank {damage.rank}: {damage.message}"
+    owner = "" if damage.rank is None else f" of rank {damage.rank}"
+    colon = ":" if owner and damage.message.partition(" ")[0] not in ("is", "has") else ""
+    text = f"{damage.file}{owner}{colon} {damage.message}".strip()
     if damage.keys:
         more = len(damage.keys) - _MOST_KEYS
-        text += f", in {', '.join(damage.keys[:_MOST_KEYS])}" + (f" and {more} more" if more > 0 else "")
+        keys = ", ".join(damage.keys[:_MOST_KEYS]) + (f" and {more} more" if more > 0 else "")
+        text += f"; it is about {keys}"
     return text
 
 
