@@ -177,7 +177,12 @@ def _checked_rank(rank_info: RankInfo | None) -> RankInfo:
                 f"rank_info=RankInfo({own}, {world}); for a rank that saves alone, pass RankInfo(0, 1)",
             )
         return RankInfo(0, 1)
-    rank, size = (getattr(rank_info, name, None) for name in ("global_rank", "global_world_size"))
+    if not (hasattr(rank_info, "global_rank") and hasattr(rank_info, "global_world_size")):
+        raise ConfigError(
+            f"rank_info must be a RankInfo, not a {type(rank_info).__name__}: {rank_info!r}",
+            hint="rank_info=RankInfo(global_rank, global_world_size), such as RankInfo(0, 1)",
+        )
+    rank, size = rank_info.global_rank, rank_info.global_world_size
     if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
         raise ConfigError(f"rank_info must have 0 <= global_rank < global_world_size, not {rank_info!r}")
     return rank_info

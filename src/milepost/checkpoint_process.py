@@ -24,6 +24,7 @@ from milepost.background.messages import Channel, Init, Write, encode_path
 from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
 from milepost.commit import absolute_path, check_target, process_id
+from milepost.commit.folders import given_path
 from milepost.commit.save import Labels, SaveOptions, telling_others
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
@@ -44,7 +45,7 @@ from milepost.staging import DefaultStager
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
-from milepost.types import STATE_DICT, RankInfo
+from milepost.types import STATE_DICT, RankInfo, StrPath
 from milepost.utils import gc_paused
 
 __all__ = [
@@ -185,7 +186,14 @@ class CheckpointProcess:
         )
         self._orders = Orders(
             init,
-            msgspec.msgpack.encode({"parts": parts, "main": self._main, "custom": custom}),
+            msgspec.msgpack.encode(
+                {
+                    "parts": parts,
+                    "main": self._main,
+                    "custom": custom,
+                    "argv": pickle.dumps([*map(str, getattr(sys, "argv", ()))]),
+                }
+            ),
             config.subprocess_init_timeout_secs,
             lean.barrier if lean else None,
             on_progress or (lambda *_: None),
@@ -219,7 +227,14 @@ class CheckpointProcess:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def write(self, state_dict: STATE_DICT | Future[STATE_DICT], path: str, **kwargs: Any) -> Future[None]:
+    @property
+    def takes_keywords(self) -> bool:
+        """Whether a hook or a writer of the user's gets the keyword arguments of `write`."""
+        return self._wants_arguments or type(self) is not CheckpointProcess
+
+    def write(
+        self, state_dict: STATE_DICT | Future[STATE_DICT], path: StrPath, **kwargs: Any
+    ) -> Future[None]:
         """Have the child write a state dict; returns at once, with a future that is done when it has.
 
         On return (for a future: when that is done) the request is in the child's hands, and is carried out
@@ -237,6 +252,7 @@ class CheckpointProcess:
                 counts as a write, of which the others are told.
         """
         self._check_open()
+        path = given_path(path)
         future = WriteFuture(self._next_attempt(path))
         with self._telling(path, future.attempt):
             number = self._accept(future)
@@ -281,7 +297,8 @@ class CheckpointProcess:
     def _accept(self, future: WriteFuture) -> int:
         with self._lock:
             self._check_open()
-            raise_unseen(self._unseen, AbortedError)  # of what another rank failed in, `close` tells
+            # `close` raises what failed on another rank.
+            raise_unseen(self._unseen, AbortedError, refused=future.attempt.target)
             self._numbers += 1
             number = self._numbers
         future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
@@ -312,7 +329,9 @@ class CheckpointProcess:
         image: StagedImage | None = None,
     ) -> None:
         lean, attempt = self._lean, future.attempt
-        with error_context(path=path, rank=self._rank_info.global_rank), gc_paused():
+        info = self._rank_info
+        alone = info.global_world_size == 1
+        with error_context(path=path, rank=info.global_rank, alone=alone), gc_paused():
             labels = Labels.of(kwargs) if lean else Labels()
             if lean:
                 check_target(lean.storage, attempt.target)
@@ -375,7 +394,7 @@ class CheckpointProcess:
     def _tell_others(self, path: str, attempt: WriteAttempt, error: BaseException) -> None:
         rank, size = self._rank_info.global_rank, self._rank_info.global_world_size
         if isinstance(error, MilepostError):
-            error.located(path=path, rank=rank)
+            error.located(path=path, rank=rank, alone=size == 1)
         if attempt.meeting is not None:
             attempt.meeting.close(None, error)
         if size == 1 or self._lean is None:

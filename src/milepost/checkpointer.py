@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import abc
+import difflib
 import logging
 import os
 import threading
 import time
 import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, suppress
-from typing import Any, Self
+from typing import Any, Literal, Self, SupportsIndex
 
 from milepost.background.futures import raise_unseen
 from milepost.background.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
@@ -18,11 +20,20 @@ from milepost.background.staged import staged_bytes
 from milepost.checkpoint_process import CheckpointProcess, WriteFuture
 from milepost.checkpoint_reader import CheckpointReader, load_with
 from milepost.checkpoint_writer import CheckpointWriter
+from milepost.commit.folders import given_path
 from milepost.config import AsyncConfig
-from milepost.errors import AbortedError, ClosedError, ConfigError, LostWriterError, LowMemoryError
-from milepost.staging import CheckpointStager, StagingPlan
+from milepost.errors import (
+    AbortedError,
+    CheckpointNotFoundError,
+    ClosedError,
+    ConfigError,
+    LostWriterError,
+    LowMemoryError,
+    UnknownArgumentError,
+)
+from milepost.staging import CheckpointStager, DefaultStager, StagingPlan
 from milepost.telemetry import Event, Kind, notify
-from milepost.types import STATE_DICT
+from milepost.types import STATE_DICT, StrPath
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
 
@@ -30,24 +41,38 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(abc.ABC):
-    """Saves and loads training state. Usable as a context manager, which closes it."""
+    """Saves and loads training state. As a context manager, it closes itself at the end of the block."""
 
     def __enter__(self) -> Self:
         """The checkpointer itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close it. If the block raised, that error stays: what `close` raises becomes a note on it."""
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None or (isinstance(error, SystemExit) and not error.code):
+                raise
+            logger.exception("the checkpointer could not be closed without a failure")
+            error.add_note(f"The checkpointer that was closed then has failed, too: {failure}")
 
     @abc.abstractmethod
-    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> Any:
+    def save(
+        self,
+        path: StrPath,
+        state_dict: STATE_DICT,
+        *,
+        step: SupportsIndex | None = None,
+        metadata: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Save a state dict as the checkpoint at `path`; what holds on return is up to the subclass."""
 
     @abc.abstractmethod
     def load(
         self,
-        path: str,
+        path: StrPath,
         state_dict: STATE_DICT | None = None,
         *,
         default_map_location: Any = None,
@@ -61,8 +86,101 @@ class Checkpointer(abc.ABC):
         """Finish what was accepted and release everything."""
 
 
-class SyncCheckpointer(Checkpointer):
-    """Saves while the caller waits. Usable as a context manager.
+class _Loading(Checkpointer):
+    """What our checkpointers have in common: `load`."""
+
+    _reader: CheckpointReader
+
+    def load(
+        self,
+        path: StrPath,
+        state_dict: STATE_DICT | None = None,
+        *,
+        default_map_location: Any = None,
+        strict: bool = False,
+        map_location: Any = None,
+        verify: bool | Literal["first"] = True,
+        cast: bool = False,
+        rename: Mapping[str, str] | None = None,
+        allow_missing: Sequence[str] | None = None,
+        together: bool = True,
+        **kwargs: Any,
+    ) -> STATE_DICT:
+        """Load what this rank needs of the checkpoint at `path`; a save to it that is under way comes first.
+
+        On return every byte that was loaded has been verified. If it raises, the template is as it was
+        (`CheckpointReader.read` names the one exception). With a process group, all ranks must call it.
+
+        Args:
+            path: The checkpoint's folder.
+            state_dict: A template, whose tensors are filled in place; None to get all that was saved.
+            default_map_location: Where new tensors go, as ``map_location`` of ``torch.load``.
+            strict: Refuse, before anything is changed, keys of the template that were not saved.
+            map_location: Another name of `default_map_location`.
+            verify: False to skip the checksums; "first" to check everything before the template is touched.
+            cast: Convert what was saved to the dtypes of the template, as ``load_state_dict`` does.
+            rename: From the path at which something was saved to its path in the template, such as
+                ``{"model.old.*": "model.new.*"}``.
+            allow_missing: Patterns of paths in the template that need not have been saved.
+            together: False to load on this rank alone although there is a process group.
+            kwargs: For a reader of your own. Ours knows no other arguments; ``weights_only`` and ``mmap`` of
+                ``torch.load`` are ignored.
+
+        Returns:
+            The template, filled; or the state dict that was saved.
+
+        Raises:
+            CheckpointNotFoundError: There is none; the message names the nearest.
+            CorruptCheckpointError: A file is damaged; the message says which, and which key.
+            MismatchError: The template does not fit, or (if strict) "… missing keys …"; nothing was changed.
+            UnknownArgumentError: No argument has this name; the message has the nearest.
+            ConfigError: An argument does not make sense.
+
+        Example:
+            >>> import milepost, torch
+            >>> with milepost.make_sync_checkpointer() as checkpointer:
+            ...     checkpointer.save("run/step-1", {"w": torch.ones(2)})
+            ...     checkpointer.load("run/step-1", {"w": torch.zeros(2, dtype=torch.half)}, cast=True)
+            {'w': tensor([1., 1.], dtype=torch.float16)}
+        """
+        path = given_path(path, CheckpointNotFoundError)
+        self._ready_to_load(path)
+        if type(self._reader) is CheckpointReader:
+            _refuse_unknown("load", kwargs.keys() - {"weights_only", "mmap"}, _LOAD_ARGUMENTS)
+        if map_location is not None and default_map_location is not None:
+            raise ConfigError("map_location and default_map_location are one option: give one of them")
+        given = {"verify": verify, "cast": cast, "rename": rename, "allow_missing": allow_missing}
+        usual = {"verify": True, "cast": False, "rename": None, "allow_missing": None, "together": True}
+        options = {k: v for k, v in (given | {"together": together}).items() if v is not usual[k]}
+        location = default_map_location if map_location is None else map_location
+        return load_with(
+            self._reader, path, state_dict, map_location=location, strict=strict, options=options | kwargs
+        )
+
+    @abc.abstractmethod
+    def _ready_to_load(self, path: str) -> None:
+        """Returns when the checkpoint at `path` may be loaded."""
+
+
+_LOAD_ARGUMENTS = (
+    "default_map_location", "strict", "map_location", "verify", "cast", "rename", "allow_missing", "together"
+)  # fmt: skip
+
+
+def _refuse_unknown(method: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in sorted(given):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+        raise UnknownArgumentError(f"{method} has no argument {name!r}", hint=hint)
+
+
+def _labels(step: SupportsIndex | None, metadata: Any) -> dict[str, Any]:
+    """Those of the two that were given: they are passed on like all other keyword arguments."""
+    return {k: v for k, v in (("step", step), ("metadata", metadata)) if v is not None}
+
+
+class SyncCheckpointer(_Loading):
+    """Saves while the caller waits. As a context manager, it closes itself at the end of the block.
 
     Args:
         writer: Writes this rank's part.
@@ -74,45 +192,50 @@ class SyncCheckpointer(Checkpointer):
         self._reader = reader
         self._closed = False
 
-    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
-        """Save a state dict; see `CheckpointWriter.write` for arguments, guarantees and errors.
+    def save(
+        self,
+        path: StrPath,
+        state_dict: STATE_DICT,
+        *,
+        step: SupportsIndex | None = None,
+        metadata: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save a state dict.
 
-        On return the checkpoint is durable and, unless other ranks are still to come and no barrier is
-        configured, committed. If it raises, `path` is as it was.
+        On return the checkpoint is durable. It is committed on all ranks, unless they do not meet. If this
+        raises, `path` is as it was.
+
+        Args:
+            path: A folder that does not exist, is empty, or holds a checkpoint to replace.
+            state_dict: What to save. It is read during the call only.
+            step: The training step. The checkpoint records it.
+            metadata: Plain values in dicts and lists. The checkpoint records them.
+            kwargs: For a commit hook or a writer of your own, which get all of these arguments that were
+                given. Without one, no others are accepted.
+
+        Raises:
+            StateError: The state dict, step or metadata cannot be saved; nothing was written.
+            TargetError: The path may not be written to or replaced; nothing was touched.
+            StorageError: An operation of the file system failed, such as on a full disk.
+            CommitError: Another rank failed or did not come; see `CheckpointWriter.write`.
+            UnknownArgumentError: No argument has this name; nothing was written.
+
+        Example:
+            >>> import milepost, torch
+            >>> with milepost.make_sync_checkpointer() as checkpointer:
+            ...     checkpointer.save("run/step-2", {"w": torch.ones(2)}, step=2, metadata={"loss": 0.5})
         """
         self._check_open()
+        if not getattr(self._writer, "takes_keywords", True):
+            _refuse_unknown("save", kwargs, ("step", "metadata"))
+        kwargs |= _labels(step, metadata)
         result: object = self._writer.write(path, state_dict, **kwargs)  # type: ignore[func-returns-value]
         if isinstance(result, Future):  # a writer of the user's own may work in the background
             result.result()
 
-    def load(
-        self,
-        path: str,
-        state_dict: STATE_DICT | None = None,
-        *,
-        default_map_location: Any = None,
-        strict: bool = False,
-        **kwargs: Any,
-    ) -> STATE_DICT:
-        """Load what this rank saved at `path`; see `CheckpointReader.read` for guarantees and errors.
-
-        Args:
-            path: The checkpoint's folder.
-            state_dict: A template, whose tensors are filled in place; None to get all that was saved.
-            default_map_location: Where new tensors go, as ``map_location`` of ``torch.load``.
-            strict: Refuse, before anything is changed, keys of the template that were not saved.
-            kwargs: Passed to the reader: ``verify`` = True, False or "first".
-
-        Returns:
-            The template, filled; or the state dict that was saved.
-
-        Raises:
-            MismatchError: Does not fit, or (if strict) "… missing keys …"; nothing was changed.
-        """
+    def _ready_to_load(self, path: str) -> None:  # noqa: ARG002 - saves are over when they return
         self._check_open()
-        return load_with(
-            self._reader, path, state_dict, map_location=default_map_location, strict=strict, options=kwargs
-        )
 
     def close(self) -> None:
         """Release the writer; idempotent. Later calls raise `ClosedError`."""
@@ -124,8 +247,8 @@ class SyncCheckpointer(Checkpointer):
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 
 
-class AsyncCheckpointer(Checkpointer):
-    """Saves beside the training, in a process of their own. Usable as a context manager.
+class AsyncCheckpointer(_Loading):
+    """Saves in a process beside the training. As a context manager, it closes itself at the block's end.
 
     Args:
         checkpoint_stager: Makes the copy that is written.
@@ -169,7 +292,15 @@ class AsyncCheckpointer(Checkpointer):
 
     # -- saving ------------------------------------------------------------------------------------
 
-    def save(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> tuple[SaveFuture, SaveFuture]:
+    def save(
+        self,
+        path: StrPath,
+        state_dict: STATE_DICT,
+        *,
+        step: SupportsIndex | None = None,
+        metadata: Any = None,
+        **kwargs: Any,
+    ) -> tuple[SaveFuture, SaveFuture]:
         """Save a state dict in the background.
 
         On return all values but tensors are taken, and (unless staging is asynchronous) the tensors are
@@ -177,33 +308,46 @@ class AsyncCheckpointer(Checkpointer):
         ``max_in_flight`` saves are under way.
 
         Args:
-            path: As for `CheckpointWriter.write`.
+            path: A folder that does not exist, is empty, or holds a checkpoint to replace.
             state_dict: What to save.
-            kwargs: Passed to the hooks; ``step`` and ``metadata`` are also recorded.
+            step: The training step. The checkpoint records it.
+            metadata: Plain values in dicts and lists. The checkpoint records them.
+            kwargs: For a commit hook, writer or stager of your own; hooks and writers get all of these
+                arguments that were given. Without one, no others are accepted.
 
         Returns:
             Two futures of None: the first is done when the state may change, the second when the checkpoint
             is committed and durable. Their figures are those of `SaveFuture`.
 
         Raises:
-            Exception: An earlier save failed and nobody has looked at that: it is raised here, once, and
-                nothing was staged; call again to save. With several ranks this call counts as a save, of
-                which the others are told: go on with the next one on all ranks. What failed because another
-                rank did is a warning in the log instead.
+            Exception: An earlier save failed and nobody has looked at that. It is raised here, once, and
+                says which save it was. This save was not made: call again. With several ranks this call
+                counts as a save, and the others are told: go on with the next one on all ranks. What failed
+                because another rank did is a warning in the log instead.
             StateError: The state dict cannot be saved.
             TargetError: The path may not be written to or replaced.
             ConfigError: Asynchronous staging without a guard, and ``require_guard``.
+            UnknownArgumentError: No argument has this name; nothing was staged.
+
+        Example:
+            >>> import milepost, torch
+            >>> with milepost.make_async_checkpointer() as checkpointer:
+            ...     staged, written = checkpointer.save("run/step-3", {"w": torch.ones(2)}, step=3)
+            ...     written.result()
         """
         self._check_open()
+        path = given_path(path)
+        if type(self._stager) is DefaultStager and not getattr(self._process, "takes_keywords", True):
+            _refuse_unknown("save", kwargs, ("step", "metadata"))
+        kwargs |= _labels(step, metadata)
         self._hear_of_earlier()
         started = time.monotonic()
-        step = kwargs.get("step")
         stage_future, write_future = SaveFuture(path, step, started), SaveFuture(path, step, started)
         try:
-            self._raise_unseen(aborted=False)
+            self._raise_unseen(refused=path)
             self._check_guard()
             its_turn = self._wait_for_turn()
-            self._raise_unseen(aborted=False)
+            self._raise_unseen(refused=path)
         except BaseException as error:
             self._give_up(path, error)
             raise
@@ -423,24 +567,12 @@ class AsyncCheckpointer(Checkpointer):
 
     # -- loading -----------------------------------------------------------------------------------
 
-    def load(
-        self,
-        path: str,
-        state_dict: STATE_DICT | None = None,
-        *,
-        default_map_location: Any = None,
-        strict: bool = False,
-        **kwargs: Any,
-    ) -> STATE_DICT:
-        """As `SyncCheckpointer.load`; waits for a save to this path that is under way."""
+    def _ready_to_load(self, path: str) -> None:
         self._check_open()
         target = os.path.abspath(path)
         with self._lock:
             futures = [save.write_future for save in self._saves if save.target == target]
         wait(futures)
-        return load_with(
-            self._reader, path, state_dict, map_location=default_map_location, strict=strict, options=kwargs
-        )
 
     # -- ending ------------------------------------------------------------------------------------
 
@@ -474,7 +606,7 @@ class AsyncCheckpointer(Checkpointer):
         if self._closed:
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 
-    def _raise_unseen(self, *, aborted: bool = True) -> None:
-        """Raise what failed and nobody has looked at; what failed on another rank only if asked for."""
+    def _raise_unseen(self, refused: str | None = None) -> None:
+        """Raise what failed and nobody has looked at; what another rank failed in only if no save is refused."""
         with self._lock:
-            raise_unseen(self._unseen, () if aborted else AbortedError)
+            raise_unseen(self._unseen, () if refused is None else AbortedError, refused=refused)

@@ -106,10 +106,10 @@ class AsyncConfig:
     """
 
     max_in_flight: int = 1
-    when_busy: str = "wait"
-    on_failure: str = "retry"
+    when_busy: Literal["wait", "skip"] = "wait"
+    on_failure: Literal["retry", "raise", "warn"] = "retry"
     retries: int = 1
-    on_low_memory: str = "sync"
+    on_low_memory: Literal["sync", "raise"] = "sync"
     require_guard: bool = False
     observers: list[Any] = field(default_factory=list)
 

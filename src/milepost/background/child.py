@@ -82,6 +82,7 @@ class WriteFuture(TrackedFuture[None]):
     def __init__(self, attempt: WriteAttempt) -> None:
         super().__init__()
         self.attempt = attempt
+        self.what = f"the save to {attempt.target}"
         self.committed: bool | None = None
         self.held: tuple[Any, StagedImage] | None = None
 

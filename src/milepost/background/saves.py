@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,6 +49,7 @@ class SaveFuture(TrackedFuture[None]):
         self.set_running_or_notify_cancel()
         self.path = path
         self.step = step
+        self.what = f"the save to {path}" if step is None else f"the save of step {step} to {path}"
         self.skipped = False
         self.started_at = started_at
         self.finished_at: float | None = None
@@ -121,6 +125,19 @@ def _close(part: Any) -> None:
 
 
 def _log_unseen(futures: list[SaveFuture]) -> None:
-    for future in futures:
-        if not future.seen:
-            logger.error("%s was not saved, and nobody has looked: %s", future.path, future.exception())
+    """Log the failures that nobody has looked at. If the interpreter ends, it ends with exit code 1."""
+    failed = [future for future in futures if not future.seen]
+    for future in failed:
+        logger.error("%s was not saved, and nobody has looked: %s", future.path, future.exception())
+    if failed and not threading.main_thread().is_alive():
+        setattr(sys, "_milepost_failed", _FailsAtExit())  # noqa: B010 - sys has no such attribute
+
+
+class _FailsAtExit:
+    """Ends the process with exit code 1 when the interpreter clears `sys`, after all other work at exit.
+
+    An exception of a function that runs at exit would not change the exit code.
+    """
+
+    def __del__(self, end: Callable[[int], None] = os._exit) -> None:
+        end(1)

@@ -85,14 +85,15 @@ class Labels:
             try:
                 step = step.__index__()
             except (AttributeError, TypeError):
-                raise StateError(f"step must be an integer, not {step!r}") from None
+                raise StateError(f"step must be an integer, not a {type(step).__name__}") from None
             if not -(1 << 63) <= step < 1 << 63:
                 raise StateError(f"step must fit 64 bits: {step}")
         if metadata is None:
             return cls(step)
 
         def refuse(value: Any, path: tuple[Any, ...]) -> Node:
-            raise UnencodableError(f"metadata cannot hold a {type(value).__name__}", path)
+            hint = "save value.item() instead" if hasattr(value, "item") else None
+            raise UnencodableError(f"metadata cannot hold a {type(value).__name__}", path, hint)
 
         try:
             node = TreeEncoder(refuse).encode(metadata)
@@ -101,7 +102,8 @@ class Labels:
         except UnencodableError as error:
             raise StateError(
                 f"{error}: metadata{f' at {path_text(error.path)}' if error.path else ''}",
-                hint="metadata are plain values in dicts and lists; save tensors in the state dict",
+                hint=error.hint
+                or "metadata are plain values in dicts and lists; save tensors in the state dict",
             ) from None
 
 
@@ -172,7 +174,11 @@ def save_snapshot(
     hook, meeting = options.hook, options.meeting
     waits = options.barrier is not None or meeting is not None
     news = meeting.poll if meeting is not None else None
-    with error_context(path=path, rank=options.rank), _attempt(path, options) as attempt:
+    alone = options.world_size == 1
+    with (
+        error_context(path=path, rank=options.rank, alone=alone),
+        _attempt(path, options) as attempt,
+    ):
         committed_before = attempt.committed
         if not attempt.marked:
             with _phase(attempt, "write", options):

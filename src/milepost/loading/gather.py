@@ -79,12 +79,12 @@ class Gather:
         tensors = self._index.tensors
         stride, size = tensors.stride[stored], dtype_bytes(tensors.dtype[stored])
         record, base = tensors.record[stored], tensors.byte_offset[stored]
-        as_it_is = target.is_cpu and not target.is_conj() and not target.is_neg()
+        dtype = dtype_of(tensors.dtype[stored])
+        as_it_is = target.dtype == dtype and target.is_cpu and not target.is_conj() and not target.is_neg()
         if as_it_is and is_run(box.size, stride, target.stride()):
             start = base + span(box.start, box.size, stride)[0] * size
             self._request_run(record, start, start + box.volume * size, target.data_ptr())
             return
-        dtype = dtype_of(tensors.dtype[stored])
         origin = (0,) * len(box.start)
         for part in split_for_reading(box, stride, small=_SMALL_BYTES // size, large=_LARGE_BYTES // size):
             first, end = span(part.start, part.size, stride)

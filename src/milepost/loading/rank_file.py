@@ -27,7 +27,7 @@ from milepost.format.tree import Node, numbers_of, paths_of
 from milepost.loading.aliases import raw_bytes, sharing_misfits
 from milepost.loading.renames import Names
 from milepost.loading.template import Fill, Match, copy_into, is_dense, match
-from milepost.state.decode import TensorBuilder, device_of, first_line
+from milepost.state.decode import TensorBuilder, device_of, dtype_of, first_line
 from milepost.state.encode import StateEncoder
 from milepost.state.placements import narrowed
 from milepost.storage import OpenFile
@@ -306,6 +306,7 @@ class IndexedSource:
         length = self._index.records.length[columns.record[number]]
         return (
             target.is_cpu
+            and target.dtype == dtype_of(columns.dtype[number])
             and length == target.numel() * dtype_bytes(columns.dtype[number])
             and is_dense(target)
             and columns.byte_offset[number] == 0
@@ -426,7 +427,9 @@ Relocate = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 def _relocation(map_location: Any) -> Relocate:
     """A function that moves a storage from the CPU to where `map_location` says, as ``torch.load`` does."""
 
-    def move(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    def move(
+        storage: torch.UntypedStorage, location: str, what: str = "tensors were saved on"
+    ) -> torch.UntypedStorage:
         device = torch.device(location)
         if device.type == "cpu":
             return storage
@@ -436,7 +439,7 @@ def _relocation(map_location: Any) -> Relocate:
             )
         except Exception as error:  # torch may look for a module of the device's name
             raise ConfigError(
-                f"tensors were saved on {location}, which is not here: {first_line(error)}",
+                f"{what} {location}, which is not available here: {first_line(error)}",
                 hint='pass default_map_location="cpu" to load, or map_location="cpu" to read',
             ) from error
         return moved
@@ -448,7 +451,7 @@ def _relocation(map_location: Any) -> Relocate:
             torch.device(map_location)
         except RuntimeError as error:
             raise ConfigError(f"map_location: {str(error).splitlines()[0]}") from error
-        return lambda storage, _: move(storage, str(map_location))
+        return lambda storage, _: move(storage, str(map_location), "map_location is")
     if isinstance(map_location, dict):
         return lambda storage, location: move(storage, str(map_location.get(location, location)))
     if not callable(map_location):
