@@ -6,16 +6,22 @@ import abc
 import difflib
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, Literal, Self, SupportsIndex
 
-from milepost.background.futures import raise_unseen
-from milepost.background.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
+from milepost.background.saves import (
+    GUARD_ADVICE,
+    Save,
+    SaveFuture,
+    UnderWay,
+    drain,
+    finish_abandoned,
+    guard_steps,
+)
 from milepost.background.staged import staged_bytes
 from milepost.checkpoint_process import CheckpointProcess, WriteFuture
 from milepost.checkpoint_reader import CheckpointReader, load_with
@@ -32,7 +38,7 @@ from milepost.errors import (
     UnknownArgumentError,
 )
 from milepost.staging import CheckpointStager, DefaultStager, StagingPlan
-from milepost.telemetry import Event, Kind, notify
+from milepost.telemetry import Kind
 from milepost.types import STATE_DICT, StrPath
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
@@ -272,23 +278,13 @@ class AsyncCheckpointer(_Loading):
         self._reader = reader
         self._config = config or AsyncConfig()
         self._fallback = fallback
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._saves: list[Save] = []
-        self._unseen: list[SaveFuture] = []
+        self._under_way = UnderWay(self._config.observers)
         self._guards: list[Any] = []
         self._warned = False
         self._closed = False
         self._owner = os.getpid()
-        self._finalizer = weakref.finalize(
-            self,
-            finish_abandoned,
-            checkpoint_process,
-            checkpoint_stager,
-            self._saves,
-            self._unseen,
-            self._owner,
-        )
+        parts = (checkpoint_process, checkpoint_stager, self._under_way, self._owner)
+        self._finalizer = weakref.finalize(self, finish_abandoned, *parts)
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -340,37 +336,37 @@ class AsyncCheckpointer(_Loading):
         if type(self._stager) is DefaultStager and not getattr(self._process, "takes_keywords", True):
             _refuse_unknown("save", kwargs, ("step", "metadata"))
         kwargs |= _labels(step, metadata)
-        self._hear_of_earlier()
+        self._under_way.keep_failures_of(self._process)
         started = time.monotonic()
         stage_future, write_future = SaveFuture(path, step, started), SaveFuture(path, step, started)
         try:
-            self._raise_unseen(refused=path)
+            self._under_way.raise_unseen(refused=path)
             self._check_guard()
-            its_turn = self._wait_for_turn()
-            self._raise_unseen(refused=path)
+            skip = self._config.when_busy == "skip"
+            its_turn = self._under_way.wait_below(self._config.max_in_flight, skip=skip)
+            self._under_way.raise_unseen(refused=path)
         except BaseException as error:
             self._give_up(path, error)
             raise
         if not its_turn:
             stage_future.skip()
             write_future.skip()
-            self._tell("skipped", write_future)
+            self._under_way.tell("skipped", write_future)
             return stage_future, write_future
         save = Save(os.path.abspath(path), None, kwargs, stage_future, write_future, self._config.retries)
-        with self._lock:
-            self._saves.append(save)
+        self._under_way.add(save)
         try:
             self._start(save, state_dict)
         except BaseException as error:
-            self._forget(save)
+            self._under_way.remove(save)
             write_future.finished_at = time.monotonic()
-            self._tell("failed", write_future, error)
+            self._under_way.tell("failed", write_future, error)
             raise
         return stage_future, write_future
 
     def _start(self, save: Save, state_dict: STATE_DICT) -> None:
         """Stage the state, and hand it over or have it handed over."""
-        self._tell("staging", save.stage_future)
+        self._under_way.tell("staging", save.stage_future)
         try:
             save.staged = self._stager.stage(state_dict)
         except BaseException as error:
@@ -390,23 +386,6 @@ class AsyncCheckpointer(_Loading):
         if isinstance(self._process, CheckpointProcess):
             self._process.give_up(path, error)
 
-    def _hear_of_earlier(self) -> None:
-        """Keep for `close`, and log, what has failed since on another rank although it was written here."""
-        for error in getattr(self._process, "failures", list)():
-            logger.error("%s was not committed: %s", error.path, error)
-            future = SaveFuture(error.path or "", None, time.monotonic())
-            future.set_exception(error)
-            self._unseen.append(future)
-
-    def _wait_for_turn(self) -> bool:
-        """Wait until another save may begin; False where it is to be skipped."""
-        with self._changed:
-            while len(self._saves) >= self._config.max_in_flight:
-                if self._config.when_busy == "skip":
-                    return False
-                self._changed.wait(1.0)
-        return True
-
     def _staged(self, save: Save, done: Future[Any] | None) -> None:
         future = save.stage_future
         future.finished_at = time.monotonic()
@@ -414,7 +393,7 @@ class AsyncCheckpointer(_Loading):
         if error is None:
             staged = done.result() if done is not None else save.staged
             future.bytes_done = staged_bytes(staged) if isinstance(staged, dict) else 0
-            self._tell("staged", future)
+            self._under_way.tell("staged", future)
             future.set_result(None)
         else:
             future.seen = True  # the write's future carries the same failure
@@ -454,11 +433,10 @@ class AsyncCheckpointer(_Loading):
         if warn:
             future.seen = True
         elif error is not None:
-            with self._lock:
-                self._unseen.append(future)
+            self._under_way.keep(future)
         done: Kind = "committed" if committed else "written"
-        self._tell(done if error is None else "failed", future, error)
-        self._forget(save)  # before the future is done: what is called then may save again
+        self._under_way.tell(done if error is None else "failed", future, error)
+        self._under_way.remove(save)  # before the future is done: what is called then may save again
         if error is None:
             future.set_result(None)
         else:
@@ -466,41 +444,16 @@ class AsyncCheckpointer(_Loading):
 
     def _save_without_staging(self, save: Save, writer: CheckpointWriter, state_dict: STATE_DICT) -> None:
         """Save while the caller waits; constant memory."""
-        self._tell("low_memory", save.write_future)
-        self._wait_for_writes(save)
+        self._under_way.tell("low_memory", save.write_future)
+        self._under_way.wait_for_earlier(save)
         committed = writer.carry_out(save.write_future.path, state_dict, save.arguments)
         self._staged(save, None)
         save.write_future.written_at = time.monotonic()
         self._finish(save, None, committed=committed or None)
 
-    def _wait_for_writes(self, save: Save) -> None:
-        """Wait for the saves before this one."""
-        with self._changed:
-            while self._saves[0] is not save:
-                self._changed.wait(1.0)
-
-    def _forget(self, save: Save) -> None:
-        save.staged = None  # the arena may be used again
-        with self._changed, suppress(ValueError):
-            self._changed.notify_all()
-            self._saves.remove(save)
-
     def on_progress(self, path: str, phase: str, done: int, size: int) -> None:
         """Called as a save advances."""
-        with self._lock:
-            future = next((save.write_future for save in self._saves if save.target == path), None)
-        if future is not None and phase == "write":
-            future.bytes_done = done
-            self._tell("writing", future, size=size)
-        elif future is not None and future.bytes_done and future.written_at is None:
-            future.written_at = time.monotonic()
-
-    def _tell(
-        self, kind: Kind, future: SaveFuture, error: BaseException | None = None, size: int = 0
-    ) -> None:
-        step = future.step if isinstance(future.step, int) else None
-        event = Event(kind, future.path, step, future.seconds, future.bytes_done, size, error)
-        notify(self._config.observers, event)
+        self._under_way.on_progress(path, phase, done, size)
 
     # -- the state and the training ----------------------------------------------------------------
 
@@ -533,9 +486,7 @@ class AsyncCheckpointer(_Loading):
         Raises:
             TimeoutError: Not within the time.
         """
-        with self._lock:
-            futures = [save.stage_future for save in self._saves]
-        for future in futures:
+        for future in self._under_way.staging():
             if not future.done():
                 wait([future], timeout_seconds)
                 if not future.done():
@@ -543,12 +494,10 @@ class AsyncCheckpointer(_Loading):
 
     def wait_committed(self, timeout_seconds: float | None = None) -> None:
         """Returns when every save is committed; raises the first failure that nobody has looked at."""
-        with self._lock:
-            futures = [save.write_future for save in self._saves]
-        _, late = wait(futures, timeout_seconds)
+        _, late = wait(self._under_way.writing(), timeout_seconds)
         if late:
             raise TimeoutError(f"{len(late)} saves are still under way")
-        self._raise_unseen()
+        self._under_way.raise_unseen()
 
     def guard(self, optimizer: Any) -> Any:
         """Make an optimizer wait, at each step, until nothing is being copied. Returns what removes it."""
@@ -569,10 +518,7 @@ class AsyncCheckpointer(_Loading):
 
     def _ready_to_load(self, path: str) -> None:
         self._check_open()
-        target = os.path.abspath(path)
-        with self._lock:
-            futures = [save.write_future for save in self._saves if save.target == target]
-        wait(futures)
+        wait(self._under_way.writing(os.path.abspath(path)))
 
     # -- ending ------------------------------------------------------------------------------------
 
@@ -593,9 +539,9 @@ class AsyncCheckpointer(_Loading):
             stack.callback(self._process.close)
             for guard in self._guards:
                 stack.callback(guard.remove)
-            drain(self._process, self._saves)
-        self._hear_of_earlier()
-        self._raise_unseen()
+            drain(self._process, self._under_way.saves)
+        self._under_way.keep_failures_of(self._process)
+        self._under_way.raise_unseen()
 
     def _check_open(self) -> None:
         if self._owner != os.getpid():
@@ -605,8 +551,3 @@ class AsyncCheckpointer(_Loading):
             )
         if self._closed:
             raise ClosedError("the checkpointer is closed", hint="make a new one")
-
-    def _raise_unseen(self, refused: str | None = None) -> None:
-        """Raise what failed and nobody has looked at; what another rank failed in only if no save is refused."""
-        with self._lock:
-            raise_unseen(self._unseen, () if refused is None else AbortedError, refused=refused)

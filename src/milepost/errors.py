@@ -116,7 +116,7 @@ class MilepostError(Exception):
                 ("phase", self.phase),
             )
             if value is not None and (name in {"key", "rank"} or str(value) not in self.message)
-            if not (self.alone and (name == "rank" or value == "load"))
+            if not (self.alone and (name == "rank" or (name, value) == ("phase", "load")))
         ]
         text = f"{self.message} ({', '.join(facts)})" if facts else self.message
         return f"{text}\nhint: {self.hint}" if self.hint else text

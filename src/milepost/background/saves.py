@@ -9,15 +9,17 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from milepost.background.futures import TrackedFuture
+from milepost.background.futures import TrackedFuture, raise_unseen
+from milepost.errors import AbortedError
+from milepost.telemetry import Event, Kind, Observer, notify
 
-__all__ = ["GUARD_ADVICE", "Save", "SaveFuture", "drain", "finish_abandoned", "guard_steps"]
+__all__ = ["GUARD_ADVICE", "Save", "SaveFuture", "UnderWay", "drain", "finish_abandoned", "guard_steps"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,98 @@ class Save:
     retries: int
 
 
+class UnderWay:
+    """The saves of a checkpointer that are not over, and the failed ones that nobody has looked at.
+
+    Args:
+        observers: Get the event of each change.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.saves: list[Save] = []
+        self.unseen: list[SaveFuture] = []
+        self._observers = observers
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+
+    def add(self, save: Save) -> None:
+        """Count a save as under way."""
+        with self._lock:
+            self.saves.append(save)
+
+    def remove(self, save: Save) -> None:
+        """A save is over: its arena may be used again, and another save may begin."""
+        save.staged = None
+        with self._changed, suppress(ValueError):
+            self._changed.notify_all()
+            self.saves.remove(save)
+
+    def wait_below(self, limit: int, *, skip: bool) -> bool:
+        """Wait until fewer saves are under way; with `skip`, return False instead of waiting."""
+        with self._changed:
+            while len(self.saves) >= limit:
+                if skip:
+                    return False
+                self._changed.wait(1.0)
+        return True
+
+    def wait_for_earlier(self, save: Save) -> None:
+        """Wait until the saves before this one are over."""
+        with self._changed:
+            while self.saves[0] is not save:
+                self._changed.wait(1.0)
+
+    def staging(self) -> list[SaveFuture]:
+        """The futures of what is being staged."""
+        with self._lock:
+            return [save.stage_future for save in self.saves]
+
+    def writing(self, target: str | None = None) -> list[SaveFuture]:
+        """The futures of what is being written, to this absolute path if one is given."""
+        with self._lock:
+            return [save.write_future for save in self.saves if target in (None, save.target)]
+
+    def keep(self, future: SaveFuture) -> None:
+        """Keep a future that fails for `raise_unseen`."""
+        with self._lock:
+            self.unseen.append(future)
+
+    def keep_failures_of(self, process: Any) -> None:
+        """Log and keep what was written here, and is now known to have failed on another rank."""
+        for error in getattr(process, "failures", list)():
+            logger.error("%s was not committed: %s", error.path, error)
+            future = SaveFuture(error.path or "", None, time.monotonic())
+            future.set_exception(error)
+            self.keep(future)
+
+    def raise_unseen(self, refused: str | None = None) -> None:
+        """Raise the oldest failure that nobody has looked at, once.
+
+        Args:
+            refused: The path of a save that is not made for this reason. What failed because another rank
+                did is kept then.
+        """
+        with self._lock:
+            raise_unseen(self.unseen, () if refused is None else AbortedError, refused=refused)
+
+    def on_progress(self, path: str, phase: str, done: int, size: int) -> None:
+        """Called as the save to an absolute path advances."""
+        future = next(iter(self.writing(path)), None)
+        if future is not None and phase == "write":
+            future.bytes_done = done
+            self.tell("writing", future, size=size)
+        elif future is not None and future.bytes_done and future.written_at is None:
+            future.written_at = time.monotonic()
+
+    def tell(
+        self, kind: Kind, future: SaveFuture, error: BaseException | None = None, size: int = 0
+    ) -> None:
+        """Hand an event to the observers."""
+        step = future.step if isinstance(future.step, int) else None
+        event = Event(kind, future.path, step, future.seconds, future.bytes_done, size, error)
+        notify(self._observers, event)
+
+
 def guard_steps(optimizer: Any, checkpointer: weakref.ref[Any]) -> Any:
     """Have an optimizer call ``wait_staged`` before each step, as long as there is a checkpointer."""
 
@@ -99,19 +193,17 @@ def drain(process: Any, saves: list[Save]) -> None:
         wait([save.write_future for save in saves], 0.05)
 
 
-def finish_abandoned(
-    process: Any, stager: Any, saves: list[Save], unseen: list[SaveFuture], owner: int
-) -> None:
+def finish_abandoned(process: Any, stager: Any, under_way: UnderWay, owner: int) -> None:
     """An unclosed checkpointer was collected, or the interpreter ends: finish what was accepted."""
     if owner != os.getpid():
         return
     with ExitStack() as stack:  # the warning may be an error, and nothing may be left open
-        stack.callback(_log_unseen, unseen)
+        stack.callback(_log_unseen, under_way.unseen)
         stack.callback(_close, stager)
         stack.callback(_close, process)
-        stack.callback(drain, process, saves)
+        stack.callback(drain, process, under_way.saves)
         warnings.warn(
-            f"an AsyncCheckpointer was not closed, {len(saves)} saves are under way: they are finished now",
+            f"an AsyncCheckpointer was not closed, {len(under_way.saves)} saves are under way: they are finished now",
             ResourceWarning,
             stacklevel=2,
         )
