@@ -105,8 +105,8 @@ class CheckpointReader:
             verify: True; False to skip the checksums; "first" to read twice, checking all before the
                 template is touched.
             strict: Refuse keys of the template that were not saved, before anything is changed. Otherwise
-                they, and saved keys that the template lacks, are one warning in the log. There is none if
-                the template only lacks whole parts of what was saved, such as ``optimizer``.
+                they, and saved keys that the template lacks, are one warning in the log. If not strict, a
+                template that only lacks whole parts of what was saved, such as ``optimizer``, is none.
             allow_missing: Patterns (``*`` is any text) of paths that need not have been saved; what is let
                 pass is named in the log, and is not among the missing keys.
             rename: From the path at which something was saved to the one that it has in the template, such
@@ -155,7 +155,7 @@ class CheckpointReader:
                     else:
                         meeting.agree(Report(path), part, modifies=modifies)
         if found is not None:
-            _tell(path, found)
+            _tell(path, found, strict=strict)
         return loaded[0], found.missing if found is not None else []
 
     def _meeting(self) -> Meeting | None:
@@ -342,11 +342,12 @@ def _has_dtensor(value: Any) -> bool:
     return is_dtensor(value)
 
 
-def _tell(path: str, found: Match) -> None:
+def _tell(path: str, found: Match, *, strict: bool) -> None:
     """Name in the log what differs, what was let pass and what was renamed."""
-    if found.missing or found.unused or not found.sections.issuperset(found.unexpected):
+    differs = found.missing or found.unexpected or found.unused
+    if differs and (strict or found.missing or found.unused or set(found.unexpected) - found.sections):
         logger.warning("%s", _differences(path, found))
-    elif found.unexpected:
+    elif differs:
         logger.info("%s: the template does not ask for %s", path, "; ".join(found.unexpected))
     if found.allowed:
         logger.warning("%s lacks what is allowed to be missing: %s", path, "; ".join(found.allowed))

@@ -364,7 +364,7 @@ def test_hundreds_of_shared_tensors(start, tmp_path):
 
 
 def test_every_tensor_of_a_writer_is_in_shared_memory(start, tmp_path):
-    """Whatever a tensor was in the trainer, `is_shared()` is true in the writer; the trainer's stays as it was."""
+    """Whatever a tensor was, `is_shared()` is true in the writer; the trainer's own stays as it was."""
     state = {
         "plain": torch.ones(3), "empty": torch.zeros(0), "large": torch.ones(1 << 20),
         "view": torch.arange(12.0)[2:4], "turned": torch.ones(2, 3).T,
@@ -399,7 +399,7 @@ def begin(folder):
 
 
 def test_the_users_functions_see_the_trainers_arguments(start, tmp_path, monkeypatch):
-    """In the child of a user's own init function, and when its module is imported, sys.argv is the trainer's."""
+    """The child of a user's own init function sees the trainer's sys.argv, also while it imports."""
     (tmp_path / "reads_arguments.py").write_text(ARGUMENTS)
     monkeypatch.setattr(sys, "argv", ["train.py", "run-7", "--lr=\udcff"])
     monkeypatch.syspath_prepend(str(tmp_path))

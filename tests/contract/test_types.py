@@ -18,8 +18,9 @@ from typing import Any
 import milepost
 from milepost import (
     STATE_DICT, AsyncCheckpointer, Barrier, BarrierConfig, Checkpointer, CheckpointerConfig, CheckpointReader,
-    CheckpointStager, CheckpointStagerConfig, CheckpointWriter, CheckpointWriterConfig, DefaultStager, RankInfo,
-    SyncCheckpointer, TCPStoreBarrier, WriterHook, create_barrier_from_config, make_async_checkpointer,
+    CheckpointStager, CheckpointStagerConfig, CheckpointWriter, CheckpointWriterConfig, DefaultStager,
+    RankInfo, SyncCheckpointer, TCPStoreBarrier, WriterHook, create_barrier_from_config,
+    make_async_checkpointer,
     make_sync_checkpointer, wrap_future,
 )
 from milepost import Nope  # wrong
@@ -84,7 +85,9 @@ def mypy(program, folder):
 
 def pyright(program, folder):
     """The lines with errors."""
-    (folder / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(SRC)], "typeCheckingMode": "standard"}))
+    (folder / "pyrightconfig.json").write_text(
+        json.dumps({"extraPaths": [str(SRC)], "typeCheckingMode": "standard"})
+    )
     command = [sys.executable, "-m", "basedpyright", "--level", "error", "--outputjson", program]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     found = json.loads(done.stdout)["generalDiagnostics"]

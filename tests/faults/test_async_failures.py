@@ -415,7 +415,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("saves", "code"), [(["bad"], 1), (["good", "good"], 0), (["good", "bad"], 1)])
 def test_a_save_that_fails_at_exit_fails_the_program(tmp_path, saves, code):
-    """If the last save fails while the interpreter ends, the exit code is 1, after everything else at exit."""
+    """If the last save fails while the interpreter ends, the exit code is 1, after all else at exit."""
     (tmp_path / "train.py").write_text(FAILS_AT_EXIT)
     done = subprocess.run(
         [sys.executable, "train.py", *saves],

@@ -554,9 +554,13 @@ def test_rm_asks_and_removes(run, monkeypatch):
 
 
 def test_rm_without_a_terminal_needs_yes(run):
-    """Where nobody can be asked, `rm` without --yes is wrong usage and removes nothing; with it, it removes."""
+    """Where nobody can be asked, `rm` without --yes is wrong usage and removes nothing."""
     done = subprocess.run(
-        [*MILEPOST, "rm", run / "step-5"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        [*MILEPOST, "rm", run / "step-5"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "--yes" in done.stderr
@@ -573,6 +577,7 @@ def test_rm_without_a_terminal_needs_yes(run):
         (lambda path: path.symlink_to("step-10"), 4, "the folder that it points to"),
         (lambda path: shutil.copytree(path.parent, path), 3, "no checkpoint in this folder"),
     ],
+    ids=["nothing", "empty", "file", "link", "run"],
 )
 def test_rm_of_no_checkpoint_removes_nothing(run, make, code, words):
     """If one of the paths is no checkpoint, `rm` says so and removes none of the others either."""
@@ -583,7 +588,7 @@ def test_rm_of_no_checkpoint_removes_nothing(run, make, code, words):
 
 
 def test_rm_leaves_a_folder_with_the_users_files(run):
-    """A folder with files that the checkpoint does not list stays, and they are named; attachments are its."""
+    """A folder with files that the checkpoint does not list stays, and they are named."""
     (run / "step-5" / "plots").mkdir()
     (run / "step-5" / "plots" / "loss.png").write_text("x")
     done = invoke("rm", "--yes", run / "step-5")
@@ -617,7 +622,7 @@ def test_what_rm_removed_does_not_come_back(run):
 
 
 def test_an_rm_that_dies_leaves_no_checkpoint(run):
-    """Killed at any operation, `rm` leaves the whole checkpoint at its path or nothing that loads or is listed."""
+    """Killed at any operation, `rm` leaves the whole checkpoint, or nothing that loads or is listed."""
     for count in itertools.count():
         target = shutil.copytree(run / "step-5", run / f"try-{count}")
         storage = MortalStorage(default_storage(), dies_at=count)

@@ -6,11 +6,12 @@ import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import Future
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import msgspec
 import torch
-from torch.multiprocessing.reductions import ForkingPickler, reduce_storage
+from torch.multiprocessing.reductions import reduce_storage
 
 from milepost.background.arena import Arena
 from milepost.background.messages import Write, decode_path
@@ -53,7 +54,7 @@ class UntypedStorage(torch.UntypedStorage):
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         """A copy is new memory, and so of torch's own class."""
-        return torch.UntypedStorage(*arguments, **options)
+        return torch.UntypedStorage(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def is_shared(self) -> bool:
         """True."""

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class UnderWay:
         observers: Get the event of each change.
     """
 
-    def __init__(self, observers: Sequence[Observer]) -> None:
+    def __init__(self, observers: list[Observer]) -> None:
         self.saves: list[Save] = []
         self.unseen: list[SaveFuture] = []
         self._observers = observers
@@ -166,9 +166,7 @@ class UnderWay:
         elif future is not None and future.bytes_done and future.written_at is None:
             future.written_at = time.monotonic()
 
-    def tell(
-        self, kind: Kind, future: SaveFuture, error: BaseException | None = None, size: int = 0
-    ) -> None:
+    def tell(self, kind: Kind, future: SaveFuture, error: BaseException | None = None, size: int = 0) -> None:
         """Hand an event to the observers."""
         step = future.step if isinstance(future.step, int) else None
         event = Event(kind, future.path, step, future.seconds, future.bytes_done, size, error)
@@ -202,8 +200,9 @@ def finish_abandoned(process: Any, stager: Any, under_way: UnderWay, owner: int)
         stack.callback(_close, stager)
         stack.callback(_close, process)
         stack.callback(drain, process, under_way.saves)
+        count = len(under_way.saves)
         warnings.warn(
-            f"an AsyncCheckpointer was not closed, {len(under_way.saves)} saves are under way: they are finished now",
+            f"an AsyncCheckpointer was not closed, {count} saves are under way: they are finished now",
             ResourceWarning,
             stacklevel=2,
         )

@@ -144,7 +144,7 @@ def given_path(path: str | os.PathLike[str], error: _PathError = TargetError) ->
     if not isinstance(text, str) or not text or "\0" in text:
         raise error(
             "this is no path of a checkpoint: "
-            + (reprlib.repr(text) if isinstance(text, str) else f"a {type(given).__name__}"),
+            + (reprlib.repr(text) if isinstance(text, str) else f"a value of type {type(given).__name__}"),
             phase="check",
             hint="the first argument of save and load is the path of a folder, a str or os.PathLike",
         )
