@@ -253,8 +253,8 @@ class PassingWriter:
         queue = torch.multiprocessing.SimpleQueue()
         queue.put(plain)
         copied = copy.deepcopy(plain)
-        facts = (plain.untyped_storage(), part.untyped_storage(), copied, queue.get(), copied.is_shared())
-        torch.save(facts, path)
+        torch.save((copied, queue.get(), copied.is_shared()), f"{path}/tensors")
+        torch.save((plain.untyped_storage(), part.untyped_storage()), f"{path}/storages")
 
 
 def passing_writer(rank_info):

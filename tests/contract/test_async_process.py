@@ -381,8 +381,9 @@ def test_the_memory_of_tensors_can_be_passed_on(start, tmp_path):
     """What reaches a writer can be pickled as a storage, copied, and sent through a queue, as any tensor."""
     process = start(writer=background.passing_writer)
     base = torch.arange(10.0).share_memory_()
-    result(process.write({"plain": torch.arange(5.0), "part": base[2:4]}, str(tmp_path / "facts")))
-    plain, part, copied, sent, copy_is_shared = torch.load(tmp_path / "facts")
+    result(process.write({"plain": torch.arange(5.0), "part": base[2:4]}, str(tmp_path)))
+    copied, sent, copy_is_shared = torch.load(tmp_path / "tensors")
+    plain, part = torch.load(tmp_path / "storages")
     assert torch.equal(torch.frombuffer(bytearray(plain.tolist()), dtype=torch.float32), torch.arange(5.0))
     assert part.nbytes() == 40
     assert copied.tolist() == sent.tolist() == [0, 1, 2, 3, 4]
