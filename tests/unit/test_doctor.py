@@ -355,14 +355,14 @@ def test_an_index_that_cannot_be_read_is_damage(run, monkeypatch):
     """An index that fails to be read is told with the reason, and does not end the look at the others."""
     save(STORAGE, f"{run}/step-4", 4)
     save(STORAGE, f"{run}/step-5", 5)
-    real = milepost.health.diagnosis.file_digest
+    real = milepost.commit.checkpoint.file_digest
 
     def fails(folder, name):
         if folder.path.endswith("5"):
             raise StorageError("Input/output error", path=name)
         return real(folder, name)
 
-    monkeypatch.setattr("milepost.health.diagnosis.file_digest", fails)
+    monkeypatch.setattr("milepost.commit.checkpoint.file_digest", fails)
     found = diagnose(STORAGE, run)
     assert [finding.state for finding in found.findings] == ["whole", "damaged"]
     assert words(found.findings[1], 0) == (

@@ -19,18 +19,19 @@ Modules, each importing only from those below it:
 from __future__ import annotations
 
 from milepost.commit.attempt import Attempt
+from milepost.commit.checkpoint import Checkpoint
 from milepost.commit.claim import Clock
 from milepost.commit.folders import absolute_path
 from milepost.commit.ids import attempt_id, count_save, environment_start_id, new_attempt_id, process_id
-from milepost.commit.locate import Located, expect, locate
+from milepost.commit.locate import expect, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
 from milepost.commit.waiting import Meeting, News, Outcome, is_undecided, sees_rank
 
 __all__ = [
     "Attempt",
+    "Checkpoint",
     "Clock",
-    "Located",
     "Meeting",
     "News",
     "Outcome",

@@ -1,4 +1,4 @@
-"""Finding checkpoints: the one to load at a path, and all that lie in a folder."""
+"""`locate` finds the checkpoint that `load` of a path reads."""
 
 # Paths are str, here as in the storage package.
 from __future__ import annotations
@@ -8,8 +8,8 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 
+from milepost.commit.checkpoint import Checkpoint
 from milepost.commit.folders import (
     Hidden,
     absolute_path,
@@ -35,7 +35,7 @@ from milepost.format.manifest import Manifest, identity_of
 from milepost.format.names import MANIFEST_NAME, NOTE_NAME, data_rank, index_rank, looks_hidden, shown
 from milepost.storage import Folder, Storage
 
-__all__ = ["VISIBLE_SECONDS", "Located", "expect", "has_identity", "is_at_least", "locate"]
+__all__ = ["VISIBLE_SECONDS", "expect", "has_identity", "is_at_least", "locate"]
 
 VISIBLE_SECONDS = 60.0
 """How long a file system may take to show this host what another one has committed."""
@@ -51,37 +51,13 @@ _MANY_RANKS = 64
 """With more ranks than these nobody looks at every file's size: each checks those that it reads."""
 
 
-@dataclass(frozen=True)
-class Located:
-    """What `locate` found. The caller closes `folder`.
-
-    Attributes:
-        folder: The open folder; what is opened through it is this checkpoint's, whatever replaces it.
-        manifest: Its manifest, with which the presence and size of all files were compared; None for a folder
-            of plain ``checkpoint_<n>.pt`` files.
-        path: Where the folder is.
-        in_place: It is complete, but was not published yet.
-    """
-
-    folder: Folder
-    manifest: Manifest | None
-    path: str
-    in_place: bool
-
-    @property
-    def identity(self) -> str:
-        """What no other checkpoint has: the SHA-256 of the manifest's file; for plain files, the path."""
-        if self.manifest is None:
-            return self.path
-        return identity_of(self.manifest)
-
-
-def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
+def locate(storage: Storage, path: str | os.PathLike[str]) -> Checkpoint:
     """Open what `load` of this path reads: the newest complete checkpoint there.
 
     That is the folder itself, or a complete attempt beside it that was left unpublished. All files that
     the manifest lists are there (with their sizes, unless very many ranks saved it). When a later save
-    replaces the folder while its files are being opened, they may be gone: then call this again.
+    replaces the folder while its files are being opened, they may be gone: then call this again. The caller
+    closes the checkpoint.
 
     Raises:
         CheckpointNotFoundError: There is none, and the nearest ones are named; or this is no path.
@@ -102,7 +78,7 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
             if path not in _expected or is_at_least(located.manifest, _expected[path]):
                 _expected.pop(path, None)
                 return located
-            located.folder.close()
+            located.close()
         if time.monotonic() > deadline:
             raise CheckpointNotFoundError(
                 f"the ranks have committed a checkpoint here, but this host has not seen it within "
@@ -136,7 +112,7 @@ def is_at_least(manifest: Manifest | None, identity: str) -> bool:
     return manifest.sequence > int(sequence) or identity_of(manifest) == sha
 
 
-def _locate_settled(storage: Storage, path: str) -> Located:
+def _locate_settled(storage: Storage, path: str) -> Checkpoint:
     """What is at a path; what a save changes meanwhile is looked at again."""
     before: object = None
     for _ in range(_TRIES):
@@ -156,7 +132,7 @@ def _locate_settled(storage: Storage, path: str) -> Located:
     return _locate_once(storage, path, [])
 
 
-def _locate_once(storage: Storage, path: str, state: list[object]) -> Located:
+def _locate_once(storage: Storage, path: str, state: list[object]) -> Checkpoint:
     """One look. `state` collects what was seen, to tell whether something has changed since the last look."""
     found = storage.stat(path)
     if found is not None and found.kind == "symlink":
@@ -176,23 +152,23 @@ def _locate_once(storage: Storage, path: str, state: list[object]) -> Located:
             return waiting
     except BaseException:
         if waiting is not None:
-            waiting.folder.close()
+            waiting.close()
         raise
     if waiting is None:
         return published
     keep = _is_older(waiting, published.manifest)
-    (waiting if keep else published).folder.close()
+    (waiting if keep else published).close()
     return published if keep else waiting
 
 
-def _is_older(waiting: Located, published: Manifest | None) -> bool:
+def _is_older(waiting: Checkpoint, published: Manifest | None) -> bool:
     assert waiting.manifest is not None
     return published is not None and published.order >= waiting.manifest.order
 
 
-def _waiting(storage: Storage, path: str) -> Located | None:
+def _waiting(storage: Storage, path: str) -> Checkpoint | None:
     """The newest complete attempt that is not published; where nothing is at the path, what was replaced."""
-    best: Located | None = None
+    best: Checkpoint | None = None
     for hidden in _siblings(storage, path):
         candidate = _open_hidden(storage, hidden, replaced=False)
         if candidate is None and storage.stat(path) is None:
@@ -202,7 +178,7 @@ def _waiting(storage: Storage, path: str) -> Located | None:
         if best is None or _preference(candidate) > _preference(best):
             best, candidate = candidate, best
         if candidate is not None:
-            candidate.folder.close()
+            candidate.close()
     return best
 
 
@@ -217,13 +193,13 @@ def _siblings(storage: Storage, path: str) -> list[Hidden]:
         return []
 
 
-def _preference(located: Located) -> tuple[bool, tuple[int, float], str]:
+def _preference(located: Checkpoint) -> tuple[bool, tuple[int, float], str]:
     manifest, hidden = located.manifest, looks_hidden(os.path.basename(located.path))
     assert manifest is not None
     return hidden is not None and hidden[1] == manifest.attempt, manifest.order, manifest.attempt
 
 
-def _open_hidden(storage: Storage, hidden: Hidden, *, replaced: bool) -> Located | None:
+def _open_hidden(storage: Storage, hidden: Hidden, *, replaced: bool) -> Checkpoint | None:
     folder = open_if_there(storage, hidden.path)
     if folder is None:
         return None
@@ -238,10 +214,10 @@ def _open_hidden(storage: Storage, hidden: Hidden, *, replaced: bool) -> Located
     finally:
         if manifest is None:
             folder.close()
-    return Located(folder, manifest, hidden.path, in_place=True) if manifest else None
+    return Checkpoint(folder, manifest, hidden.path, in_place=True) if manifest else None
 
 
-def _published(storage: Storage, path: str, state: list[object]) -> Located:
+def _published(storage: Storage, path: str, state: list[object]) -> Checkpoint:
     try:
         folder = storage.open_folder(path)
     except EntryNotFoundError:
@@ -266,7 +242,7 @@ def _published(storage: Storage, path: str, state: list[object]) -> Located:
                     path=path,
                     hint="load another checkpoint; `milepost ls` on the folder above lists them",
                 )
-        return Located(folder, manifest, path, in_place=False)
+        return Checkpoint(folder, manifest, path, in_place=False)
     except BaseException:
         folder.close()
         raise

@@ -19,16 +19,10 @@ from milepost.format.index import FileDigest, Mark, decode_mark, digest
 from milepost.format.limits import MAX_INDEX_BYTES
 from milepost.format.manifest import Manifest
 from milepost.format.names import MANIFEST_NAME, SHARDS_NAME, index_name, is_aborted, ranks_in
-from milepost.format.shards import (
-    MAX_SHARDS_BYTES,
-    SHARDS_FEATURE,
-    ShardMap,
-    decode_shard_map,
-    encode_shard_map,
-)
+from milepost.format.shards import MAX_SHARDS_BYTES, SHARDS_FEATURE, encode_shard_map
 from milepost.storage import Folder
 
-__all__ = ["assemble", "checked_manifest", "missing_files", "read_shard_map", "read_shards"]
+__all__ = ["assemble", "checked_manifest", "missing_files", "read_shards"]
 
 
 def missing_files(folder: Folder, manifest: Manifest, *, sizes: bool = True) -> list[str]:
@@ -152,22 +146,6 @@ def read_shards(folder: Folder, manifest: Manifest) -> bytes:
             f"the shard map does not have the SHA-256 of the manifest: {path}", path=path
         )
     return data
-
-
-def read_shard_map(folder: Folder, manifest: Manifest) -> ShardMap | None:
-    """The shard map that a manifest lists, checked; None if it lists none.
-
-    Raises:
-        CorruptCheckpointError: It is malformed, or not what the manifest says.
-    """
-    if manifest.shards is None:
-        return None
-    return decode_shard_map(
-        read_shards(folder, manifest),
-        os.path.join(folder.path, SHARDS_NAME),
-        attempt=manifest.attempt,
-        world_size=manifest.world_size,
-    )
 
 
 def _check_agreement(attempt: str, marks: list[Mark], merger: Merger) -> None:

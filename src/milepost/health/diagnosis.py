@@ -16,13 +16,12 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Literal
 
-from milepost.commit import absolute_path, locate
+from milepost.commit import Checkpoint, absolute_path, locate
 from milepost.commit.claim import is_abandoned
 from milepost.commit.folders import (
     Hidden,
     Note,
     belongs,
-    file_digest,
     list_names,
     names_of,
     opened,
@@ -40,7 +39,7 @@ from milepost.errors import (
     StorageError,
     UnsupportedFormatError,
 )
-from milepost.format.index import FileDigest, decode_index, decode_mark
+from milepost.format.index import FileDigest, decode_mark
 from milepost.format.limits import MAX_INDEX_BYTES
 from milepost.format.manifest import Manifest
 from milepost.format.names import (
@@ -213,7 +212,7 @@ def _look(storage: Storage, path: str) -> Diagnosis:
     folder = path if is_run else os.path.dirname(path)
     names = names_of(storage, folder)
     if names is None:
-        locate(storage, path).folder.close()  # tells what is there instead, and what exists near it
+        locate(storage, path).close()  # tells what is there instead, and what exists near it
         storage.open_folder(folder).close()  # tells why it cannot be listed
     listed = {entry.path: entry for entry in scan(storage, folder)}
     places = (os.path.join(folder, name) for name in names or ())
@@ -222,7 +221,7 @@ def _look(storage: Storage, path: str) -> Diagnosis:
     asked = {path, *(finding.target for finding in findings if finding.path == path)} - {None}
     chosen = [found for found in findings if is_run or found.path == path or found.target in asked]
     if not is_run and not chosen:
-        locate(storage, path).folder.close()
+        locate(storage, path).close()
     chosen.sort(key=lambda finding: (finding.time, finding.name, finding.path))
     return Diagnosis(path, is_run, chosen, _newest(findings), findings)
 
@@ -288,7 +287,8 @@ def _published(folder: Folder, found: Finding, entry: Entry) -> Finding:
         return replace(found, state="unreadable", problem=error.message)
     except LoadError as error:
         return replace(found, damage=(Damage(MANIFEST_NAME, error.message),))
-    damage = _misfits(folder, manifest) if manifest else (Damage(MANIFEST_NAME, "is missing"),)
+    missing = (Damage(MANIFEST_NAME, "is missing"),)
+    damage = missing if manifest is None else _misfits(Checkpoint(folder, manifest, found.path), manifest)
     if entry.state == "damaged" or damage:
         return replace(found, damage=damage or (Damage("", entry.problem or "it changes all the time"),))
     left = tuple(name for name in names if is_own(name) and name != MANIFEST_NAME)
@@ -399,39 +399,39 @@ def _rank_of(name: str) -> int | None:
     return index_rank(name) if rank is None else rank
 
 
-def _misfits(folder: Folder, manifest: Manifest) -> tuple[Damage, ...]:
+def _misfits(checkpoint: Checkpoint, manifest: Manifest) -> tuple[Damage, ...]:
     """The files that are missing, have another size or, if `load` compares all of it, another content.
 
     A data file comes with the values that are lost with it.
     """
     damage = []
     names = [entry.name for entry in manifest.entries()]
-    for problem in missing_files(folder, manifest):
+    for problem in missing_files(checkpoint.folder, manifest):
         name = max((name for name in names if problem.startswith(f"{name} ")), key=len, default="")
-        keys = () if data_rank(name) is None else _keys_beyond(folder, name)
+        keys = () if data_rank(name) is None else _keys_beyond(checkpoint, name)
         damage.append(Damage(name, problem.removeprefix(f"{name} "), _rank_of(name), keys))
     told = {known.file for known in damage}
     for listed in (*manifest.indexes, *([manifest.shards] if manifest.shards else [])):
-        if listed.name not in told and (message := _difference(folder, listed)):
+        if listed.name not in told and (message := _difference(checkpoint, listed)):
             damage.append(Damage(listed.name, message, _rank_of(listed.name)))
     return tuple(damage)
 
 
-def _difference(folder: Folder, listed: FileDigest) -> str | None:
+def _difference(checkpoint: Checkpoint, listed: FileDigest) -> str | None:
     """How a file is not what the manifest says, if so."""
     try:
-        same = file_digest(folder, listed.name) == listed
+        same = checkpoint.difference(listed) is None
     except (LoadError, StorageError) as error:
         return f"cannot be read: {error.message}"
     return None if same else "does not have the SHA-256 that the manifest lists"
 
 
-def _keys_beyond(folder: Folder, name: str) -> tuple[str, ...]:
+def _keys_beyond(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
     """The values of a data file that reach beyond its end, as its index says."""
     with suppress(LoadError, StorageError):
-        found = folder.stat(name)
+        found = checkpoint.folder.stat(name)
         size = found.size_bytes if found is not None and found.kind == "file" else 0
-        index = decode_index(folder.read(index_name(data_rank(name) or 0), MAX_INDEX_BYTES), name)
+        index = checkpoint.index(data_rank(name) or 0)
         records = index.records
         return tuple(
             line.path
