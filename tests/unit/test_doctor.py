@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 import milepost
 from milepost.cli import app
-from milepost.cli.doctor import advice, is_wrong, repair, words
+from milepost.cli.doctor import advice, words
 from milepost.commit import Attempt
 from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
 from milepost.format.index import digest
 from milepost.format.manifest import decode_manifest, encode_manifest
 from milepost.format.names import join_hidden
 from milepost.health.diagnosis import diagnose
+from milepost.health.repair import repair
 from milepost.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
@@ -114,7 +115,7 @@ def test_a_missing_rank_is_told_with_its_last_words(run):
     late.progress("write", 1_258_291)
     die(*arrived, late)
     finding = only(path)
-    assert (finding.state, finding.alive, is_wrong(finding)) == ("incomplete", False, True)
+    assert (finding.state, finding.alive, finding.is_wrong) == ("incomplete", False, True)
     assert words(finding, clock.now + 200) == (
         "incomplete: rank 3 never arrived (last seen writing, 1.2 MiB, 3 minutes ago); "
         "rank 2 never began; arrived: 0, 1"
@@ -775,14 +776,14 @@ def test_a_repair_that_fails_goes_on_with_the_next(run, monkeypatch):
     """A failure at one path is told, with exit code 1, and the other paths are repaired all the same."""
     attempts = partial(f"{run}/step-5", (0,), 2) + partial(f"{run}/step-6", (0,), 2)
     die(*attempts)
-    broken = milepost.cli.doctor.roll_forward
+    broken = milepost.health.repair.roll_forward
 
     def fails(storage, path):
         if path.endswith("5"):
             raise StorageError("no permission", path=path)
         return broken(storage, path)
 
-    monkeypatch.setattr("milepost.cli.doctor.roll_forward", fails)
+    monkeypatch.setattr("milepost.health.repair.roll_forward", fails)
     result = invoke(run, "--repair")
     assert result.exit_code == 1
     assert f"not repaired {run}/step-5: no permission" in result.stdout

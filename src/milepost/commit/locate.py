@@ -21,7 +21,8 @@ from milepost.commit.folders import (
     read_manifest,
     siblings,
 )
-from milepost.commit.marks import checked_manifest, missing_files
+from milepost.commit.judge import classify, is_overtaken, is_whole
+from milepost.commit.marks import missing_files
 from milepost.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -145,7 +146,7 @@ def _locate_once(storage: Storage, path: str, state: list[object]) -> Checkpoint
             there = None
             with suppress(CorruptCheckpointError):
                 there = published_manifest(storage, path)
-            if waiting is None or _is_older(waiting, there):
+            if waiting is None or _is_overtaken(waiting, there):
                 raise
             if isinstance(error, CorruptCheckpointError):
                 _logger.warning("loading the complete save beside a damaged checkpoint: %s", error)
@@ -156,23 +157,21 @@ def _locate_once(storage: Storage, path: str, state: list[object]) -> Checkpoint
         raise
     if waiting is None:
         return published
-    keep = _is_older(waiting, published.manifest)
+    keep = _is_overtaken(waiting, published.manifest)
     (waiting if keep else published).close()
     return published if keep else waiting
 
 
-def _is_older(waiting: Checkpoint, published: Manifest | None) -> bool:
+def _is_overtaken(waiting: Checkpoint, published: Manifest | None) -> bool:
     assert waiting.manifest is not None
-    return published is not None and published.order >= waiting.manifest.order
+    return is_overtaken(waiting.manifest, published)
 
 
 def _waiting(storage: Storage, path: str) -> Checkpoint | None:
     """The newest complete attempt that is not published; where nothing is at the path, what was replaced."""
     best: Checkpoint | None = None
     for hidden in _siblings(storage, path):
-        candidate = _open_hidden(storage, hidden, replaced=False)
-        if candidate is None and storage.stat(path) is None:
-            candidate = _open_hidden(storage, hidden, replaced=True)
+        candidate = _open_hidden(storage, path, hidden)
         if candidate is None:
             continue
         if best is None or _preference(candidate) > _preference(best):
@@ -199,22 +198,21 @@ def _preference(located: Checkpoint) -> tuple[bool, tuple[int, float], str]:
     return hidden is not None and hidden[1] == manifest.attempt, manifest.order, manifest.attempt
 
 
-def _open_hidden(storage: Storage, hidden: Hidden, *, replaced: bool) -> Checkpoint | None:
+def _open_hidden(storage: Storage, path: str, hidden: Hidden) -> Checkpoint | None:
+    """The checkpoint in a hidden folder, if a load of the path may read it."""
     folder = open_if_there(storage, hidden.path)
     if folder is None:
         return None
-    manifest = None
+    loads = False
     try:
-        attempt = hidden.attempt
-        if replaced:
-            with suppress(LoadError):
-                old = read_manifest(folder)
-                attempt = old.attempt if old else attempt
-        manifest = checked_manifest(folder, attempt, list_names(folder), deep=True)
+        verdict = classify(folder, hidden.attempt, deep=True)
+        loads = verdict.state == "complete" or (
+            verdict.state == "replaced" and storage.stat(path) is None and is_whole(folder, verdict)
+        )
     finally:
-        if manifest is None:
+        if not loads:
             folder.close()
-    return Checkpoint(folder, manifest, hidden.path, in_place=True) if manifest else None
+    return Checkpoint(folder, verdict.manifest, hidden.path, in_place=True) if loads else None
 
 
 def _published(storage: Storage, path: str, state: list[object]) -> Checkpoint:
@@ -290,7 +288,7 @@ def _not_found(storage: Storage, path: str, message: str) -> CheckpointNotFoundE
     hints = []
     for hidden in _siblings(storage, path):
         with opened(storage, hidden.path) as folder:
-            if folder is not None and folder.stat(NOTE_NAME) is not None:
+            if folder and classify(folder, hidden.attempt, deep=False).state in ("part", "torn"):
                 hints.append(f"a save to it was begun and has not committed: see `milepost doctor {path}`")
                 break
     within = _checkpoints_in(storage, path, "")

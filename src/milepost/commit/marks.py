@@ -4,25 +4,20 @@ from __future__ import annotations
 
 # Paths are str, here as in the storage package.
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from milepost.commit.copies import Copies
-from milepost.commit.folders import belongs, file_digest, list_names, numbers, read_manifest, read_note
+from milepost.commit.folders import file_digest, list_names, numbers
 from milepost.commit.merge import Merger
-from milepost.errors import (
-    CommitError,
-    CorruptCheckpointError,
-    EntryNotFoundError,
-    UnsupportedFormatError,
-)
+from milepost.errors import CommitError, CorruptCheckpointError, EntryNotFoundError
 from milepost.format.index import FileDigest, Mark, decode_mark, digest
 from milepost.format.limits import MAX_INDEX_BYTES
 from milepost.format.manifest import Manifest
-from milepost.format.names import MANIFEST_NAME, SHARDS_NAME, index_name, is_aborted, ranks_in
+from milepost.format.names import MANIFEST_NAME, SHARDS_NAME, index_name, ranks_in
 from milepost.format.shards import MAX_SHARDS_BYTES, SHARDS_FEATURE, encode_shard_map
 from milepost.storage import Folder
 
-__all__ = ["assemble", "checked_manifest", "missing_files", "read_shards"]
+__all__ = ["assemble", "missing_files", "read_shards"]
 
 
 def missing_files(folder: Folder, manifest: Manifest, *, sizes: bool = True) -> list[str]:
@@ -202,35 +197,3 @@ def _attachments(folder: Folder, marks: list[Mark], *, live: bool) -> list[FileD
             raise CommitError(f"the attachment {name!r} was changed after pre_commit", phase="commit")
         settled.append(actual)
     return settled
-
-
-def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep: bool) -> Manifest | None:
-    """The manifest of a hidden folder that holds a whole checkpoint of `attempt`, else None.
-
-    Its attempt.json, if it can be read, says so; it has a manifest of this attempt, or a full set of marks
-    and no abort mark; and all files are there with their sizes. (After a power cut a mark or manifest may be
-    there without them.)
-
-    Args:
-        folder: The hidden folder.
-        attempt: The attempt in its name.
-        names: What is in it.
-        deep: Compare indexes, shard map and attachments with the manifest's hashes as well.
-    """
-    names = set(names)
-    note = read_note(folder)
-    if note is not None and not belongs(note, folder, attempt):
-        return None
-    try:
-        if MANIFEST_NAME in names:
-            manifest = read_manifest(folder)
-            if manifest is None or manifest.attempt != attempt or missing_files(folder, manifest):
-                return None
-            hashed = [file for file in manifest.entries() if deep and isinstance(file, FileDigest)]
-            return manifest if all(file_digest(folder, file.name) == file for file in hashed) else None
-        if is_aborted(names):
-            return None
-        assembled = assemble(folder, attempt, ranks_in(names), live=False)
-        return assembled[0] if assembled else None
-    except (CommitError, CorruptCheckpointError, UnsupportedFormatError, EntryNotFoundError):
-        return None

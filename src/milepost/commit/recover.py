@@ -15,17 +15,14 @@ from contextlib import suppress
 from milepost.commit.claim import encode_note, is_abandoned, take_over
 from milepost.commit.folders import (
     Hidden,
-    belongs,
-    list_names,
     names_of,
     opened,
     published_manifest,
-    read_beacons,
     read_manifest,
-    read_note,
     siblings,
 )
-from milepost.commit.marks import checked_manifest, read_shards
+from milepost.commit.judge import Verdict, classify, is_overtaken, is_whole
+from milepost.commit.marks import read_shards
 from milepost.commit.publish import publish, retire
 from milepost.commit.removal import remove_tree, sweep
 from milepost.errors import (
@@ -46,7 +43,6 @@ from milepost.format.names import (
     index_name,
     is_aborted,
     is_note_aside,
-    ranks_in,
 )
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
@@ -66,28 +62,20 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
         The hidden folders that were moved into place (one at most).
     """
     path = os.path.abspath(path)
-    whole: list[tuple[tuple[int, float], str, Hidden]] = []
-    replaced: list[tuple[tuple[int, float], str, Hidden]] = []
+    found: dict[str, list[tuple[tuple[int, float], str, Hidden]]] = {"complete": [], "replaced": []}
     for hidden in siblings(storage, path):
         with opened(storage, hidden.path) as folder:
             if folder is None:
                 continue
-            names = list_names(folder)
-            manifest = checked_manifest(folder, hidden.attempt, names, deep=True)
-            if manifest is not None:
-                whole.append((manifest.order, hidden.attempt, hidden))
-                continue
-            with suppress(LoadError, StorageError):
-                manifest = read_manifest(folder)
-                if manifest is not None and manifest.attempt != hidden.attempt:
-                    manifest = checked_manifest(folder, manifest.attempt, names, deep=True)
-                    if manifest is not None:
-                        replaced.append((manifest.order, hidden.attempt, hidden))
-    if whole:
-        hidden = max(whole, key=lambda found: found[:2])[2]
+            verdict = classify(folder, hidden.attempt, deep=True)
+            if verdict.state == "complete" or (verdict.state == "replaced" and is_whole(folder, verdict)):
+                assert verdict.manifest is not None
+                found[verdict.state].append((verdict.manifest.order, hidden.attempt, hidden))
+    if found["complete"]:
+        hidden = max(found["complete"], key=lambda one: one[:2])[2]
         return [hidden.path] if _finish(storage, path, hidden) else []
-    if replaced and storage.stat(path) is None:
-        hidden = max(replaced, key=lambda found: found[:2])[2]
+    if found["replaced"] and storage.stat(path) is None:
+        hidden = max(found["replaced"], key=lambda one: one[:2])[2]
         with suppress(EntryExistsError, EntryNotFoundError):
             storage.rename(hidden.path, path, "create")
             storage.sync_folder(os.path.dirname(path))
@@ -104,8 +92,11 @@ def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
         with opened(storage, hidden.path) as folder:
             if folder is None:
                 return False
-            manifest = checked_manifest(folder, hidden.attempt, list_names(folder), deep=True)
-            if manifest is None or is_overtaken(manifest, published_manifest(storage, path)):
+            verdict = classify(folder, hidden.attempt, deep=True)
+            manifest = verdict.manifest
+            if verdict.state != "complete" or manifest is None:
+                return False
+            if is_overtaken(manifest, published_manifest(storage, path)):
                 return False
             shards = read_shards(folder, manifest) if manifest.shards else None
             if not commit_manifest(storage, hidden.path, manifest, shards):
@@ -140,14 +131,6 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest, shards: b
         return False
     storage.sync_folder(folder)
     return True
-
-
-def is_overtaken(whole: Manifest, published: Manifest | None) -> bool:
-    """Whether a checkpoint that waits beside a path is of no use, as one as new as it is there.
-
-    Of two savers that knew nothing of each other the one whose checkpoint is published comes later.
-    """
-    return published is not None and published.order >= whole.order
 
 
 def next_sequence(storage: Storage, path: str) -> int:
@@ -232,23 +215,23 @@ def _is_awaited(storage: Storage, path: str, attempt: str, live: set[str]) -> bo
 
 def _clear(storage: Storage, path: str, hidden: Hidden, live: set[str]) -> bool:
     with opened(storage, hidden.path) as folder:
-        if folder is None:
-            return False
-        judge = _judge(storage, path, hidden, folder)
-        aborted = is_aborted(list_names(folder))
-    awaited = judge == "part" and _is_awaited(storage, path, hidden.attempt, live)
-    if judge is None or (awaited and not aborted):
+        verdict = _leftover(storage, path, hidden, folder)
+    if verdict is None:
         return False
-    if judge == "unborn":
+    awaited = verdict.state == "part" and _is_awaited(storage, path, hidden.attempt, live)
+    if awaited and not is_aborted(verdict.names):
+        return False
+    if verdict.state == "unborn":
         return _remove_unborn(storage, hidden.path)
-    if judge == "replaced":
+    if verdict.state in ("replaced", "remains"):
         return retire(storage, path, hidden.path, None)
     lock = take_over(storage, hidden, encode_note(path, hidden.attempt))
     if lock is None:
         return False
     try:
         with opened(storage, hidden.path) as folder:
-            if folder is None or _judge(storage, path, hidden, folder) != judge:
+            again = _leftover(storage, path, hidden, folder)
+            if folder is None or again is None or again.state != verdict.state:
                 return False
             has_manifest = folder.stat(MANIFEST_NAME) is not None
         if has_manifest:
@@ -261,43 +244,13 @@ def _clear(storage: Storage, path: str, hidden: Hidden, live: set[str]) -> bool:
     return not awaited
 
 
-def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str | None:
-    """What a hidden folder is: "unborn", "replaced", "overtaken", a "part", or None: to be left alone."""
-    names = list_names(folder)
-    if all(is_note_aside(name) for name in names):
-        return "unborn"
-    try:
-        manifest = read_manifest(folder)
-    except LoadError:
+def _leftover(storage: Storage, path: str, hidden: Hidden, folder: Folder | None) -> Verdict | None:
+    """The verdict about a folder that may be cleared; None if it is to be left alone, or gone."""
+    if folder is None:
         return None
-    published = published_manifest(storage, path)
-    if manifest is not None and manifest.attempt != hidden.attempt:
-        return "replaced" if published is not None else None
-    if not _says_so(folder, hidden, names):
-        plain = manifest is None and NOTE_NAME not in names
-        return "replaced" if plain and published is not None and published.attempt == hidden.attempt else None
-    # A manifest alone is a commit, too: what it lists may only seem to be missing.
-    whole = manifest or checked_manifest(folder, hidden.attempt, names, deep=False)
-    if whole is None:
-        return "part"
-    return "overtaken" if is_overtaken(whole, published) else None
-
-
-def _says_so(folder: Folder, hidden: Hidden, names: list[str]) -> bool:
-    """Whether the folder's content says that it is this attempt at this path.
-
-    ``attempt.json`` is not fsynced: after a power cut a beacon or a mark may have to speak for it.
-    """
-    note = read_note(folder)
-    if note is not None:
-        return belongs(note, folder, hidden.attempt)
-    if any(beacon.attempt == hidden.attempt for beacon in read_beacons(folder, names).values()):
-        return True
-    for rank in sorted(ranks_in(names))[:1]:
-        with suppress(LoadError, StorageError):
-            mark = decode_mark(folder.read(index_name(rank), MAX_INDEX_BYTES), folder.path)
-            return mark.attempt == hidden.attempt
-    return False
+    verdict = classify(folder, hidden.attempt, deep=False)
+    published = None if verdict.state == "unborn" else published_manifest(storage, path)
+    return verdict if verdict.is_leftover(published) else None
 
 
 def _remove_unborn(storage: Storage, path: str) -> bool:

@@ -24,8 +24,9 @@ from milepost.commit.folders import (
     read_manifest,
     read_note,
 )
+from milepost.commit.judge import classify, wording
 from milepost.commit.locate import has_identity
-from milepost.commit.marks import checked_manifest, missing_files
+from milepost.commit.marks import missing_files
 from milepost.errors import (
     AbortedError,
     CheckpointNotFoundError,
@@ -151,36 +152,23 @@ def _manifest_entry(folder: Folder, name: str, manifest: Manifest) -> Entry:
 
 
 def _hidden_entry(folder: Folder, stem: str, attempt: str) -> Entry | None:
-    names = list_names(folder)
-    note = read_note(folder)
+    verdict = classify(folder, attempt, deep=False)
+    names, note, manifest = verdict.names, verdict.note, verdict.manifest
     name = note.name if note is not None and note.attempt == attempt else stem
-    size, moment = _measure(folder, names)
-    try:
-        manifest = read_manifest(folder)
-    except UnsupportedFormatError as error:
-        return _unread_entry(folder, name, names, error)
-    except LoadError:
-        manifest = None
-    if manifest is not None and manifest.attempt != attempt:
-        problem = "replaced by a later save, which has not cleared it yet"
-        return Entry(name, folder.path, "partial", manifest.step, size, moment, manifest.world_size, problem)
-    whole = checked_manifest(folder, attempt, names, deep=False)
-    if whole is not None:
-        problem = "complete, but not published: the next save to it, or `doctor --repair`, publishes it"
-        return Entry(
-            name,
-            folder.path,
-            "committed",
-            whole.step,
-            whole.size_bytes,
-            whole.time,
-            whole.world_size,
-            problem,
-        )
+    if isinstance(verdict.error, UnsupportedFormatError):
+        return _unread_entry(folder, name, names, verdict.error)
+    said, (size, moment) = wording(verdict.state, folder.path), _measure(folder, names)
+    if manifest is not None and verdict.state == "complete":
+        said = f"{said}: the next save to it, or `doctor --repair`, publishes it"
+        facts = (manifest.step, manifest.size_bytes, manifest.time, manifest.world_size, said)
+        return Entry(name, folder.path, "committed", *facts)
+    if manifest is not None and verdict.state == "replaced":
+        return Entry(name, folder.path, "partial", manifest.step, size, moment, manifest.world_size, said)
     if note is None and not any(is_own(entry) or index_rank(entry) is not None for entry in names):
         return None
     told = explain_folder(folder)
-    return Entry(name, folder.path, "partial", None, size, moment, told.world_size, told.problem)
+    problem = verdict.error.message if verdict.error else said or told.problem
+    return Entry(name, folder.path, "partial", None, size, moment, told.world_size, problem)
 
 
 def _measure(folder: Folder, names: list[str]) -> tuple[int, float]:
