@@ -229,6 +229,13 @@ class MortalStorage:
         self.step("sync_folder", path)
         self.inner.sync_folder(path)
 
+    def sync_file(self, path):
+        self.step("sync_file", path)
+        self.inner.sync_file(path)
+
+    def is_network(self, path):
+        return self.inner.is_network(path)
+
     def lock(self, path, *, exclusive=False):
         self.step("lock", path)
         lock = self.inner.lock(path, exclusive=exclusive)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # Paths are str, here as in the storage package.
 import os
-from collections.abc import Callable
 from contextlib import suppress
 
 from milepost.commit.folders import file_digest, list_names
@@ -12,7 +11,6 @@ from milepost.errors import CommitError, EntryNotFoundError
 from milepost.format.index import FileDigest
 from milepost.format.names import SHARDS_NAME, data_rank, index_rank, is_own, is_plain_name
 from milepost.storage import Folder, Storage
-from milepost.storage.writing import publish_bytes
 
 __all__ = ["collect"]
 
@@ -54,7 +52,7 @@ def _collect(storage: Storage, root: Folder, path: str, names: list[str], found:
                 storage.sync_folder(inner)
         elif stat.kind == "file" and is_plain_name(name) and name.isprintable():
             with suppress(EntryNotFoundError):
-                _sync_file(storage, root, inner, name)
+                storage.sync_file(inner)
                 found.append(file_digest(root, name))
         else:
             what = {"symlink": "a symbolic link", "other": "a device"}.get(stat.kind, "no valid name")
@@ -71,18 +69,3 @@ def _is_ours(name: str, world_size: int) -> bool:
 
 def _refused(what: str, hint: str) -> CommitError:
     return CommitError(f"pre_commit added {what}", phase="pre_commit", hint=hint)
-
-
-def _sync_file(storage: Storage, folder: Folder, path: str, name: str) -> None:
-    """Make the bytes of an existing file durable."""
-    sync: Callable[[str], None] | None = getattr(storage, "sync_file", None)
-    if sync is not None:
-        sync(path)
-        return
-    file = folder.open(name)
-    try:
-        data = bytearray(file.size)
-        file.read_into(0, [memoryview(data)])
-    finally:
-        file.close()
-    publish_bytes(storage, path, bytes(data), "replace")

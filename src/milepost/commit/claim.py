@@ -171,10 +171,9 @@ def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | No
         hidden: Its folder.
         note: What to write into an ``attempt.json`` that a power cut has taken.
     """
-    ask: Callable[[str], bool] | None = getattr(storage, "is_network", None)
     path = os.path.join(hidden.path, NOTE_NAME)
     try:
-        if ask is not None and ask(hidden.path):
+        if storage.is_network(hidden.path):
             old = unchanged_seconds(storage, hidden.path) > NETWORK_PATIENCE_SECONDS
             return _NoLock() if old else None
         if note is not None and storage.stat(path) is None:

@@ -154,7 +154,7 @@ def _says_so(
 ) -> bool:
     """Whether the content says that the folder is this attempt.
 
-    ``attempt.json`` is not fsynced. After a power cut the manifest, a beacon or a mark may have to speak for it.
+    ``attempt.json`` is not fsynced. After a power cut the manifest, a beacon or a mark may have to speak.
     """
     if note is not None:
         return belongs(note, folder, attempt)
@@ -173,7 +173,7 @@ def _whole(
 ) -> Manifest | None:
     """The manifest of a whole checkpoint, read or made of a full set of marks; None if it is not whole.
 
-    All files must be there with their sizes: after a power cut a manifest or a mark may be there without them.
+    All files must be there with their sizes: a power cut may leave a manifest or a mark without them.
     """
     try:
         if manifest is not None:
