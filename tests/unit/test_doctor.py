@@ -15,9 +15,9 @@ from commit_steps import StepClock, arrive, save, tree
 from typer.testing import CliRunner
 
 import milepost
+from milepost import commit
 from milepost.cli import app
 from milepost.cli.doctor import advice, words
-from milepost.commit import Attempt
 from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
 from milepost.format.index import digest
 from milepost.format.manifest import decode_manifest, encode_manifest
@@ -43,7 +43,7 @@ def invoke(*arguments):
 
 
 def begin(path, rank, world_size, attempt="job-1", **kwargs):
-    return Attempt.begin(STORAGE, path, attempt=attempt, rank=rank, world_size=world_size, **kwargs)
+    return commit.begin(STORAGE, path, attempt=attempt, rank=rank, world_size=world_size, **kwargs)
 
 
 def die(*attempts):

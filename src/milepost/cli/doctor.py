@@ -10,7 +10,7 @@ from functools import partial
 
 from milepost.cli.output import DAMAGED, FAILED, OK, Session, size
 from milepost.cli.verify import progress_bar
-from milepost.commit.folders import numbers
+from milepost.commit.contents import numbers
 from milepost.commit.judge import wording
 from milepost.health.diagnosis import Damage, Diagnosis, Finding, RankState, diagnose
 from milepost.health.listing import causes, ranks_named

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Self
 
-from milepost.commit.folders import file_digest
+from milepost.commit.contents import file_digest
 from milepost.commit.marks import read_shards
 from milepost.errors import CheckpointNotFoundError, CorruptCheckpointError, EntryNotFoundError
 from milepost.format.index import FileDigest, Index, decode_index, digest

@@ -11,15 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from milepost.commit.folders import (
-    Note,
-    belongs,
-    file_digest,
-    list_names,
-    read_beacons,
-    read_manifest,
-    read_note,
-)
+from milepost.commit.contents import Note, belongs, file_digest, list_names, read_beacons, read_manifest, read_note
 from milepost.commit.marks import assemble, missing_files
 from milepost.errors import (
     CommitError,

@@ -10,19 +10,11 @@ import time
 from contextlib import suppress
 
 from milepost.commit.checkpoint import Checkpoint
-from milepost.commit.folders import (
-    Hidden,
-    absolute_path,
-    list_names,
-    names_of,
-    open_if_there,
-    opened,
-    published_manifest,
-    read_manifest,
-    siblings,
-)
+from milepost.commit.by_rename.folders import Hidden, absolute_path, names_of, open_if_there, opened, published_manifest, siblings
+from milepost.commit.contents import list_names, read_manifest
 from milepost.commit.judge import classify, is_overtaken, is_whole
 from milepost.commit.marks import missing_files
+from milepost.commit.waiting import VISIBLE_SECONDS, is_at_least
 from milepost.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -32,24 +24,21 @@ from milepost.errors import (
     StorageError,
 )
 from milepost.format.image import IDENTITY_ENTRY
-from milepost.format.manifest import Manifest, identity_of
+from milepost.format.manifest import Manifest
 from milepost.format.names import MANIFEST_NAME, NOTE_NAME, data_rank, index_rank, looks_hidden, shown
 from milepost.storage import Folder, Storage
 
-__all__ = ["VISIBLE_SECONDS", "expect", "has_identity", "is_at_least", "locate"]
-
-VISIBLE_SECONDS = 60.0
-"""How long a file system may take to show this host what another one has committed."""
+__all__ = ["expect", "has_identity", "locate"]
 
 _expected: dict[str, str] = {}
-"""Paths at which another host has committed a checkpoint that is not seen here yet, and what that is."""
+"""Paths where another host has committed a checkpoint that this host does not see, with its identity."""
 
 _logger = logging.getLogger(__name__)
 _TRIES = 20
 _TAIL_BYTES = 1 << 16
 _LOOK_SECONDS = 0.5
 _MANY_RANKS = 64
-"""With more ranks than these nobody looks at every file's size: each checks those that it reads."""
+"""With more ranks than these `locate` does not compare sizes: a load checks the files that it reads."""
 
 
 def locate(storage: Storage, path: str | os.PathLike[str]) -> Checkpoint:
@@ -91,30 +80,17 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def expect(path: str, identity: str) -> None:
-    """A checkpoint has been committed at a path where this host does not show it: `locate` waits for it.
+    """Let `locate` wait for a checkpoint that is committed, but not seen on this host yet.
 
     Args:
         path: The absolute path of the checkpoint.
-        identity: What `is_at_least` knows it by.
+        identity: The one that `is_at_least` compares.
     """
     _expected[path] = identity
 
 
-def is_at_least(manifest: Manifest | None, identity: str) -> bool:
-    """Whether a manifest is the one with this identity, or that of a later save to its path.
-
-    Args:
-        manifest: What is seen.
-        identity: The sequence and the SHA-256 of a manifest, as another rank gave them.
-    """
-    sequence, _, sha = identity.partition(":")
-    if manifest is None:
-        return False
-    return manifest.sequence > int(sequence) or identity_of(manifest) == sha
-
-
 def _locate_settled(storage: Storage, path: str) -> Checkpoint:
-    """What is at a path; what a save changes meanwhile is looked at again."""
+    """What is at a path. If a save changes something meanwhile, looks again."""
     before: object = None
     for _ in range(_TRIES):
         state: list[object] = []
@@ -126,7 +102,7 @@ def _locate_settled(storage: Storage, path: str) -> Checkpoint:
             CheckpointNotFoundError,
             EntryNotFoundError,
         ):
-            # A save may be replacing the folder: what fails twice in the same way is so.
+            # A save may be replacing the folder: only what fails twice in the same way is raised.
             if state == before:
                 raise
             before = state
@@ -134,7 +110,7 @@ def _locate_settled(storage: Storage, path: str) -> Checkpoint:
 
 
 def _locate_once(storage: Storage, path: str, state: list[object]) -> Checkpoint:
-    """One look. `state` collects what was seen, to tell whether something has changed since the last look."""
+    """One look. `state` collects what was seen, to compare it with the last look."""
     found = storage.stat(path)
     if found is not None and found.kind == "symlink":
         path = os.path.realpath(path)
@@ -168,7 +144,7 @@ def _is_overtaken(waiting: Checkpoint, published: Manifest | None) -> bool:
 
 
 def _waiting(storage: Storage, path: str) -> Checkpoint | None:
-    """The newest complete attempt that is not published; where nothing is at the path, what was replaced."""
+    """The newest complete attempt that is not published, or a replaced checkpoint if nothing is at the path."""
     best: Checkpoint | None = None
     for hidden in _siblings(storage, path):
         candidate = _open_hidden(storage, path, hidden)
@@ -182,7 +158,7 @@ def _waiting(storage: Storage, path: str) -> Checkpoint | None:
 
 
 def _siblings(storage: Storage, path: str) -> list[Hidden]:
-    """As `siblings`; none where this user may open what lies in the folder above, but not list it."""
+    """As `siblings`; none if this user may not list the folder above."""
     try:
         return siblings(storage, path)
     except StorageError as error:
@@ -247,7 +223,7 @@ def _published(storage: Storage, path: str, state: list[object]) -> Checkpoint:
 
 
 def _check_plain(storage: Storage, folder: Folder, path: str, names: list[str]) -> None:
-    """Let a folder without a manifest pass only if its files are plain ones, not parts of a save of ours."""
+    """Refuse a folder without a manifest unless its files are those of plain ``torch.save``."""
     data = [name for name in names if data_rank(name) is not None]
     ours = [name for name in names if index_rank(name) is not None or name == NOTE_NAME]
     ours += [name for name in data if has_identity(folder, name)]
@@ -263,7 +239,7 @@ def _check_plain(storage: Storage, folder: Folder, path: str, names: list[str]) 
 
 
 def has_identity(folder: Folder, name: str) -> bool:
-    """Whether a data file has the record that tells our files from plain ones, near its end."""
+    """Whether a data file is ours: such files have an identity record near their end."""
     try:
         file = folder.open(name)
     except (CorruptCheckpointError, EntryNotFoundError):

@@ -1,7 +1,7 @@
 """What is wrong with a checkpoint, or with a folder of them, as plain facts. Torch-free; changes nothing.
 
-It judges by the rules of `milepost.commit`: what it calls loadable is what `locate` finds, and what it
-calls complete is what `roll_forward` publishes.
+The rules are those of `milepost.commit`: `locate` finds what is loadable here, and `roll_forward` publishes
+what is complete here.
 """
 
 # Paths are str, here as in the storage package.
@@ -17,16 +17,9 @@ from math import inf
 from typing import Literal
 
 from milepost.commit import Checkpoint, absolute_path, locate
-from milepost.commit.claim import is_abandoned
-from milepost.commit.folders import (
-    Hidden,
-    list_names,
-    names_of,
-    opened,
-    published_manifest,
-    read_manifest,
-    siblings,
-)
+from milepost.commit.by_rename.claim import is_abandoned
+from milepost.commit.by_rename.folders import Hidden, names_of, opened, published_manifest, siblings
+from milepost.commit.contents import list_names, read_manifest
 from milepost.commit.judge import State, Verdict, classify, is_overtaken, is_whole
 from milepost.commit.marks import assemble, missing_files
 from milepost.errors import (
@@ -63,12 +56,13 @@ __all__ = ["LATE_SECONDS", "Damage", "Diagnosis", "Finding", "RankState", "Watch
 
 _TRIES = 5
 LATE_SECONDS = 300.0
-"""So long after its last change an attempt waits for ranks that have not begun, as those that have arrived
-need not stay."""
+"""For so long after its last change an attempt may wait for ranks that have not begun.
+
+Ranks that have arrived need not stay, so nobody may hold its lock."""
 _CUT_STEM = re.compile(r".+~[0-9a-f]{16}", re.DOTALL)
 
 Watch = Callable[[str], AbstractContextManager[Progress | None]]
-"""Called with the path of a checkpoint whose bytes are read; the context's value is told the progress."""
+"""Called with the path of a checkpoint before its bytes are read; the context gives a progress callback."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ class RankState:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not as it was written, the rank that wrote it, and the values concerned."""
+    """A damaged file, the rank that wrote it, and the values in the damaged part."""
 
     file: str
     message: str
@@ -191,7 +185,7 @@ class Diagnosis:
 
 
 def diagnose(storage: Storage, path: str, *, deep: bool = False, watch: Watch | None = None) -> Diagnosis:
-    """Look at one checkpoint (which may exist as a hidden partial only), or at all in a folder.
+    """Look at one checkpoint, which may exist as a hidden folder only, or at all in a folder.
 
     Args:
         storage: Where.
@@ -209,7 +203,7 @@ def diagnose(storage: Storage, path: str, *, deep: bool = False, watch: Watch | 
         path = os.path.realpath(path)
     damaged = None
     for _ in range(_TRIES):
-        # A save may be replacing what is looked at: damage that is seen twice in the same way is so.
+        # A save may be replacing the folder: damage counts when it is seen twice in the same way.
         before, found = damaged, _look(storage, path)
         damaged = [finding for finding in found.findings if finding.state == "damaged"]
         if damaged in ([], before):
@@ -277,7 +271,7 @@ def _examine(storage: Storage, path: str, entry: Entry | None, names: list[str])
 
 
 def _target(parent: str, stem: str, verdict: Verdict, names: list[str]) -> str | None:
-    """The path to which a hidden folder belongs; None if its name was cut and is told nowhere."""
+    """The path that a hidden folder belongs to; None if its name was cut and no file has the whole name."""
     note = verdict.note
     if not _CUT_STEM.fullmatch(stem):
         return os.path.join(parent, stem)
@@ -416,12 +410,12 @@ def _is_alive(storage: Storage, path: str, verdict: Verdict, *, fresh: bool) -> 
         return None
     if NOTE_NAME in verdict.names:
         return True
-    # Nobody can hold a lock on a file that is not there; but one who has just begun has not named it yet.
+    # Without the file there is no lock; but a saver that has just begun has not named the file yet.
     return None if fresh and verdict.state == "unborn" else False
 
 
 def _marked_world_size(folder: Folder, arrived: list[int]) -> int | None:
-    """How many ranks take part, where the ``attempt.json`` that said so is lost."""
+    """How many ranks take part, from a mark, if ``attempt.json`` is lost."""
     for rank in arrived[:1]:
         with suppress(LoadError, StorageError):
             return decode_mark(folder.read(index_name(rank), MAX_INDEX_BYTES), folder.path).world_size
@@ -465,9 +459,9 @@ def _rank_of(name: str) -> int | None:
 
 
 def _misfits(checkpoint: Checkpoint, manifest: Manifest) -> tuple[Damage, ...]:
-    """The files that are missing, have another size or, if `load` compares all of it, another content.
+    """The files that are missing, have another size or, if they are hashed whole, another content.
 
-    A data file comes with the values that are lost with it.
+    A data file comes with the values that it has lost.
     """
     damage = []
     names = [entry.name for entry in manifest.entries()]
@@ -492,7 +486,7 @@ def _difference(checkpoint: Checkpoint, listed: FileDigest) -> str | None:
 
 
 def _keys_beyond(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
-    """The values of a data file that reach beyond its end, as its index says."""
+    """The values that the index places beyond the end of a data file."""
     with suppress(LoadError, StorageError):
         found = checkpoint.folder.stat(name)
         size = found.size_bytes if found is not None and found.kind == "file" else 0

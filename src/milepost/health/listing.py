@@ -1,4 +1,4 @@
-"""All checkpoints in a folder, whole ones and parts, and what is known of an attempt that did not commit."""
+"""List the checkpoints in a folder, whole ones and parts; explain an attempt that did not commit."""
 
 from __future__ import annotations
 
@@ -10,20 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from milepost.commit.folders import (
-    AbortMark,
-    Beacon,
-    Note,
-    absolute_path,
-    failures,
-    list_names,
-    names_of,
-    numbers,
-    opened,
-    read_beacons,
-    read_manifest,
-    read_note,
-)
+from milepost.commit.by_rename.folders import absolute_path, names_of, opened
+from milepost.commit.contents import AbortMark, Beacon, Note, failures, list_names, numbers, read_beacons, read_manifest, read_note
 from milepost.commit.judge import classify, wording
 from milepost.commit.locate import has_identity
 from milepost.commit.marks import missing_files
@@ -43,7 +31,7 @@ __all__ = ["Entry", "Explanation", "causes", "entry_at", "explain", "ranks_named
 
 
 _MAX_RANKS = 1 << 20
-"""An attempt that claims to have more ranks does not say how many it has."""
+"""A larger number of ranks in an ``attempt.json`` is not believed."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,7 @@ class Entry:
 
 
 def scan(storage: Storage, folder: str) -> list[Entry]:
-    """All checkpoints in a folder, and parts of some, by time; what is none is left out.
+    """All checkpoints in a folder, and parts of checkpoints, by time.
 
     Raises:
         CheckpointNotFoundError: There is no such folder, or this is no path.
@@ -93,11 +81,11 @@ def _entry_or_none(storage: Storage, path: str) -> Entry | None:
     except StorageError as error:
         if error.errno != errno.EACCES:
             raise
-        return None  # nobody who may not open a folder can load from it
+        return None  # a user who may not open a folder cannot load from it
 
 
 def entry_at(storage: Storage, path: str) -> Entry | None:
-    """The checkpoint that this folder is, or the part of one; None if it is neither."""
+    """The checkpoint, or part of one, in this folder; None if it is neither."""
     name = os.path.basename(path)
     with opened(storage, path) as folder:
         if folder is None:
@@ -243,9 +231,9 @@ def explain_folder(folder: Folder) -> Explanation:
 
 
 def causes(failures: Iterable[tuple[int, str]]) -> tuple[dict[str, list[int]], list[int]]:
-    """What an attempt failed of: each error with the ranks that met it, and the ranks that stopped for it.
+    """Why an attempt failed: each error with the ranks that raised it, and the ranks that stopped for it.
 
-    Where all ranks stopped for another that left no word, what the first says of it is the error.
+    If all ranks stopped for another that left no abort mark, the message of the first is the error.
 
     Args:
         failures: Ranks, the first to fail first, with type and message of their errors.

@@ -1,4 +1,4 @@
-"""What an index says, flattened for people: one line per value, with its path, type and size."""
+"""The values that an index describes, for people: one line each, with path, type and size."""
 
 from __future__ import annotations
 
@@ -115,9 +115,10 @@ class Line:
 _LONGEST = 1000
 
 MOST_LINES = 1 << 17
-"""So many values are described by default, and of the plain ones in one container MOST_PLAIN."""
+"""How many values are described by default."""
 
 MOST_PLAIN = 1000
+"""How many plain values of one container are described."""
 
 
 def outline(index: Index, most: float = MOST_LINES) -> list[Line]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from milepost.commit import clean_up, roll_forward
-from milepost.commit.claim import unchanged_seconds
-from milepost.commit.folders import names_of
+from milepost.commit.by_rename.claim import unchanged_seconds
+from milepost.commit.by_rename.folders import names_of
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.format.names import MANIFEST_NAME, is_own
 from milepost.health.diagnosis import LATE_SECONDS, Diagnosis, Finding, Watch, diagnose

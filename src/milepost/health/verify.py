@@ -1,4 +1,4 @@
-"""Every byte of a checkpoint against its checksum. Torch-free."""
+"""Compare every byte of a checkpoint with its checksum. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from math import inf
 from isal.isal_zlib import crc32_combine
 
 from milepost.commit import Checkpoint, locate
-from milepost.commit.folders import published_manifest, read_manifest
+from milepost.commit.by_rename.folders import published_manifest
+from milepost.commit.contents import read_manifest
 from milepost.errors import CorruptCheckpointError, IncompleteCheckpointError, LoadError, StorageError
 from milepost.format.index import CHUNK_BYTES, DataFile, Index
 from milepost.format.manifest import Manifest
@@ -35,13 +36,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was written.
+    """Damage in one file.
 
     Attributes:
         file: Name of the file in the checkpoint's folder.
         message: What is wrong.
         keys: Paths of the tensors and other values concerned.
-        offset: Where in the file the damage starts, -1 if it is no matter of one place.
+        offset: Where in the file the damage starts; -1 if it has no one place.
         length: How many bytes the failed checksums cover.
     """
 
@@ -102,11 +103,11 @@ class _Verification:
 
 
 def verify(storage: Storage, path: str, progress: Progress | None = None) -> Report:
-    """Read every file that a checkpoint consists of, once, and compare it with its checksums.
+    """Read every file of a checkpoint once and compare it with its checksums.
 
-    On return every byte has been read and compared, and nothing in the folder has changed. Damage in
-    files is in the report; that there is no whole checkpoint at all is an exception. Where a save replaces
-    what is being read, what took its place is verified instead.
+    On return every byte has been read and compared, and nothing in the folder has changed. The report has the
+    damage in files. If there is no checkpoint at all, it raises. If a save replaces the checkpoint meanwhile,
+    the new one is verified instead.
 
     Args:
         storage: Where it is.
@@ -149,7 +150,7 @@ def _verified(storage: Storage, path: str, progress: Progress | None) -> tuple[R
 
 
 def _damaged(storage: Storage, path: str) -> Checkpoint:
-    """The folder at a path with its manifest, whatever its other files are like."""
+    """Open the folder at a path with its manifest, even if other files are damaged."""
     path = os.path.realpath(path)
     folder = storage.open_folder(path)
     try:

@@ -1,8 +1,7 @@
-"""What attempts that died have left behind: finishing those that are whole, removing the rest.
+"""Recovery after a death: publish the attempts that are complete, remove the rest.
 
-Both are safe beside live savers and may run any number of times, in any number of processes at once. Nothing
-is touched for its name alone: a folder must say itself that it is the attempt in its name, and nobody may
-hold the lock on its ``attempt.json``.
+Any number of processes may do both at once, beside live savers. A folder is touched only if its content says
+that it is the attempt in its name, and if nobody holds the lock on its ``attempt.json``.
 """
 
 # Paths are str, here as in the storage package.
@@ -12,19 +11,13 @@ import logging
 import os
 from contextlib import suppress
 
-from milepost.commit.claim import encode_note, is_abandoned, take_over
-from milepost.commit.folders import (
-    Hidden,
-    names_of,
-    opened,
-    published_manifest,
-    read_manifest,
-    siblings,
-)
+from milepost.commit.by_rename.claim import encode_note, is_abandoned, take_over
+from milepost.commit.by_rename.folders import Hidden, names_of, opened, published_manifest, siblings
+from milepost.commit.contents import read_manifest
 from milepost.commit.judge import Verdict, classify, is_overtaken, is_whole
 from milepost.commit.marks import read_shards
-from milepost.commit.publish import publish, retire
-from milepost.commit.removal import remove_tree, sweep
+from milepost.commit.by_rename.publish import publish, retire
+from milepost.commit.by_rename.removal import remove_tree, sweep
 from milepost.errors import (
     EntryExistsError,
     EntryNotFoundError,
@@ -53,10 +46,10 @@ _logger = logging.getLogger(__name__)
 
 
 def roll_forward(storage: Storage, path: str) -> list[str]:
-    """Publish the newest attempt at `path` that is complete but was left unpublished.
+    """Publish the newest attempt at `path` that is complete but was not published.
 
-    It is left alone while somebody works on it, and never put over a newer checkpoint. Where the path is
-    empty and there is no such attempt, a replaced checkpoint that is still whole returns to its place.
+    An attempt stays as it is while somebody works on it, and never replaces a newer checkpoint. If nothing is
+    at the path and there is no such attempt, a replaced checkpoint that is whole returns there.
 
     Returns:
         The hidden folders that were moved into place (one at most).
@@ -100,7 +93,7 @@ def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
                 return False
             shards = read_shards(folder, manifest) if manifest.shards else None
             if not commit_manifest(storage, hidden.path, manifest, shards):
-                # The names may be no more than what a killed process saw: they must be durable first.
+                # A killed process may have made the manifest without making its name durable: do so first.
                 storage.sync_folder(hidden.path)
         publish(storage, path, manifest)
     except (TargetError, LoadError) as error:
@@ -118,11 +111,11 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest, shards: b
     This is the commit.
 
     Returns:
-        False if there is one already; its names are then as durable as its creator made them.
+        False if there is one already. Its creator makes its name durable.
     """
     storage.make_public(folder)
     if shards is not None:
-        # Whoever assembles the same marks makes the same bytes: what is there already is as good.
+        # Every rank makes the same bytes of the same marks: those that are there are as good.
         with suppress(EntryExistsError):
             publish_bytes(storage, os.path.join(folder, SHARDS_NAME), shards, "create")
     try:
@@ -134,7 +127,7 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest, shards: b
 
 
 def next_sequence(storage: Storage, path: str) -> int:
-    """The number of a save that comes now: one above all that can be seen of saves to this path."""
+    """The number of the next save: one above every number seen at the path and beside it."""
     highest = 0
     for place in (path, *(hidden.path for hidden in siblings(storage, path))):
         with suppress(LoadError), opened(storage, place) as folder:
@@ -149,7 +142,7 @@ def next_sequence(storage: Storage, path: str) -> int:
 
 
 def tidy(storage: Storage, path: str, *, keep: str) -> None:
-    """Finish or remove what earlier attempts left; a failure of that does not stop a new save."""
+    """Finish or remove what earlier attempts left. A failure is logged and does not stop the new save."""
     try:
         roll_forward(storage, path)
         clean_up(storage, path, keep=keep)
@@ -158,16 +151,16 @@ def tidy(storage: Storage, path: str, *, keep: str) -> None:
 
 
 def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[str]:
-    """Remove what dead attempts at `path` left: partials, what was replaced, passing files.
+    """Remove what dead attempts at `path` left: parts, replaced checkpoints, temporary files.
 
-    A complete attempt is only removed when a newer checkpoint is published. What fails is logged.
+    A complete attempt is removed only if a newer checkpoint is published. Failures are logged.
 
     Args:
         storage: Where.
         path: The checkpoint.
-        keep: An attempt that is left alone. Parts of the other attempts of its start stay as well, as those
-            of any start of which somebody works on an attempt here: slower ranks may still come. They go
-            when a later attempt of that start is committed, or when the whole start is dead.
+        keep: An attempt that stays. Parts of other attempts of its start stay as well, because slower ranks
+            may still come. So do those of every start of which somebody works on an attempt here. They go
+            when a later attempt of that start is committed, or when nobody of that start works here.
 
     Returns:
         The hidden folders that were removed.
@@ -190,13 +183,13 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
 
 
 def _numbered(attempt: str) -> tuple[str, int]:
-    """The start that an attempt belongs to, and which of its attempts it is; "" for the only rank's."""
+    """The start of an attempt and its number in it; "" for an attempt of a single rank."""
     start, _, number = attempt.rpartition("-")
     return (start, int(number)) if number.isdecimal() else ("", 0)
 
 
 def _live_starts(storage: Storage, beside: list[Hidden], keep: str | None) -> set[str]:
-    """The starts of which ranks may still come: that of `keep`, and any of which somebody works here."""
+    """The starts whose ranks may still come: that of `keep`, and those that somebody works for here."""
     starts = {_numbered(keep or "")[0]}
     for hidden in beside:
         start = _numbered(hidden.attempt)[0]
@@ -235,9 +228,9 @@ def _clear(storage: Storage, path: str, hidden: Hidden, live: set[str]) -> bool:
                 return False
             has_manifest = folder.stat(MANIFEST_NAME) is not None
         if has_manifest:
-            # It may be the former checkpoint of a job that reused its start id: the user's files move along.
+            # It may be the former checkpoint of a job that reused its start id: keep the user's files.
             return retire(storage, path, hidden.path, None)
-        # Ranks that come late must still hear of the failure.
+        # Ranks that come late must still see the abort marks.
         remove_tree(storage, hidden.path, lock, word=awaited)
     finally:
         lock.release()
@@ -245,7 +238,7 @@ def _clear(storage: Storage, path: str, hidden: Hidden, live: set[str]) -> bool:
 
 
 def _leftover(storage: Storage, path: str, hidden: Hidden, folder: Folder | None) -> Verdict | None:
-    """The verdict about a folder that may be cleared; None if it is to be left alone, or gone."""
+    """The verdict on a folder that may be cleared; None if the folder stays, or is gone."""
     if folder is None:
         return None
     verdict = classify(folder, hidden.attempt, deep=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from milepost.commit.folders import file_digest, list_names
+from milepost.commit.contents import file_digest, list_names
 from milepost.errors import CommitError, EntryNotFoundError
 from milepost.format.index import FileDigest
 from milepost.format.names import SHARDS_NAME, data_rank, index_rank, is_own, is_plain_name
@@ -16,9 +16,9 @@ __all__ = ["collect"]
 
 
 def collect(storage: Storage, root: Folder, path: str, world_size: int) -> list[FileDigest]:
-    """Hash the files below a folder that are not our own, and make them durable.
+    """Hash the files below a folder that hooks have added, and make them durable.
 
-    Other ranks' hooks may be at work in the folder: what vanishes meanwhile was a passing file of theirs.
+    Other ranks' hooks may be at work there: a file that vanishes meanwhile was a temporary file of theirs.
 
     Args:
         storage: Where.
@@ -27,7 +27,7 @@ def collect(storage: Storage, root: Folder, path: str, world_size: int) -> list[
         world_size: How many ranks there are.
 
     Raises:
-        CommitError: There is something that a checkpoint cannot hold, or one of our names is used.
+        CommitError: A hook added something that a checkpoint cannot hold, or used a name of ours.
     """
     found: list[FileDigest] = []
     names = [name for name in list_names(root) if not _is_ours(name, world_size)]
