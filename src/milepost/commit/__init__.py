@@ -2,8 +2,8 @@
 
 A save is an `Attempt`: data goes to a hidden folder beside the path; each rank's index, written last, is its
 *mark*; whoever sees all marks and no abort mark creates the manifest, which is the commit; then one rename
-publishes the folder. `locate` finds what to load and gives it as a `Checkpoint`. `roll_forward` and `clean_up`
-deal with what dead attempts left. ARCHITECTURE.md has the protocol.
+publishes the folder. `locate` finds what to load and gives it as a `Checkpoint`. `roll_forward` and
+`clean_up` deal with what dead attempts left. ARCHITECTURE.md has the protocol.
 
 What every kind of storage shares is in the modules here. `place` is the seam: what an attempt asks of a kind
 of storage. `by_rename` answers for file systems.

@@ -11,7 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from milepost.commit.contents import Note, belongs, file_digest, list_names, read_beacons, read_manifest, read_note
+from milepost.commit.contents import (
+    Note,
+    belongs,
+    file_digest,
+    list_names,
+    read_beacons,
+    read_manifest,
+    read_note,
+)
 from milepost.commit.marks import assemble, missing_files
 from milepost.errors import (
     CommitError,

@@ -9,8 +9,16 @@ import os
 import time
 from contextlib import suppress
 
+from milepost.commit.by_rename.folders import (
+    Hidden,
+    absolute_path,
+    names_of,
+    open_if_there,
+    opened,
+    published_manifest,
+    siblings,
+)
 from milepost.commit.checkpoint import Checkpoint
-from milepost.commit.by_rename.folders import Hidden, absolute_path, names_of, open_if_there, opened, published_manifest, siblings
 from milepost.commit.contents import list_names, read_manifest
 from milepost.commit.judge import classify, is_overtaken, is_whole
 from milepost.commit.marks import missing_files
@@ -144,7 +152,7 @@ def _is_overtaken(waiting: Checkpoint, published: Manifest | None) -> bool:
 
 
 def _waiting(storage: Storage, path: str) -> Checkpoint | None:
-    """The newest complete attempt that is not published, or a replaced checkpoint if nothing is at the path."""
+    """The newest complete attempt beside the path; if nothing is at the path, also a replaced checkpoint."""
     best: Checkpoint | None = None
     for hidden in _siblings(storage, path):
         candidate = _open_hidden(storage, path, hidden)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from milepost.commit.copies import Copies
 from milepost.commit.contents import file_digest, list_names, numbers
+from milepost.commit.copies import Copies
 from milepost.commit.merge import Merger
 from milepost.errors import CommitError, CorruptCheckpointError, EntryNotFoundError
 from milepost.format.index import FileDigest, Mark, decode_mark, digest

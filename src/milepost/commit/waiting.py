@@ -6,7 +6,7 @@ import time as _time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -30,9 +30,11 @@ from milepost.format.names import (
 )
 from milepost.storage import Folder
 
+if TYPE_CHECKING:
+    from milepost.commit.attempt import Attempt
+
 __all__ = [
     "VISIBLE_SECONDS",
-    "Awaited",
     "Clock",
     "Meeting",
     "News",
@@ -110,28 +112,6 @@ class Meeting(Protocol):
         """The checkpoint is committed."""
 
 
-class Awaited(Protocol):
-    """What the waits ask of an `Attempt`, which describes it."""
-
-    rank: int
-    world_size: int
-    committed: bool
-    hidden: bool
-    clock: Clock
-
-    def inside(self) -> Folder: ...
-    def names(self) -> list[str]: ...
-    def has(self, name: str) -> bool: ...
-    def check_view(self, names: list[str]) -> None: ...
-    def heard(self, news: News) -> bool: ...
-    def sees_commit(self, names: list[str] | None = None) -> bool: ...
-    def is_pending(self) -> bool: ...
-    def is_shown(self) -> bool: ...
-    def progress(self, phase: str) -> None: ...
-    def say_arrived(self) -> None: ...
-    def complete(self) -> bool: ...
-
-
 class Wait:
     """One wait of one rank.
 
@@ -148,7 +128,7 @@ class Wait:
 
     def __init__(
         self,
-        attempt: Awaited,
+        attempt: Attempt,
         phase: str,
         timeout_seconds: float,
         poll_seconds: float,
@@ -203,7 +183,7 @@ class Wait:
             raise timeout_error(attempt.inside(), names, attempt.world_size, self._seconds)
 
 
-def wait_for_marks(attempt: Awaited, wait: Wait) -> None:
+def wait_for_marks(attempt: Attempt, wait: Wait) -> None:
     """Returns when every rank has arrived. `Attempt.wait_for_marks` describes it."""
     while not (attempt.heard(wait.news) or attempt.has(ARRIVED_NAME) or attempt.has(MANIFEST_NAME)):
         # Without its own mark it may have been committed, replaced and cleared meanwhile.
@@ -218,7 +198,7 @@ def wait_for_marks(attempt: Awaited, wait: Wait) -> None:
         wait.pause_or_raise()
 
 
-def wait_for_commit(attempt: Awaited, wait: Wait) -> None:
+def wait_for_commit(attempt: Attempt, wait: Wait) -> None:
     """Returns when the checkpoint is committed. `Attempt.wait_for_commit` describes it."""
     while not (attempt.committed or _is_committed(attempt, wait)):
         wait.pause_or_raise()
@@ -231,7 +211,7 @@ def wait_for_commit(attempt: Awaited, wait: Wait) -> None:
     attempt.hidden = not shown
 
 
-def _is_committed(attempt: Awaited, wait: Wait) -> bool:
+def _is_committed(attempt: Attempt, wait: Wait) -> bool:
     attempt.heard(wait.news)
     if attempt.committed:
         return True

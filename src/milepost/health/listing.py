@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from milepost.commit.by_rename.folders import absolute_path, names_of, opened
-from milepost.commit.contents import AbortMark, Beacon, Note, failures, list_names, numbers, read_beacons, read_manifest, read_note
+from milepost.commit.contents import (
+    AbortMark,
+    Beacon,
+    Note,
+    failures,
+    list_names,
+    numbers,
+    read_beacons,
+    read_manifest,
+    read_note,
+)
 from milepost.commit.judge import classify, wording
 from milepost.commit.locate import has_identity
 from milepost.commit.marks import missing_files

@@ -92,9 +92,7 @@ class RenamePlace:
         if tidy:
             self.tidy()
         if self._private and self._world_size > 1:
-            refuse_other_starts(
-                self._storage, self.path, world_size=self._world_size, process=self._process
-            )
+            refuse_other_starts(self._storage, self.path, world_size=self._world_size, process=self._process)
 
     def enter(self) -> None:
         """See `Place`."""
