@@ -886,3 +886,20 @@ def test_a_committed_attempt_whose_file_is_gone(run):
         1,
         "checkpoint_0.pt is missing",
     )
+    result = invoke(path, "--repair")
+    assert "it was committed, so it stays until a later checkpoint is published" in result.stdout
+    assert os.listdir(run) == [os.path.basename(attempt.folder)]
+    assert "committed, but files of it seem to be missing" in CliRunner().invoke(app, ["ls", run]).stdout
+
+
+def test_what_does_not_say_whose_it_is_is_called_so(run):
+    """A hidden folder whose attempt.json is lost, with nothing else that names its attempt, is left alone."""
+    folder = join_hidden(f"{run}/step-5", "lost")
+    os.mkdir(folder)
+    for name in ("attempt.json", "checkpoint_0.pt"):
+        with open(f"{folder}/{name}", "wb"):
+            pass
+    finding = only(f"{run}/step-5")
+    assert finding.state == "foreign"
+    assert "it is left alone" in advice(finding, diagnose(STORAGE, run))
+    assert repair(STORAGE, diagnose(STORAGE, run)) == []

@@ -145,6 +145,7 @@ def wording(state: str, path: str) -> str | None:
         "replaced": "left over: a former checkpoint, replaced by a later save",
         "foreign": f"not ours: {os.path.basename(path)} is named like a save to this path, "
         "but nothing in it says that it is one",
+        "torn": "committed, but files of it seem to be missing or damaged",
         "unreadable": "not readable by this version",
     }.get(state)
 
