@@ -271,7 +271,7 @@ def _not_found(storage: Storage, path: str, message: str) -> CheckpointNotFoundE
         )
     hints = []
     for hidden in _siblings(storage, path):
-        with opened(storage, hidden.path) as folder:
+        with suppress(StorageError), opened(storage, hidden.path) as folder:
             if folder and classify(folder, hidden.attempt, deep=False).state in ("part", "torn"):
                 hints.append(f"a save to it was begun and has not committed: see `milepost doctor {path}`")
                 break

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from milepost.commit.by_rename.folders import absolute_path, names_of, published_manifest
-from milepost.commit.contents import list_names, read_manifest
 from milepost.commit.by_rename.removal import NOT_EMPTY, remove_file, sweep
+from milepost.commit.contents import list_names, read_manifest
 from milepost.errors import (
     CorruptCheckpointError,
     EntryExistsError,

@@ -13,11 +13,11 @@ from contextlib import suppress
 
 from milepost.commit.by_rename.claim import encode_note, is_abandoned, take_over
 from milepost.commit.by_rename.folders import Hidden, names_of, opened, published_manifest, siblings
+from milepost.commit.by_rename.publish import publish, retire
+from milepost.commit.by_rename.removal import remove_tree, sweep
 from milepost.commit.contents import read_manifest
 from milepost.commit.judge import Verdict, classify, is_overtaken, is_whole
 from milepost.commit.marks import read_shards
-from milepost.commit.by_rename.publish import publish, retire
-from milepost.commit.by_rename.removal import remove_tree, sweep
 from milepost.errors import (
     EntryExistsError,
     EntryNotFoundError,
@@ -61,13 +61,14 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
             if folder is None:
                 continue
             verdict = classify(folder, hidden.attempt, deep=True)
-            if verdict.state == "complete" or (verdict.state == "replaced" and is_whole(folder, verdict)):
+            free = verdict.state == "replaced" and storage.stat(path) is None
+            if verdict.state == "complete" or (free and is_whole(folder, verdict)):
                 assert verdict.manifest is not None
                 found[verdict.state].append((verdict.manifest.order, hidden.attempt, hidden))
     if found["complete"]:
         hidden = max(found["complete"], key=lambda one: one[:2])[2]
         return [hidden.path] if _finish(storage, path, hidden) else []
-    if found["replaced"] and storage.stat(path) is None:
+    if found["replaced"]:
         hidden = max(found["replaced"], key=lambda one: one[:2])[2]
         with suppress(EntryExistsError, EntryNotFoundError):
             storage.rename(hidden.path, path, "create")
