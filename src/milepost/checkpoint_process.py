@@ -23,8 +23,7 @@ from milepost.background.futures import TrackedFuture, raise_unseen
 from milepost.background.messages import Channel, Init, Write, encode_path
 from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
-from milepost.commit import absolute_path, check_target, process_id
-from milepost.commit.folders import given_path
+from milepost.commit import absolute_path, check_target, given_path, process_id
 from milepost.commit.save import Labels, SaveOptions, telling_others
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from milepost.barriers import Barrier, barrier_store
-from milepost.commit import absolute_path, check_target
-from milepost.commit.folders import given_path
+from milepost.commit import absolute_path, check_target, given_path
 from milepost.commit.save import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, CommitError, PostCommitError, error_context

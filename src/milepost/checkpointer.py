@@ -26,7 +26,7 @@ from milepost.background.staged import staged_bytes
 from milepost.checkpoint_process import CheckpointProcess, WriteFuture
 from milepost.checkpoint_reader import CheckpointReader, load_with
 from milepost.checkpoint_writer import CheckpointWriter
-from milepost.commit.folders import given_path
+from milepost.commit import given_path
 from milepost.config import AsyncConfig
 from milepost.errors import (
     AbortedError,

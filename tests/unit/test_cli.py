@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import milepost
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.cli import app
-from milepost.commit.discard import discard
+from milepost.commit.by_rename.discard import discard
 from milepost.config import CheckpointWriterConfig
 from milepost.health.listing import scan
 from milepost.storage import default_storage

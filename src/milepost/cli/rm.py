@@ -7,8 +7,8 @@ import sys
 import typer
 
 from milepost.cli.output import OK, USAGE, Session, size
-from milepost.commit.discard import check_discardable, discard
-from milepost.commit.folders import absolute_path
+from milepost.commit import absolute_path
+from milepost.commit.by_rename.discard import check_discardable, discard
 from milepost.errors import CheckpointNotFoundError
 from milepost.health.listing import entry_at
 from milepost.storage import default_storage

@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
-from milepost.commit.folders import list_names, names_of, read_manifest
+from milepost.commit.by_rename.folders import names_of
+from milepost.commit.by_rename.recover import clean_up, roll_forward
+from milepost.commit.by_rename.removal import remove_entry
+from milepost.commit.contents import list_names, read_manifest
 from milepost.commit.ids import new_attempt_id
-from milepost.commit.recover import clean_up, roll_forward
-from milepost.commit.removal import remove_entry
 from milepost.errors import CheckpointNotFoundError, EntryNotFoundError, LoadError, TargetError
 from milepost.format.names import (
     MANIFEST_NAME,
