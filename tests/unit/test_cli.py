@@ -622,7 +622,8 @@ def test_what_rm_removed_does_not_come_back(run):
 
 
 def test_an_rm_that_dies_leaves_no_checkpoint(run):
-    """Killed at any operation, `rm` leaves the whole checkpoint, or nothing that loads or is listed."""
+    """Killed at any operation, `rm` leaves the whole checkpoint, or nothing but a rest, which a repair removes."""
+    whole_ones = []
     for count in itertools.count():
         target = shutil.copytree(run / "step-5", run / f"try-{count}")
         storage = MortalStorage(default_storage(), dies_at=count)
@@ -634,8 +635,12 @@ def test_an_rm_that_dies_leaves_no_checkpoint(run):
         listed = {entry.name: entry.state for entry in scan(default_storage(), str(run))}
         whole = listed.pop(target.name, None)
         assert whole == ("committed" if target.exists() else None)
+        whole_ones += [target.name] if whole else []
         assert listed.keys() <= {"step-5", "step-10", *(f"try-{n}" for n in range(count))}
     assert count > 5
+    mended = invoke("doctor", "--repair", run)
+    assert (mended.exit_code, mended.stdout.count("somebody has removed")) == (0, count - len(whole_ones))
+    assert sorted(os.listdir(run)) == sorted(["step-5", "step-10", *whole_ones])
 
 
 def test_the_package_is_a_program(run):

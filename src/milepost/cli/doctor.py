@@ -124,6 +124,7 @@ _SENTENCES = {
     "incomplete": "{0.progress}: {0.told}",
     "replaced": "{0.said}{0.about}{0.problem}",
     "foreign": "{0.said}{0.alive}",
+    "removed": "{0.said}",
 }
 
 
@@ -259,6 +260,7 @@ def _has_damaged_successor(finding: Finding, found: Diagnosis) -> bool:
 _ADVICE: list[tuple[str, Callable[[Finding, Diagnosis], bool], str]] = [
     ("damaged", lambda f, _: not f.published, "it is left alone: delete it yourself: {path}; {instead}"),
     ("damaged", _is_loaded_beside, "a complete save beside it is loaded in its place"),
+    ("damaged", lambda f, _: f.emptied, f"none of its data files is left: {_REPAIR} removes it; {{instead}}"),
     ("damaged", _any, "{instead}"),
     ("unreadable", _any, "update Milepost: pip install -U milepost"),
     (
@@ -308,6 +310,7 @@ _ADVICE: list[tuple[str, Callable[[Finding, Diagnosis], bool], str]] = [
         f"nothing is at its path, so it loads from here; {_REPAIR} puts it back",
     ),
     ("replaced", _any, f"the next save to it, or {_REPAIR}, clears it"),
+    ("removed", _any, f"{_REPAIR} removes it"),
     ("foreign", _any, "it is left alone: move it away or delete it yourself: {path}"),
 ]
 """States, which findings of these states, and what to do about them; the first that fits counts."""

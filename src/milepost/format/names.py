@@ -32,10 +32,10 @@ __all__ = [
     "is_note_aside",
     "is_own",
     "is_plain_name",
-    "is_removed",
     "join_hidden",
     "looks_hidden",
     "ranks_in",
+    "removed_stem",
     "shown",
     "stem_of",
 ]
@@ -58,7 +58,7 @@ _INDEX = re.compile(rf"index_{_NUMBER}\.json")
 _SILLY = re.compile(r"\.(?:nfs|fuse_hidden)[0-9a-f]{8,}")
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HIDDEN = re.compile(r"\.(.+)\.([A-Za-z0-9_-]{1,64})(?:\.partial|\.replaced)", re.DOTALL)
-_REMOVED = re.compile(r"\..+\.[A-Za-z0-9_-]{1,64}\.removed", re.DOTALL)
+_REMOVED = re.compile(r"\.(.+)\.[0-9a-f]{16}\.removed", re.DOTALL)
 
 
 def data_name(rank: int) -> str:
@@ -154,9 +154,10 @@ def looks_hidden(entry: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def is_removed(entry: str) -> bool:
-    """Whether this is the name of a checkpoint that `milepost rm` has begun to remove."""
-    return _REMOVED.fullmatch(entry) is not None
+def removed_stem(entry: str) -> str | None:
+    """The stem in the name of a folder that `milepost rm` removes; None for other names."""
+    match = _REMOVED.fullmatch(entry)
+    return match[1] if match else None
 
 
 def is_attempt_id(text: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from milepost.commit import Checkpoint, absolute_path, locate
 from milepost.commit.by_rename.claim import is_abandoned
+from milepost.commit.by_rename.discard import is_emptied, is_rest
 from milepost.commit.by_rename.folders import Hidden, names_of, opened, published_manifest, siblings
 from milepost.commit.contents import list_names, read_manifest
 from milepost.commit.judge import State, Verdict, classify, is_overtaken, is_whole
@@ -45,6 +46,7 @@ from milepost.format.names import (
     is_plain_name,
     looks_hidden,
     ranks_in,
+    removed_stem,
     stem_of,
 )
 from milepost.health.listing import Entry, Explanation, explain_folder, scan
@@ -109,7 +111,8 @@ class Finding:
             "complete": every rank's part is there, it loads, but it was not published. "overtaken": as
             "complete", but a newer checkpoint is published. "incomplete": parts are missing.
             "replaced": a former checkpoint, exchanged out by a later save. "foreign": named like an attempt
-            here, but its content says that it is another's.
+            here, but its content says that it is another's. "removed": what is left of one that
+            `milepost rm` removes; it is its own `target`.
         loads: Whether `load` can read it, as far as was looked.
         compared: How far that was, where it seems whole: "sizes": the sizes of all files, and the bytes of
             the indexes and the shard map. "bytes": every byte. "nothing": there is nothing to compare with.
@@ -119,6 +122,7 @@ class Finding:
         aborted: A rank has failed, so that it will never be committed.
         kept: It has a manifest, so it is committed, though files seem to be missing: it stays until a later
             checkpoint is published.
+        emptied: It has a manifest, but none of its data files is there.
         step: The training step that was recorded.
         time: When it was saved, or last changed.
         size_bytes: Bytes of its files.
@@ -133,14 +137,16 @@ class Finding:
     path: str
     target: str | None
     state: Literal[
-        "whole", "damaged", "unreadable", "complete", "overtaken", "incomplete", "replaced", "foreign"
-    ]
+        "whole", "damaged", "unreadable", "complete", "overtaken", "incomplete", "replaced", "foreign",
+        "removed",
+    ]  # fmt: skip
     loads: bool = False
     compared: Literal["nothing", "sizes", "bytes"] = "nothing"
     published: bool = False
     alive: bool | None = False
     aborted: bool = False
     kept: bool = False
+    emptied: bool = False
     step: int | None = None
     time: float = 0.0
     size_bytes: int = 0
@@ -254,6 +260,8 @@ def _is_one(storage: Storage, path: str) -> bool:
 
 def _examine(storage: Storage, path: str, entry: Entry | None, names: list[str]) -> Finding | None:
     base = os.path.basename(path)
+    if is_rest(storage, path):
+        return Finding(removed_stem(base) or base, path, path, "removed")
     stem, attempt = looks_hidden(base) or (base, None)
     with opened(storage, path) as folder:
         if folder is None or (attempt is None and entry is None):
@@ -284,7 +292,7 @@ def _target(parent: str, stem: str, verdict: Verdict, names: list[str]) -> str |
 
 def _published(folder: Folder, found: Finding, entry: Entry) -> Finding:
     names = list_names(folder)
-    found = replace(found, state="damaged", published=True)
+    found = replace(found, state="damaged", published=True, emptied=is_emptied(names))
     if entry.state == "committed" and MANIFEST_NAME not in names:
         return replace(found, state="whole", loads=True, problem=entry.problem)
     try:

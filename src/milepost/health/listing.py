@@ -39,9 +39,9 @@ from milepost.format.names import (
     data_rank,
     index_rank,
     is_own,
-    is_removed,
     looks_hidden,
     ranks_in,
+    removed_stem,
 )
 from milepost.storage import Folder, Storage
 
@@ -106,7 +106,7 @@ def entry_at(storage: Storage, path: str) -> Entry | None:
     """The checkpoint, or part of one, in this folder; None if it is neither."""
     name = os.path.basename(path)
     with opened(storage, path) as folder:
-        if folder is None or is_removed(name):
+        if folder is None or removed_stem(name):
             return None
         hidden = looks_hidden(name)
         return _hidden_entry(folder, *hidden) if hidden else _visible_entry(folder, name)

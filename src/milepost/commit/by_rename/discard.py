@@ -7,24 +7,32 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
-from milepost.commit.by_rename.folders import names_of
+from milepost.commit.by_rename.folders import names_of, opened
 from milepost.commit.by_rename.recover import clean_up, roll_forward
 from milepost.commit.by_rename.removal import remove_entry
 from milepost.commit.contents import list_names, read_manifest
 from milepost.commit.ids import new_attempt_id
-from milepost.errors import CheckpointNotFoundError, EntryNotFoundError, LoadError, TargetError
+from milepost.errors import (
+    CheckpointNotFoundError,
+    EntryNotFoundError,
+    LoadError,
+    MilepostError,
+    TargetError,
+)
 from milepost.format.names import (
     MANIFEST_NAME,
     REMOVED,
+    REPLACED,
     SHARDS_NAME,
     data_rank,
     index_rank,
     is_own,
     join_hidden,
+    removed_stem,
 )
 from milepost.storage import Storage
 
-__all__ = ["check_discardable", "discard"]
+__all__ = ["check_discardable", "discard", "discard_emptied", "is_emptied", "is_rest", "remove_rest"]
 
 
 def check_discardable(storage: Storage, path: str) -> None:
@@ -87,13 +95,66 @@ def discard(storage: Storage, path: str) -> None:
         roll_forward(storage, path)
         clean_up(storage, path)
     check_discardable(storage, path)
+    _remove(storage, path, path)
+
+
+def discard_emptied(storage: Storage, path: str) -> bool:
+    """Remove the checkpoint at a path if none of its data files is there; False if one is.
+
+    It is set aside as a replaced checkpoint first. So if a save publishes a whole one at the path just now,
+    recovery puts that back, even if this process dies.
+
+    Args:
+        storage: Where.
+        path: As for `check_discardable`, which is called.
+
+    Raises:
+        MilepostError: As for `discard`.
+    """
+    check_discardable(storage, path)
+    aside = join_hidden(path, new_attempt_id(), REPLACED)
+    storage.rename(path, aside, "create")
+    with opened(storage, aside) as folder:
+        if folder is None or not is_emptied(list_names(folder)):
+            roll_forward(storage, path)
+            return False
+    _remove(storage, aside, path)
+    return True
+
+
+def is_emptied(names: list[str]) -> bool:
+    """Whether these names in a checkpoint's folder have a manifest and no data file."""
+    return MANIFEST_NAME in names and all(data_rank(name) is None for name in names)
+
+
+def is_rest(storage: Storage, path: str) -> bool:
+    """Whether a folder is what is left of one that `discard` renamed. Its content must say so as well."""
+    if removed_stem(os.path.basename(path)) is None:
+        return False
+    names = names_of(storage, path)
+    with suppress(MilepostError):
+        if names:
+            check_discardable(storage, path)
+        return names is not None
+    return False
+
+
+def remove_rest(storage: Storage, path: str) -> None:
+    """Remove a folder that `discard` renamed, the manifest last: it says which files are the checkpoint's."""
+    for name in sorted(names_of(storage, path) or (), key=MANIFEST_NAME.__eq__):
+        remove_entry(storage, os.path.join(path, name))
+    remove_entry(storage, path)
+
+
+def _remove(storage: Storage, place: str, path: str) -> None:
+    """Remove the folder at `place`, the checkpoint of `path`."""
     aside = join_hidden(path, new_attempt_id(), REMOVED)
     try:
-        storage.rename(path, aside, "create")
+        storage.rename(place, aside, "create")
     except EntryNotFoundError as error:
         raise CheckpointNotFoundError(f"somebody else has removed it: {path}", path=path) from error
     storage.sync_folder(os.path.dirname(path))
-    remove_entry(storage, aside)
+    remove_rest(storage, aside)
 
 
 def _is_part(name: str) -> bool:

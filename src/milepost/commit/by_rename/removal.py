@@ -73,12 +73,12 @@ def _removal_order(name: str) -> int:
 
 
 def remove_entry(storage: Storage, path: str) -> None:
-    """Remove a file, or a folder with everything in it, the manifest first; it may be gone already."""
+    """Remove a file, or a folder with everything in it; it may be gone already."""
     found = storage.stat(path)
     if found is None:
         return
     if found.kind == "folder":
-        for name in sorted(names_of(storage, path) or (), key=_removal_order):
+        for name in names_of(storage, path) or ():
             remove_entry(storage, os.path.join(path, name))
     remove_file(storage, path)
 
