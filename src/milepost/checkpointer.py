@@ -121,7 +121,8 @@ class _Loading(Checkpointer):
             path: The checkpoint's folder.
             state_dict: A template, whose tensors are filled in place; None to get all that was saved.
             default_map_location: Where new tensors go, as ``map_location`` of ``torch.load``.
-            strict: Refuse, before anything is changed, keys of the template that were not saved.
+            strict: Refuse, before anything is changed, keys of the template that were not saved. Without a
+                template there are none.
             map_location: Another name of `default_map_location`.
             verify: False to skip the checksums; "first" to check everything before the template is touched.
             cast: Convert what was saved to the dtypes of the template, as ``load_state_dict`` does.
