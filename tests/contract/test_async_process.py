@@ -377,6 +377,7 @@ def test_every_tensor_of_a_writer_is_in_shared_memory(start, tmp_path):
     assert all(torch.equal(value, state[name]) for name, (value, _, _) in facts.items())
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # as what torch.load makes of storages
 def test_the_memory_of_tensors_can_be_passed_on(start, tmp_path):
     """What reaches a writer can be pickled as a storage, copied, and sent through a queue, as any tensor."""
     process = start(writer=background.passing_writer)

@@ -622,7 +622,7 @@ def test_what_rm_removed_does_not_come_back(run):
 
 
 def test_an_rm_that_dies_leaves_no_checkpoint(run):
-    """Killed at any operation, `rm` leaves the whole checkpoint, or nothing but a rest, which a repair removes."""
+    """Killed at any operation, `rm` leaves the whole checkpoint, or a rest that a repair removes."""
     whole_ones = []
     for count in itertools.count():
         target = shutil.copytree(run / "step-5", run / f"try-{count}")
