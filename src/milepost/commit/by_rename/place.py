@@ -20,7 +20,7 @@ from milepost.errors import CommitError, EntryNotFoundError
 from milepost.format.index import FileDigest
 from milepost.format.manifest import Manifest
 from milepost.format.names import MANIFEST_NAME, beacon_name, join_hidden
-from milepost.storage import Folder, Lock, NewFile, Storage
+from milepost.storage import Folder, Lock, NewFile, RenameMode, Storage
 from milepost.storage.writing import publish_bytes
 
 __all__ = ["RenamePlace", "begin", "is_undecided", "sees_rank"]
@@ -134,7 +134,7 @@ class RenamePlace:
 
     def put(self, name: str, data: bytes, *, replace: bool = False, sync: bool = False) -> None:
         """See `Place`."""
-        mode = "replace" if replace else "create"
+        mode: RenameMode = "replace" if replace else "create"
         publish_bytes(self._storage, os.path.join(self.folder, name), data, mode, sync=sync)
 
     def create_data(self, name: str) -> NewFile:

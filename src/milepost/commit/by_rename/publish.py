@@ -182,8 +182,9 @@ def _check_parents(storage: Storage, path: str) -> None:
 def publish(storage: Storage, path: str, manifest: Manifest) -> None:
     """Move a committed attempt, whose manifest is durable, to its path; on return that is durable.
 
-    Then clear the checkpoint that it replaces: the user's entries move into the new folder, and the files that
-    the old manifest lists are removed. If only the clearing fails, the log says so, and the next save does it.
+    Then clear the checkpoint that it replaces: the user's entries move into the new folder, and the files
+    that the old manifest lists are removed. If only the clearing fails, the log says so, and the next save
+    does it.
 
     Raises:
         TargetError: Something that may not be replaced has appeared at `path`. The attempt stays beside
