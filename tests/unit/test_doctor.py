@@ -285,7 +285,7 @@ def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
     os.truncate(f"{run}/step-5/checkpoint_0.pt", 100)
     result = invoke(f"{run}/step-5")
     assert result.exit_code == 1
-    what = f"checkpoint_0.pt of rank 0: has 100 bytes instead of {size}, in model.weight, model.bias"
+    what = f"checkpoint_0.pt of rank 0 has 100 bytes instead of {size}; affected: model.weight, model.bias"
     assert result.stdout.splitlines() == [
         f"step-5: damaged: {what}",
         f"  -> load step 4 ({run}/step-4) instead",
@@ -294,7 +294,7 @@ def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
     os.remove(f"{run}/step-5/index_0.json")
     result = invoke(f"{run}/step-5")
     assert (
-        "step-5: damaged: 2 problems\n  index_0.json of rank 0: is missing\n  checkpoint_0" in result.stdout
+        "step-5: damaged: 2 problems\n  index_0.json of rank 0 is missing\n  checkpoint_0" in result.stdout
     )
 
 
@@ -315,7 +315,7 @@ def test_deep_finds_what_sizes_do_not_show(run):
     assert result.exit_code == 1
     assert "step-4: whole: step 4, 1 rank\n" in result.stdout
     assert (
-        "step-5: damaged: checkpoint_0.pt of rank 0: damaged: the CRC-32 is wrong, in model.weight\n"
+        "step-5: damaged: checkpoint_0.pt of rank 0: damaged: the CRC-32 is wrong; affected: model.weight\n"
         in result.stdout
     )
     assert result.stdout.splitlines()[-1] == f"newest loadable is step 4 ({run}/step-4)"
@@ -404,7 +404,7 @@ def test_deep_keeps_what_a_plain_look_tells(run):
     os.remove(file)
     assert only(path, deep=True).damage == only(path).damage
     assert words(only(path, deep=True), 0) == (
-        "damaged: checkpoint_0.pt of rank 0: is missing, in model.weight, model.bias"
+        "damaged: checkpoint_0.pt of rank 0 is missing; affected: model.weight, model.bias"
     )
     shutil.rmtree(path)
     save_real(path, 5)

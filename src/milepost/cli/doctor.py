@@ -169,7 +169,7 @@ def _damage(damage: Damage) -> str:
     if damage.keys:
         more = len(damage.keys) - _MOST_KEYS
         keys = ", ".join(damage.keys[:_MOST_KEYS]) + (f" and {more} more" if more > 0 else "")
-        text += f"; it is about {keys}"
+        text += f"; affected: {keys}"
     return text
 
 

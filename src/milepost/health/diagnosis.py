@@ -292,7 +292,7 @@ def _target(parent: str, stem: str, verdict: Verdict, names: list[str]) -> str |
 
 def _published(folder: Folder, found: Finding, entry: Entry) -> Finding:
     names = list_names(folder)
-    found = replace(found, state="damaged", published=True, emptied=is_emptied(names))
+    found = replace(found, state="damaged", published=True, emptied=is_emptied(folder))
     if entry.state == "committed" and MANIFEST_NAME not in names:
         return replace(found, state="whole", loads=True, problem=entry.problem)
     try:

@@ -30,7 +30,7 @@ from milepost.format.names import (
     join_hidden,
     removed_stem,
 )
-from milepost.storage import Storage
+from milepost.storage import Folder, Storage
 
 __all__ = ["check_discardable", "discard", "discard_emptied", "is_emptied", "is_rest", "remove_rest"]
 
@@ -115,16 +115,18 @@ def discard_emptied(storage: Storage, path: str) -> bool:
     aside = join_hidden(path, new_attempt_id(), REPLACED)
     storage.rename(path, aside, "create")
     with opened(storage, aside) as folder:
-        if folder is None or not is_emptied(list_names(folder)):
+        if folder is None or not is_emptied(folder):
             roll_forward(storage, path)
             return False
     _remove(storage, aside, path)
     return True
 
 
-def is_emptied(names: list[str]) -> bool:
-    """Whether these names in a checkpoint's folder have a manifest and no data file."""
-    return MANIFEST_NAME in names and all(data_rank(name) is None for name in names)
+def is_emptied(folder: Folder) -> bool:
+    """Whether a checkpoint's folder has a manifest that can be read, and no data file."""
+    with suppress(LoadError):
+        return read_manifest(folder) is not None and not any(map(_is_data, list_names(folder)))
+    return False
 
 
 def is_rest(storage: Storage, path: str) -> bool:
@@ -157,8 +159,12 @@ def _remove(storage: Storage, place: str, path: str) -> None:
     remove_rest(storage, aside)
 
 
+def _is_data(name: str) -> bool:
+    return data_rank(name) is not None
+
+
 def _is_part(name: str) -> bool:
-    return data_rank(name) is not None or index_rank(name) is not None or name == SHARDS_NAME
+    return _is_data(name) or index_rank(name) is not None or name == SHARDS_NAME
 
 
 def _files(storage: Storage, path: str, prefix: str = "") -> Iterator[str]:
