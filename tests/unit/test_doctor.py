@@ -293,9 +293,7 @@ def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
     ]
     os.remove(f"{run}/step-5/index_0.json")
     result = invoke(f"{run}/step-5")
-    assert (
-        "step-5: damaged: 2 problems\n  index_0.json of rank 0 is missing\n  checkpoint_0" in result.stdout
-    )
+    assert "step-5: damaged: 2 problems\n  index_0.json of rank 0 is missing\n  checkpoint_0" in result.stdout
 
 
 def test_deep_finds_what_sizes_do_not_show(run):
