@@ -35,9 +35,13 @@ def check_files(wheel: Path) -> None:
 
 def check_example(wheel: Path) -> None:
     """README's example and the command line work where only the wheel is installed."""
-    example = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    example = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[
+        1
+    ]
     torch = importlib.metadata.version("torch").partition("+")[0]
-    versions = re.sub(r"^torch==.*", f"torch=={torch}", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    versions = re.sub(
+        r"^torch==.*", f"torch=={torch}", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE
+    )
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "constraints.txt").write_text(versions)

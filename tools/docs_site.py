@@ -44,7 +44,7 @@ def _pages(nav):
             yield from _pages(value) if isinstance(value, list) else (value,)
 
 
-def on_page_markdown(markdown, page, config, files):  # noqa: ARG001 - the hook's form
+def on_page_markdown(markdown, page, config, files):
     """Point links at pages of the site. A link to a file that is not in the site becomes its text."""
     source = page.file.abs_src_path
     if source is None:
@@ -57,7 +57,9 @@ def on_page_markdown(markdown, page, config, files):  # noqa: ARG001 - the hook'
             return link[0]
         path = (Path(source).parent / target).resolve()
         uri = known.get(path) or known.get(path / "README.md")
-        return f"[{text}]({posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))}{anchor})" if uri else text
+        if uri is None:
+            return text
+        return f"[{text}]({posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))}{anchor})"
 
     return LINK.sub(pointed, markdown)
 
