@@ -14,11 +14,9 @@ from pathlib import Path
 
 WARN_LINES = 400
 MAX_LINES = 480
-MAX_TOTAL_CODE_LINES = 15_330
+MAX_TOTAL_CODE_LINES = 15_340
 
-REASONS: dict[str, str] = {
-    "health/diagnosis.py": "the facts that a diagnosis consists of are described beside the code that finds them",
-}
+REASONS: dict[str, str] = {}
 """Modules that may be longer than MAX_LINES, each with the reason."""
 
 

@@ -12,7 +12,8 @@ from milepost.cli.output import DAMAGED, FAILED, OK, Session, size
 from milepost.cli.verify import progress_bar
 from milepost.commit.contents import numbers
 from milepost.commit.judge import wording
-from milepost.health.diagnosis import Damage, Diagnosis, Finding, RankState, diagnose
+from milepost.health.diagnosis import diagnose
+from milepost.health.findings import Damage, Diagnosis, Finding, RankState
 from milepost.health.listing import causes, ranks_named
 from milepost.health.repair import Action, diagnose_again, repair
 from milepost.storage import default_storage
