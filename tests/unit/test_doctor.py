@@ -688,7 +688,7 @@ def test_left_overs_of_an_exchange(run):
     os.rename(path, aside)
     found = diagnose(STORAGE, path)
     assert found.newest.step == 1
-    assert "puts it back" in advice(found.findings[0], found)
+    assert "restores it" in advice(found.findings[0], found)
     assert [action.what for action in repair(STORAGE, found)] == ["published"]
     assert only(path).step == 1
     shutil.move(path, slot)
@@ -723,7 +723,7 @@ def test_what_was_replaced_and_is_empty_already_is_left_over(run, attempt, suffi
     assert result.exit_code == 0
     assert "step: left over: a former checkpoint, replaced by a later save (it is empty)\n" in result.stdout
     os.truncate(f"{path}/checkpoint_0.pt", 1)
-    assert "puts this one back" not in invoke(run).stdout
+    assert "restores this" not in invoke(run).stdout
     assert f"removed {slot}" in invoke(run, "--repair").stdout
     assert os.listdir(run) == ["step"]
 
@@ -778,7 +778,7 @@ def test_what_a_damaged_checkpoint_replaced_is_kept(run):
     result = invoke(path, "--repair")
     assert result.exit_code == 1
     assert f"not repaired {path}: the checkpoint there cannot be read whole" in result.stdout
-    assert "move that away, and `milepost doctor --repair` puts this one back" in result.stdout
+    assert "move that away; `milepost doctor --repair` restores this" in result.stdout
     assert invoke(slot, "--repair").exit_code == 1
     assert len(os.listdir(run)) == 2
     shutil.move(path, f"{run}-aside")
@@ -943,7 +943,7 @@ def test_a_committed_attempt_whose_file_is_gone(run):
         "checkpoint_0.pt is missing",
     )
     result = invoke(path, "--repair")
-    assert "it was committed, so it stays until a later checkpoint is published" in result.stdout
+    assert "it is committed and stays until a later one is" in result.stdout
     assert os.listdir(run) == [os.path.basename(attempt.folder)]
     assert "committed, but files of it seem to be missing" in CliRunner().invoke(app, ["ls", run]).stdout
 

@@ -12,7 +12,8 @@ from milepost.cli.output import DAMAGED, FAILED, OK, Session, size
 from milepost.cli.verify import progress_bar
 from milepost.commit.contents import numbers
 from milepost.commit.judge import wording
-from milepost.health.diagnosis import Damage, Diagnosis, Finding, RankState, diagnose
+from milepost.health.diagnosis import diagnose
+from milepost.health.findings import Damage, Diagnosis, Finding, RankState
 from milepost.health.listing import causes, ranks_named
 from milepost.health.repair import Action, diagnose_again, repair
 from milepost.storage import default_storage
@@ -116,50 +117,35 @@ def _ago(moment: float, now: float) -> str:
 # ---------------------------------------------------------------------------- what a finding is
 
 _SENTENCES = {
-    "whole": "{0.compared}: {0.content}{0.problem}{0.leftovers}",
-    "damaged": "damaged: {0.damage}",
-    "unreadable": "{0.said}{0.problem}",
-    "complete": "{0.said}{0.about}{0.alive}",
-    "overtaken": "{0.said}{0.about}{0.alive}",
-    "incomplete": "{0.progress}: {0.told}",
-    "replaced": "{0.said}{0.about}{0.problem}",
-    "foreign": "{0.said}{0.alive}",
-    "removed": "{0.said}",
+    "whole": "{compared}: {content}{problem}{leftovers}",
+    "damaged": "damaged: {damage}",
+    "unreadable": "{said}{problem}",
+    "complete": "{said}{about}{alive}",
+    "overtaken": "{said}{about}{alive}",
+    "incomplete": "{progress}: {told}",
+    "replaced": "{said}{about}{problem}",
+    "foreign": "{said}{alive}",
+    "removed": "{said}",
 }
 
 
 def words(finding: Finding, now: float) -> str:
     """What a finding is, in one line."""
-    return _SENTENCES[finding.state].format(_Words(finding, now))
-
-
-class _Words:
-    """The facts of a finding as the texts that `_SENTENCES` puts together."""
-
-    def __init__(self, finding: Finding, now: float) -> None:
-        self._finding = finding
-        facts = [f"step {finding.step}"] if finding.step is not None else []
-        facts += [_plural(finding.world_size, "rank")] if finding.world_size else []
-        self.content = ", ".join(facts) or "no step recorded"
-        self.about = f": {self.content}" if facts else ""
-        self.said = wording(finding.state, finding.path)
-        self.compared = _COMPARED[finding.compared][0]
-        self.problem = f" ({finding.problem})" if finding.problem else ""
-        self.alive = "; somebody still works on it" if finding.alive else ""
-        self.progress = "under way" if _is_living(finding) else "incomplete"
-        self.told = "; ".join(_told(finding, now))
-
-    @property
-    def damage(self) -> str:
-        """What is damaged, or how much."""
-        damage = self._finding.damage
-        return f"{len(damage)} problems" if len(damage) > 1 else _damage(damage[0])
-
-    @property
-    def leftovers(self) -> str:
-        """How many passing files there are."""
-        count = len(self._finding.leftovers)
-        return f" ({_plural(count, 'passing file')} of its save still in it)" if count else ""
+    facts = [f"step {finding.step}"] if finding.step is not None else []
+    facts += [_plural(finding.world_size, "rank")] if finding.world_size else []
+    content, damage, left = ", ".join(facts), finding.damage, len(finding.leftovers)
+    return _SENTENCES[finding.state].format(
+        said=wording(finding.state, finding.path),
+        compared=_COMPARED[finding.compared][0],
+        content=content or "no step recorded",
+        about=content and f": {content}",
+        problem=f" ({finding.problem})" if finding.problem else "",
+        leftovers=f" ({_plural(left, 'passing file')} of its save still in it)" if left else "",
+        damage=f"{len(damage)} problems" if len(damage) > 1 else "".join(map(_damage, damage)),
+        alive="; somebody still works on it" if finding.alive else "",
+        progress="under way" if _is_living(finding) else "incomplete",
+        told="; ".join(_told(finding, now)),
+    )
 
 
 def _damage(damage: Damage) -> str:
@@ -241,8 +227,6 @@ _OF_RANKS: dict[str, Callable[[Finding, list[RankState], float], Iterable[str]]]
 
 # ---------------------------------------------------------------------------- what to do
 
-_REPAIR = "`milepost doctor --repair`"
-
 
 def _any(_finding: Finding, _found: Diagnosis) -> bool:
     return True
@@ -252,7 +236,7 @@ def _is_loaded_beside(finding: Finding, found: Diagnosis) -> bool:
     return found.newest is not None and found.newest.target == finding.target
 
 
-def _has_damaged_successor(finding: Finding, found: Diagnosis) -> bool:
+def _is_needed(finding: Finding, found: Diagnosis) -> bool:
     others = [other for other in found.findings if other.target == finding.target and other.published]
     return finding.is_former and any(other.state in ("damaged", "unreadable") for other in others)
 
@@ -260,57 +244,21 @@ def _has_damaged_successor(finding: Finding, found: Diagnosis) -> bool:
 _ADVICE: list[tuple[str, Callable[[Finding, Diagnosis], bool], str]] = [
     ("damaged", lambda f, _: not f.published, "it is left alone: delete it yourself: {path}; {instead}"),
     ("damaged", _is_loaded_beside, "a complete save beside it is loaded in its place"),
-    ("damaged", lambda f, _: f.emptied, f"none of its data files is left: {_REPAIR} removes it; {{instead}}"),
+    ("damaged", lambda f, _: f.emptied, "none of its data files is left: {repair} removes it; {instead}"),
     ("damaged", _any, "{instead}"),
     ("unreadable", _any, "update Milepost: pip install -U milepost"),
-    (
-        "incomplete",
-        lambda f, _: f.aborted,
-        f"look at that rank's log; the next save to it, or {_REPAIR}, removes it; {{instead}}",
-    ),
-    (
-        "incomplete",
-        lambda f, _: f.kept,
-        "it was committed, so it stays until a later checkpoint is published; {instead}",
-    ),
-    (
-        "incomplete",
-        lambda f, _: f.alive is True,
-        "wait for it; if it hangs, look at the logs of the ranks that have not arrived",
-    ),
-    (
-        "incomplete",
-        lambda f, _: f.alive is None,
-        "other ranks may still come: look again in a few minutes; {instead}",
-    ),
-    (
-        "incomplete",
-        _any,
-        f"nobody works on it any more: the next save to it, or {_REPAIR}, removes it; {{instead}}",
-    ),
-    (
-        "complete",
-        lambda f, _: bool(f.alive),
-        "a load of its path reads it where it is; its owners publish it",
-    ),
-    (
-        "complete",
-        _any,
-        f"a load of its path reads it where it is; the next save to it, or {_REPAIR}, publishes it",
-    ),
-    (
-        "overtaken replaced",
-        _has_damaged_successor,
-        f"what took its place cannot be read whole: move that away, and {_REPAIR} puts this one back",
-    ),
-    ("overtaken", _any, f"it is of no use: the next save to it, or {_REPAIR}, removes it"),
-    (
-        "replaced",
-        lambda f, _: f.loads,
-        f"nothing is at its path, so it loads from here; {_REPAIR} puts it back",
-    ),
-    ("replaced", _any, f"the next save to it, or {_REPAIR}, clears it"),
-    ("removed", _any, f"{_REPAIR} removes it"),
+    ("incomplete", lambda f, _: f.aborted, "look at that rank's log; {next} removes it; {instead}"),
+    ("incomplete", lambda f, _: f.kept, "it is committed and stays until a later one is; {instead}"),
+    ("incomplete", lambda f, _: bool(f.alive), "wait for it; if it hangs, look at its missing ranks' logs"),
+    ("incomplete", lambda f, _: f.alive is None, "other ranks may still come: look again soon; {instead}"),
+    ("incomplete", _any, "nobody works on it any more: {next} removes it; {instead}"),
+    ("complete", lambda f, _: bool(f.alive), "{loads}; its owners publish it"),
+    ("complete", _any, "{loads}; {next} publishes it"),
+    ("overtaken replaced", _is_needed, "its successor is damaged: move that away; {repair} restores this"),
+    ("overtaken", _any, "it is of no use: {next} removes it"),
+    ("replaced", lambda f, _: f.loads, "nothing is at its path: it loads from here; {repair} restores it"),
+    ("replaced", _any, "{next} clears it"),
+    ("removed", _any, "{repair} removes it"),
     ("foreign", _any, "it is left alone: move it away or delete it yourself: {path}"),
 ]
 """States, which findings of these states, and what to do about them; the first that fits counts."""
@@ -323,4 +271,11 @@ def advice(finding: Finding, found: Diagnosis) -> str | None:
         rows = (row for row in _ADVICE if finding.state in row[0].split())
         text = next((said for _, fits, said in rows if fits(finding, found)), None)
     instead = f"load {_named(found.newest)} instead" if found.newest else "no other checkpoint is loadable"
-    return text and text.format(path=_shown(finding.path), instead=instead)
+    repair = "`milepost doctor --repair`"
+    return text and text.format(
+        path=_shown(finding.path),
+        instead=instead,
+        loads="a load of its path reads it where it is",
+        repair=repair,
+        next=f"the next save to it, or {repair},",
+    )

@@ -13,7 +13,8 @@ from milepost.commit.by_rename.discard import discard_emptied, remove_rest
 from milepost.commit.by_rename.folders import names_of
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.format.names import MANIFEST_NAME, is_own
-from milepost.health.diagnosis import LATE_SECONDS, Diagnosis, Finding, Watch, diagnose
+from milepost.health.diagnosis import LATE_SECONDS, Watch, diagnose
+from milepost.health.findings import Diagnosis, Finding
 from milepost.storage import Storage
 
 __all__ = ["Action", "diagnose_again", "repair"]

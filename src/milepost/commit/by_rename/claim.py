@@ -30,9 +30,9 @@ from milepost.storage.writing import publish_bytes, write_bytes
 
 __all__ = [
     "claim",
-    "encode_note",
     "is_abandoned",
     "make_parents",
+    "new_note",
     "refuse_other_starts",
     "take_over",
     "unchanged_seconds",
@@ -51,12 +51,12 @@ class _NoLock:
         pass
 
 
-def encode_note(
+def new_note(
     path: str, attempt: str, *, world_size: int = 0, process: str = "", private: bool = False
-) -> bytes:
-    """The bytes of an ``attempt.json``."""
+) -> Note:
+    """The ``attempt.json`` of this process."""
     name = os.path.basename(path)
-    note = Note(
+    return Note(
         name=shown(name),
         stem=shown(stem_of(name)),
         attempt=attempt,
@@ -67,7 +67,6 @@ def encode_note(
         pid=os.getpid(),
         time=time.time(),
     )
-    return msgspec.json.encode(note)
 
 
 def make_parents(storage: Storage, path: str) -> None:
@@ -83,7 +82,7 @@ def make_parents(storage: Storage, path: str) -> None:
         storage.sync_folder(os.path.dirname(folder))
 
 
-def claim(storage: Storage, folder: str, note: bytes, clock: Clock) -> Lock:
+def claim(storage: Storage, folder: str, note: Note, clock: Clock) -> Lock:
     """Make an attempt's folder, or enter the one that another rank made, and lock its ``attempt.json``.
 
     Raises:
@@ -108,12 +107,12 @@ def claim(storage: Storage, folder: str, note: bytes, clock: Clock) -> Lock:
     raise CommitError(f"the folder of this attempt is being cleared, without an end: {folder}", path=folder)
 
 
-def _lock_note(storage: Storage, folder: str, note: bytes) -> Lock | None:
+def _lock_note(storage: Storage, folder: str, note: Note) -> Lock | None:
     path = os.path.join(folder, NOTE_NAME)
     if storage.stat(path) is None:
         # Locked before it has its name: there is no moment in which it looks abandoned.
         ours = os.path.join(folder, _note_aside())
-        write_bytes(storage, ours, note, sync=False)
+        write_bytes(storage, ours, msgspec.json.encode(note), sync=False)
         lock = None
         try:
             lock = storage.lock(ours)
@@ -153,7 +152,7 @@ def is_abandoned(storage: Storage, hidden: Hidden) -> bool:
     return lock is not None
 
 
-def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | None:
+def take_over(storage: Storage, hidden: Hidden, note: Note | None) -> Lock | None:
     """The exclusive lock of an attempt whose owners are gone, or None.
 
     Args:
@@ -167,7 +166,7 @@ def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | No
             old = unchanged_seconds(storage, hidden.path) > NETWORK_PATIENCE_SECONDS
             return _NoLock() if old else None
         if note is not None and storage.stat(path) is None:
-            publish_bytes(storage, path, note, "create", sync=False)
+            publish_bytes(storage, path, msgspec.json.encode(note), "create", sync=False)
         return storage.lock(path, exclusive=True)
     except (EntryExistsError, EntryNotFoundError):
         return None
@@ -198,8 +197,13 @@ def _note_aside() -> str:
     return f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp"
 
 
-def refuse_other_starts(storage: Storage, path: str, *, world_size: int, process: str) -> None:
+def refuse_other_starts(storage: Storage, path: str, ours: Note) -> None:
     """Refuse ranks that can never commit together, because each process has its own attempt id.
+
+    Args:
+        storage: Where.
+        path: The checkpoint.
+        ours: The ``attempt.json`` of this process.
 
     Raises:
         CommitError: Another process saves to this path as one of several ranks, under an id that it made.
@@ -207,13 +211,13 @@ def refuse_other_starts(storage: Storage, path: str, *, world_size: int, process
     for hidden in siblings(storage, path):
         with opened(storage, hidden.path) as folder:
             note = None if folder is None else read_note(folder)
-        if note is None or not note.private or note.process == process:
+        if note is None or not note.private or note.process == ours.process:
             continue
-        if note.world_size != world_size or is_abandoned(storage, hidden):
+        if note.world_size != ours.world_size or is_abandoned(storage, hidden):
             continue
         raise CommitError(
             f"another process (pid {note.pid} on {note.host}) saves to this path as one of "
-            f"{world_size} ranks too, but has no start id in common with this one: {path}",
+            f"{ours.world_size} ranks too, but has no start id in common with this one: {path}",
             hint="give MILEPOST_START_ID or CheckpointWriterConfig.start_id a value that all ranks share "
             "and that is new at every start; or use a barrier, or the default process group",
         )

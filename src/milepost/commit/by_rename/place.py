@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, suppress
 
 from milepost.commit.attempt import Attempt
 from milepost.commit.by_rename.attachments import collect
-from milepost.commit.by_rename.claim import claim, encode_note, make_parents, refuse_other_starts
+from milepost.commit.by_rename.claim import claim, make_parents, new_note, refuse_other_starts
 from milepost.commit.by_rename.folders import names_of, opened, published_manifest
 from milepost.commit.by_rename.publish import is_pending, publish
 from milepost.commit.by_rename.recover import commit_manifest, next_sequence, roll_forward, tidy
 from milepost.commit.by_rename.removal import remove_tree
-from milepost.commit.contents import list_names, read_beacons
+from milepost.commit.contents import Note, list_names, read_beacons
 from milepost.commit.ids import process_id
 from milepost.commit.waiting import Clock, raise_if_aborted
 from milepost.errors import CommitError, EntryNotFoundError
@@ -57,31 +57,18 @@ def begin(
         AbortedError: Another rank has failed already.
         CommitError: The attempt belongs to another start of the job, or to other ranks.
     """
-    clock, process = clock or Clock(), process or process_id()
-    place = RenamePlace(
-        storage, path, attempt, world_size=world_size, process=process, private=private, clock=clock
-    )
+    path, clock, process = os.path.abspath(path), clock or Clock(), process or process_id()
+    note = new_note(path, attempt, world_size=world_size, process=process, private=private)
+    place = RenamePlace(storage, path, note, clock)
     return Attempt.begin(place, attempt, rank=rank, world_size=world_size, process=process, clock=clock)
 
 
 class RenamePlace:
     """A `Place` on a file system: a hidden folder beside the path, held by a lock, published by a rename."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        path: str,
-        attempt: str,
-        *,
-        world_size: int,
-        process: str,
-        private: bool,
-        clock: Clock,
-    ) -> None:
-        self.path = os.path.abspath(path)
-        self.folder = join_hidden(self.path, attempt)
-        self._storage, self._attempt, self._clock = storage, attempt, clock
-        self._world_size, self._process, self._private = world_size, process, private
+    def __init__(self, storage: Storage, path: str, note: Note, clock: Clock) -> None:
+        self.path, self.folder = path, join_hidden(path, note.attempt)
+        self._storage, self._note, self._attempt, self._clock = storage, note, note.attempt, clock
         self._lock: Lock | None = None
         self._root: Folder | None = None
         self._owner = os.getpid()
@@ -91,19 +78,12 @@ class RenamePlace:
         make_parents(self._storage, self.path)
         if tidy:
             self.tidy()
-        if self._private and self._world_size > 1:
-            refuse_other_starts(self._storage, self.path, world_size=self._world_size, process=self._process)
+        if self._note.private and self._note.world_size > 1:
+            refuse_other_starts(self._storage, self.path, self._note)
 
     def enter(self) -> None:
         """See `Place`."""
-        note = encode_note(
-            self.path,
-            self._attempt,
-            world_size=self._world_size,
-            process=self._process,
-            private=self._private,
-        )
-        self._lock = claim(self._storage, self.folder, note, self._clock)
+        self._lock = claim(self._storage, self.folder, self._note, self._clock)
         self._root = self._storage.open_folder(self.folder)
 
     @property

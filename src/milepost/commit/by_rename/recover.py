@@ -11,7 +11,7 @@ import logging
 import os
 from contextlib import suppress
 
-from milepost.commit.by_rename.claim import encode_note, is_abandoned, take_over
+from milepost.commit.by_rename.claim import is_abandoned, new_note, take_over
 from milepost.commit.by_rename.folders import Hidden, names_of, opened, published_manifest, siblings
 from milepost.commit.by_rename.publish import publish, retire
 from milepost.commit.by_rename.removal import remove_tree, sweep
@@ -79,7 +79,7 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
 
 def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
     """Commit and publish a complete attempt whose owners are gone."""
-    lock = take_over(storage, hidden, encode_note(path, hidden.attempt))
+    lock = take_over(storage, hidden, new_note(path, hidden.attempt))
     if lock is None:
         return False
     try:
@@ -219,7 +219,7 @@ def _clear(storage: Storage, path: str, hidden: Hidden, live: set[str]) -> bool:
         return _remove_unborn(storage, hidden.path)
     if verdict.state in ("replaced", "remains"):
         return retire(storage, path, hidden.path, None)
-    lock = take_over(storage, hidden, encode_note(path, hidden.attempt))
+    lock = take_over(storage, hidden, new_note(path, hidden.attempt))
     if lock is None:
         return False
     try:
