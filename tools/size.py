@@ -13,8 +13,8 @@ import tokenize
 from pathlib import Path
 
 WARN_LINES = 400
-MAX_LINES = 480
-MAX_TOTAL_CODE_LINES = 15_340
+MAX_LINES = 560
+MAX_TOTAL_CODE_LINES = 15_800
 
 REASONS: dict[str, str] = {}
 """Modules that may be longer than MAX_LINES, each with the reason."""
