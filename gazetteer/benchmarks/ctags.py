@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gazetteer.cache import facts_of
 from gazetteer.collect import gather
 from gazetteer.model import Kind
 from gazetteer.scan import Found, scan
-from gazetteer.state import facts_of
 from gazetteer.workers import Workers, default_jobs
 
 BAR = 0.99

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gazetteer.analyze import read_text
+from gazetteer.cache import PageRecord, State, facts_of, fingerprint, load_facts, save_facts, write_atomic
 from gazetteer.collect import checked_root, digest_all, gather, nothing, still_holding
 from gazetteer.errors import OutputError, UsageError
-from gazetteer.history import History, head_of, read_history
+from gazetteer.history import head_of, read_history
 from gazetteer.index import index_json
-from gazetteer.model import FileFacts, Status
+from gazetteer.model import FileFacts, History, Status
 from gazetteer.pages.file_docs import docs, purpose
 from gazetteer.pages.file_kw import keywords
 from gazetteer.pages.folder import description, index, subtree_keywords
@@ -30,7 +31,6 @@ from gazetteer.relations import Context, Relations, relate
 from gazetteer.resolve import Resolver
 from gazetteer.runs import test_runs
 from gazetteer.scan import Found, Scan, scan
-from gazetteer.state import PageRecord, State, facts_of, fingerprint, load_facts, save_facts, write_atomic
 from gazetteer.workers import Workers, default_jobs
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gazetteer.analyze import analyze
+from gazetteer.cache import State, facts_of, load_facts, pack, save_facts
 from gazetteer.errors import RepositoryError
 from gazetteer.model import FileFacts, Status
 from gazetteer.scan import digest_file, scan
-from gazetteer.state import State, facts_of, load_facts, pack, save_facts
 from gazetteer.workers import Workers, default_jobs
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gazetteer import grammars
+from gazetteer.cache import State, fingerprint, write_atomic
 from gazetteer.errors import SiteError
 from gazetteer.paths import BOOK, KEYWORDS, SITE, STATE, Places, docs_page, folder_page, kw_page, parent, source_page
 from gazetteer.staging import PageInfo, stage_page, stage_source
-from gazetteer.state import State, fingerprint, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
