@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from gazetteer.cache import facts_of
-from gazetteer.collect import gather
 from gazetteer.model import Kind
-from gazetteer.scan import Found, scan
-from gazetteer.workers import Workers, default_jobs
+from gazetteer.read.collect import gather
+from gazetteer.read.scan import Found, scan
+from gazetteer.read.workers import Workers, default_jobs
 
 BAR = 0.99
 Key = tuple[str, int, str, str]

@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gazetteer
-from gazetteer import errors, grammars
+from gazetteer import errors
 from gazetteer.drawing import draw, read_mermaid
 from gazetteer.errors import GazetteerError, LanguageError
-from gazetteer.extract import extract
 from gazetteer.markdown import Page
 from gazetteer.model import FileFacts
 from gazetteer.paths import docs_page, folder_page, href, kw_page
-from gazetteer.text import comment_text, decode, first_line, sentence, split_commas, split_scope, tidy
-from gazetteer.workers import Workers
+from gazetteer.read import grammars
+from gazetteer.read.extract import extract
+from gazetteer.read.text import comment_text, decode, first_line, sentence, split_commas, split_scope, tidy
+from gazetteer.read.workers import Workers
 
 
 def facts(source: str, language: str = "python", path: str = "x") -> FileFacts:

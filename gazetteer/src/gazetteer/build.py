@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gazetteer.analyze import read_text
 from gazetteer.cache import PageRecord, State, facts_of, fingerprint, load_facts, save_facts, write_atomic
-from gazetteer.collect import checked_root, digest_all, gather, nothing, still_holding
 from gazetteer.errors import OutputError, UsageError
 from gazetteer.history import head_of, read_history
 from gazetteer.index import index_json
@@ -27,17 +25,19 @@ from gazetteer.pages.folder import description, index, subtree_keywords
 from gazetteer.pages.tree import Tree
 from gazetteer.pages.whole import all_keywords, book, root_sections
 from gazetteer.paths import BOOK, INDEX_JSON, KEYWORDS, STATE, Places, docs_page, folder_page, kw_page, parent
+from gazetteer.read.analyze import read_text
+from gazetteer.read.collect import checked_root, digest_all, gather, nothing, still_holding
+from gazetteer.read.scan import Found, Scan, scan
+from gazetteer.read.workers import Workers, default_jobs
 from gazetteer.relations import Context, Relations, relate
 from gazetteer.resolve import Resolver
 from gazetteer.runs import test_runs
-from gazetteer.scan import Found, Scan, scan
-from gazetteer.workers import Workers, default_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gazetteer.collect import Progress
     from gazetteer.markdown import Page
+    from gazetteer.read.collect import Progress
 
 __all__ = ["Summary", "build"]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import networkx as nx
 
-from gazetteer import grammars
-from gazetteer.analyze import is_test
 from gazetteer.model import Commit, FileFacts, History, Kind
 from gazetteer.paths import parent
+from gazetteer.read import grammars
+from gazetteer.read.analyze import is_test
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,8 +13,8 @@ import tomllib
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
 from gazetteer.paths import parent
+from gazetteer.read import grammars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -262,7 +262,7 @@ def _python_modules(
 
 
 _DISTRIBUTIONS: dict[str, str] = tomllib.loads(
-    resources.files("gazetteer").joinpath("languages").joinpath("distributions.toml").read_text("utf-8")
+    resources.files("gazetteer.read").joinpath("languages", "distributions.toml").read_text("utf-8")
 )["python"]
 
 

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gazetteer import grammars
 from gazetteer.cache import State, fingerprint, write_atomic
 from gazetteer.errors import SiteError
 from gazetteer.paths import BOOK, KEYWORDS, SITE, STATE, Places, docs_page, folder_page, kw_page, parent, source_page
+from gazetteer.read import grammars
 from gazetteer.staging import PageInfo, stage_page, stage_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from gazetteer.model import FileFacts
-    from gazetteer.scan import Found
+    from gazetteer.read.scan import Found
 
 __all__ = ["SiteSummary", "build_site"]
 

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
-from gazetteer.extract import extract
 from gazetteer.model import FileFacts, Status
-from gazetteer.text import decode
+from gazetteer.read import grammars
+from gazetteer.read.extract import extract
+from gazetteer.read.text import decode
 
 if TYPE_CHECKING:
-    from gazetteer.scan import Found
+    from gazetteer.read.scan import Found
 
 __all__ = ["HUGE_BYTES", "analyze", "is_test", "read_text"]
 

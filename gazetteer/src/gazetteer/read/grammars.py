@@ -94,7 +94,7 @@ class Grammar:
 
 
 def _data(name: str) -> str:
-    return resources.files("gazetteer").joinpath("languages", name).read_text("utf-8")
+    return resources.files("gazetteer.read").joinpath("languages", name).read_text("utf-8")
 
 
 _T = TypeVar("_T")
