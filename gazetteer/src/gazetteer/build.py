@@ -16,7 +16,6 @@ import msgspec
 
 from gazetteer.cache import PageRecord, State, facts_of, fingerprint, load_facts, save_facts, write_atomic
 from gazetteer.errors import OutputError, UsageError
-from gazetteer.history import head_of, read_history
 from gazetteer.index import index_json
 from gazetteer.model import FileFacts, History, Status
 from gazetteer.pages.file_docs import docs, purpose
@@ -29,9 +28,10 @@ from gazetteer.read.analyze import read_text
 from gazetteer.read.collect import checked_root, digest_all, gather, nothing, still_holding
 from gazetteer.read.scan import Found, Scan, scan
 from gazetteer.read.workers import Workers, default_jobs
-from gazetteer.relations import Context, Relations, relate
-from gazetteer.resolve import Resolver
-from gazetteer.runs import test_runs
+from gazetteer.relate.history import head_of, read_history
+from gazetteer.relate.relations import Context, Relations, relate
+from gazetteer.relate.resolve import Resolver
+from gazetteer.relate.test_commands import test_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from gazetteer.read import grammars
 from gazetteer.read.text import plain_sentence, sentence
 
 if TYPE_CHECKING:
-    from gazetteer.relations import Context
+    from gazetteer.relate.relations import Context
 
 __all__ = ["docs", "purpose"]
 

@@ -262,7 +262,7 @@ def _python_modules(
 
 
 _DISTRIBUTIONS: dict[str, str] = tomllib.loads(
-    resources.files("gazetteer.read").joinpath("languages", "distributions.toml").read_text("utf-8")
+    resources.files("gazetteer.relate").joinpath("distributions.toml").read_text("utf-8")
 )["python"]
 
 

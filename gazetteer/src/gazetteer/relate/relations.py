@@ -16,7 +16,7 @@ from gazetteer.read.analyze import is_test
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gazetteer.resolve import Resolver
+    from gazetteer.relate.resolve import Resolver
 
 __all__ = ["Context", "Dependency", "Relations", "relate"]
 
