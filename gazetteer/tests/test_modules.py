@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import gazetteer
 from gazetteer import errors
-from gazetteer.drawing import draw, read_mermaid
 from gazetteer.errors import GazetteerError, LanguageError
 from gazetteer.markdown import Page
 from gazetteer.model import FileFacts
@@ -22,6 +21,7 @@ from gazetteer.read import grammars
 from gazetteer.read.extract import extract
 from gazetteer.read.text import comment_text, decode, first_line, sentence, split_commas, split_scope, tidy
 from gazetteer.read.workers import Workers
+from gazetteer.site.drawing import draw, read_mermaid
 
 
 def facts(source: str, language: str = "python", path: str = "x") -> FileFacts:

@@ -19,7 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import gazetteer
-from gazetteer.serve import make_server
+from gazetteer.site.serve import make_server
 
 FLAGS = [
     "--headless",

@@ -370,7 +370,7 @@ def build(
         with _seldom_collecting():
             summary = work.run(json_index=json_index)
         if site:
-            from gazetteer.site import build_site  # only who wants a site needs its programs
+            from gazetteer.site.render import build_site  # only who wants a site needs its programs
 
             state = State.load(target)
             facts = {path: facts_of(data) for path, data in load_facts(target).items()}

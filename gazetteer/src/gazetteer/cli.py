@@ -27,7 +27,7 @@ from gazetteer.model import Kind
 from gazetteer.paths import SITE
 from gazetteer.read.collect import read_repository
 from gazetteer.search import search as search_facts
-from gazetteer.serve import make_server
+from gazetteer.site.serve import make_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
