@@ -44,7 +44,7 @@ def test_a_capture_without_a_rule_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     grammars.rules.cache_clear()
     try:
         with pytest.raises(LanguageError, match="nonsense"):
-            grammars._load("tree_sitter_python:language", "bad.scm")
+            grammars._load("tree_sitter_python:language", ("bad.scm",))
     finally:
         grammars.rules.cache_clear()
 
