@@ -41,7 +41,7 @@ def test_the_package_keeps_its_contracts() -> None:
     ("module", "line", "contract", "found"),
     [
         ("model", "import gazetteer.cache", LAYERS, "gazetteer.model -> gazetteer.cache"),
-        ("read/text", "from gazetteer.relate import resolve", LAYERS, "gazetteer.read.text -> gazetteer.relate.resolve"),
+        ("read/text", "import gazetteer.relate.resolve", LAYERS, "gazetteer.read.text -> gazetteer.relate.resolve"),
         ("pages/tree", "import gazetteer.site.drawing", LAYERS, "gazetteer.pages.tree -> gazetteer.site.drawing"),
         ("stowaway", "", LAYERS, "- gazetteer.stowaway"),
         ("read/text", "import gazetteer.read.extract", CIRCLES, "No cycles are allowed in gazetteer.read"),

@@ -48,7 +48,7 @@ def repository(tmp_path):
 
 
 def test_a_step_runs_when_what_it_tests_changed(repository):
-    """A commit of the last day, one since CI_BASE, an edit or a new file makes the step run; else it is skipped."""
+    """A recent commit, one since CI_BASE, an edit or a new file makes the step run; else it is skipped."""
     folder, first = repository
     assert skips(folder, "old")
     assert not skips(folder, "old", "new")
