@@ -153,8 +153,8 @@ class Milepost(Peer):
         self.checkpointer.load(self.path(), state)
 
     def verify(self) -> None:
+        from milepost.health.verify import verify
         from milepost.storage import default_storage
-        from milepost.verify import verify
 
         assert not verify(default_storage(), self.path()).problems
 

@@ -33,12 +33,12 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
-from milepost.commit.hidden import join_hidden
 from milepost.commit.marks import assemble
-from milepost.manifest import Index, data_name, decode_index, encode_index, index_name
-from milepost.names import Names
-from milepost.reshard import cut
-from milepost.state import StateEncoder
+from milepost.format.boxes import cut
+from milepost.format.index import Index, decode_index, encode_index
+from milepost.format.names import data_name, index_name, join_hidden
+from milepost.loading.renames import Names
+from milepost.state.encode import StateEncoder
 from milepost.storage import default_storage
 from milepost.testing.faults import FaultyStorage
 from milepost.types import RankInfo

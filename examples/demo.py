@@ -93,7 +93,7 @@ def writer_of(trainer: int) -> int:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == trainer and b"milepost.writer_main" in (path / "cmdline").read_bytes():
+            if parent == trainer and b"milepost.background.writer_main" in (path / "cmdline").read_bytes():
                 return int(path.name)
         except (OSError, ValueError):
             continue  # it ended meanwhile

@@ -43,7 +43,9 @@ def ours(*, ranks_only: bool = False) -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended meanwhile, or is another user's
             mine = TOKEN.encode() in (path / "environ").read_bytes().split(b"\0")
-            if mine and not (ranks_only and b"milepost.writer_main" in (path / "cmdline").read_bytes()):
+            if mine and not (
+                ranks_only and b"milepost.background.writer_main" in (path / "cmdline").read_bytes()
+            ):
                 found.append(int(path.name))
     return sorted(found)
 

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 import milepost
 from milepost.checkpoint_writer import CheckpointWriterConfig
-from milepost.commit import scan
+from milepost.health.listing import scan
 from milepost.storage import default_storage
 
 BYTES, CONTEXT, WIDTH, HEADS, LAYERS = 256, 64, 96, 4, 3

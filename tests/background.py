@@ -19,10 +19,10 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
 from milepost.checkpointer import AsyncCheckpointer
 from milepost.config import AsyncConfig, CheckpointerConfig, CheckpointProcessConfig, CheckpointStagerConfig
+from milepost.health.verify import verify
 from milepost.staging import DefaultStager
 from milepost.storage import default_storage
 from milepost.types import RankInfo
-from milepost.verify import verify
 
 ONE = RankInfo(0, 1)
 PATIENCE = 60.0

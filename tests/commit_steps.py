@@ -10,17 +10,9 @@ import threading
 import zlib
 
 from milepost.commit import Attempt, Clock, check_target, locate, new_attempt_id
-from milepost.commit.hidden import is_own
 from milepost.errors import CheckpointNotFoundError, EntryNotFoundError, StorageError
-from milepost.manifest import (
-    MANIFEST_NAME,
-    DataFile,
-    Index,
-    Records,
-    Tensors,
-    data_name,
-    encode_index,
-)
+from milepost.format.index import DataFile, Index, Records, Tensors, encode_index
+from milepost.format.names import MANIFEST_NAME, data_name, is_own
 from milepost.storage import Storage
 
 _times = itertools.count(1.0)

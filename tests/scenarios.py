@@ -22,11 +22,11 @@ from milepost.checkpoint_writer import (
     partial_directory,
 )
 from milepost.errors import CheckpointNotFoundError, IncompleteCheckpointError
+from milepost.health.verify import verify
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import write_bytes
 from milepost.testing import FaultyStorage
 from milepost.types import RankInfo
-from milepost.verify import verify
 
 SINGLE = RankInfo(0, 1)
 

@@ -19,7 +19,8 @@ from hypothesis import currently_in_test_context, reject
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
-from milepost.manifest import decode_index, decode_manifest
+from milepost.format.index import decode_index
+from milepost.format.manifest import decode_manifest
 from milepost.types import RankInfo
 
 ONE = RankInfo(0, 1)

@@ -23,6 +23,8 @@ if sys.platform == "win32":
 if sys.byteorder != "little":
     raise ImportError("Milepost needs a little-endian host: its files hold tensors as they are in memory.")
 
+from milepost._version import __version__
+
 if TYPE_CHECKING:
     from milepost.builder import make_async_checkpointer, make_sync_checkpointer
     from milepost.config import AsyncConfig, CheckpointerConfig
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
         TargetError,
     )
     from milepost.types import RankInfo
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AsyncConfig",

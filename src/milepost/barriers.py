@@ -17,7 +17,7 @@ import torch.distributed.elastic.utils.store as store_util
 
 from milepost.config import BarrierConfig
 from milepost.errors import CommitError, CommitTimeoutError, ConfigError, MilepostError, UnavailableError
-from milepost.start import group_store, start_at
+from milepost.ranks.start import group_store, start_at
 
 __all__ = [
     "BARRIER_REGISTRY",

@@ -17,9 +17,9 @@ from milepost.checkpoint_writer import CheckpointWriter, WriterHook
 from milepost.checkpointer import AsyncCheckpointer, SyncCheckpointer
 from milepost.config import CheckpointerConfig, CheckpointWriterConfig, validate
 from milepost.errors import ConfigError
+from milepost.ranks.start import group_store, start_at
 from milepost.staging import DefaultStager
-from milepost.start import group_store, start_at
-from milepost.state import StateEncoder
+from milepost.state.encode import StateEncoder
 from milepost.types import RankInfo
 
 __all__ = [

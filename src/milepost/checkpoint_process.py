@@ -18,10 +18,13 @@ from typing import Any
 import msgspec
 import torch
 
+from milepost.background.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
+from milepost.background.futures import TrackedFuture, raise_unseen
+from milepost.background.messages import Channel, Init, Write, encode_path
+from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
-from milepost.channel import Channel, Init, Write, encode_path
-from milepost.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
 from milepost.commit import absolute_path, check_target, process_id
+from milepost.commit.save import Labels, SaveOptions, telling_others
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
     AbortedError,
@@ -33,17 +36,16 @@ from milepost.errors import (
     TargetError,
     error_context,
 )
-from milepost.meeting import Ranks
-from milepost.paths import path_text
-from milepost.shards import decode_key
-from milepost.snapshot import Labels, Packed, SaveOptions, telling_others
-from milepost.staged import StagedImage, image_of
+from milepost.format.keys import decode_key
+from milepost.format.paths import path_text
+from milepost.format.snapshot import Packed
+from milepost.ranks.save_meeting import Ranks
 from milepost.staging import DefaultStager
-from milepost.state import StateEncoder
+from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import TrackedFuture, gc_paused, raise_unseen
+from milepost.utils import gc_paused
 
 __all__ = [
     "CheckpointProcess",

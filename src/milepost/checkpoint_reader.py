@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from milepost.assembly import ShardedSource
 from milepost.commit import Located, locate
 from milepost.commit.marks import read_shard_map
 from milepost.errors import (
@@ -21,19 +20,16 @@ from milepost.errors import (
     MismatchError,
     error_context,
 )
-from milepost.manifest import (
-    MAX_INDEX_BYTES,
-    Index,
-    data_name,
-    decode_index,
-    digest,
-)
-from milepost.names import Names
-from milepost.shards import ShardMap
-from milepost.sources import IndexedSource, PlainSource, Verify
+from milepost.format.index import Index, decode_index, digest
+from milepost.format.limits import MAX_INDEX_BYTES
+from milepost.format.names import data_name
+from milepost.format.shards import ShardMap
+from milepost.loading.rank_file import IndexedSource, PlainSource, Verify
+from milepost.loading.renames import Names
+from milepost.loading.sharded import ShardedSource
+from milepost.loading.template import Match
+from milepost.ranks.load_meeting import Meeting, Report, default_meeting, refuse
 from milepost.storage import OpenFile, Storage, default_storage
-from milepost.template import Match
-from milepost.together import Meeting, Report, default_meeting, refuse
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused, is_dtensor
 

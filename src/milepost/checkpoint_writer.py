@@ -12,12 +12,12 @@ import torch
 
 from milepost.barriers import Barrier, barrier_store
 from milepost.commit import absolute_path, check_target
+from milepost.commit.save import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
-from milepost.manifest import data_name
-from milepost.meeting import Ranks
-from milepost.snapshot import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
-from milepost.state import StateEncoder
+from milepost.format.names import data_name
+from milepost.ranks.save_meeting import Ranks
+from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.telemetry import Event, Observer, notify

@@ -12,17 +12,17 @@ from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
+from milepost.background.futures import raise_unseen
+from milepost.background.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
+from milepost.background.staged import staged_bytes
 from milepost.checkpoint_process import CheckpointProcess, WriteFuture
 from milepost.checkpoint_reader import CheckpointReader, load_with
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import AsyncConfig
 from milepost.errors import AbortedError, ClosedError, ConfigError, LostWriterError, LowMemoryError
-from milepost.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
-from milepost.staged import staged_bytes
 from milepost.staging import CheckpointStager, StagingPlan
 from milepost.telemetry import Event, Kind, notify
 from milepost.types import STATE_DICT
-from milepost.utils import raise_unseen
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
 

@@ -62,6 +62,7 @@ __all__ = [
     "UnsupportedFormatError",
     "UnsupportedTypeError",
     "error_context",
+    "text_of",
 ]
 
 
@@ -291,3 +292,11 @@ def error_context(**facts: Any) -> Iterator[None]:
     except MilepostError as error:
         error.located(**facts)
         raise
+
+
+def text_of(error: BaseException) -> str:
+    """The error's message, even if the class of a user's error cannot give its own."""
+    try:
+        return error.message if isinstance(error, MilepostError) else str(error)
+    except Exception as another:  # noqa: BLE001 - __str__ may raise anything
+        return f"(its text could not be had: {type(another).__name__})"

@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
-from milepost import accelerator, syscalls
-from milepost.accelerator import copy_tensors
-from milepost.arena import Arena, available_bytes
+from milepost import syscalls
+from milepost.background.arena import Arena, available_bytes
+from milepost.background.staged import SharedRecords, StagedImage
 from milepost.config import CheckpointStagerConfig
-from milepost.division import mark_share
 from milepost.errors import ClosedError, LowMemoryError, StateError, UnavailableError
-from milepost.paths import path_text
-from milepost.rebuild import TensorBuilder
-from milepost.staged import SharedRecords, StagedImage
-from milepost.state import Parts, StateEncoder
-from milepost.template import is_dense
+from milepost.format.paths import path_text
+from milepost.loading.template import is_dense
+from milepost.state import accelerator
+from milepost.state.accelerator import copy_tensors
+from milepost.state.decode import TensorBuilder
+from milepost.state.encode import Parts, StateEncoder
+from milepost.state.shares import mark_share
 from milepost.types import STATE_DICT
 from milepost.utils import gc_paused
 

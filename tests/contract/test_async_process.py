@@ -28,7 +28,7 @@ from milepost.checkpoint_process import (
 )
 from milepost.config import CheckpointProcessConfig
 from milepost.errors import ClosedError, ConfigError, LostWriterError, StateError
-from milepost.state import StateEncoder
+from milepost.state.encode import StateEncoder
 from milepost.types import RankInfo
 
 

@@ -44,7 +44,7 @@ from milepost.errors import (
     TargetError,
 )
 from milepost.staging import DefaultStager
-from milepost.state import StateEncoder
+from milepost.state.encode import StateEncoder
 from milepost.storage import default_storage
 from milepost.testing import FaultyStorage
 from milepost.types import RankInfo
@@ -371,7 +371,7 @@ def test_replicas_are_still_staged_while_the_interpreter_ends(tmp_path):
         import threading, time
         import concurrent.futures.thread as pools
         from milepost.staging import DefaultStager
-        from milepost.state import StateEncoder
+        from milepost.state.encode import StateEncoder
 
         def stage_late():
             while not pools._shutdown:

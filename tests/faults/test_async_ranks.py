@@ -222,7 +222,7 @@ def test_the_others_hear_of_a_write_that_cannot_be_handed_over(tmp_path, monkeyp
             monkeypatch.undo()
             raise OSError(24, "Too many open files")
 
-        monkeypatch.setattr("milepost.child.write_blob", fail)
+        monkeypatch.setattr("milepost.background.child.write_blob", fail)
         with pytest.raises(OSError, match="Too many open files"):
             checkpointer.save(path, state(1))
         with pytest.raises(AbortedError, match="Too many open files"):
@@ -297,4 +297,5 @@ def test_a_warning_of_the_writer_process_is_in_the_trainers_log(tmp_path, caplog
         written = [each.save(str(tmp_path / "c"), same)[1] for each in (first, second)]
         assert [error_of(future) for future in written] == [None, None]
         told = [record for record in caplog.records if "are the same on all 2 ranks" in record.message]
-        assert [record.name for record in told] == ["milepost.commit.copies"]
+        # Once for each rank that saw the last mark come: they may be both.
+        assert {record.name for record in told} == {"milepost.commit.copies"}

@@ -19,10 +19,10 @@ from scenarios import in_child
 from states import assert_same
 
 from milepost import syscalls
-from milepost.arena import Arena
-from milepost.channel import read_blob, write_blob
+from milepost.background.arena import Arena
+from milepost.background.messages import read_blob, write_blob
+from milepost.background.writer_main import Service
 from milepost.errors import LowMemoryError, StorageError
-from milepost.writer_main import Service
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 MEMFD_CREATE = {"x86_64": 319, "aarch64": 279}

@@ -15,9 +15,9 @@ from milepost.barriers import Barrier
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.errors import CorruptCheckpointError, LoadError, MilepostError
+from milepost.health.verify import verify
 from milepost.storage import default_storage
 from milepost.types import RankInfo
-from milepost.verify import verify
 
 FILES = ["manifest.json", "index_0.json", "checkpoint_0.pt", "vocabulary.txt", "logs/loss.csv"]
 NOT_LOADED = {"vocabulary.txt", "logs/loss.csv"}

@@ -19,7 +19,6 @@ import torch
 from forge import Forge, dump, write
 from scenarios import in_child, load, make_state, same, save
 
-from milepost import pickle_scan
 from milepost.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -28,10 +27,11 @@ from milepost.errors import (
     MismatchError,
     UnsupportedFormatError,
 )
-from milepost.manifest import decode_index
-from milepost.outline import MOST_LINES, outline
+from milepost.format import pickle_scan
+from milepost.format.index import decode_index
+from milepost.health.outline import MOST_LINES, outline
+from milepost.health.verify import verify
 from milepost.storage import default_storage
-from milepost.verify import verify
 
 MEMORY_BYTES = 1 << 30
 BIG, TOO_BIG = (1 << 63) - 1, 1 << 63
@@ -1031,6 +1031,8 @@ BOMBS = {
     "a deep tuple as a key": b"}" + _NESTED + b"Ns",
     "a deep tuple": _NESTED,
     "a tuple that doubles as a key": b"}" + _DOUBLED + b"Ns",
+    "a tuple that doubles as a function": b"N" + _DOUBLED + b"}R",
+    "a tuple that doubles as a class": _DOUBLED + b")\x81",
     "a tuple that doubles in a set": b"c__builtin__\nset\n](" + _DOUBLED + b"e\x85R",
     "a tuple that doubles in a list that is a key's part": b"}]" + _DOUBLED + b"a\x85Ns",
     "a large bytearray": _SIZED + b"R",

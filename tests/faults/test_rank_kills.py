@@ -30,7 +30,6 @@ import pytest
 from ports import free_port
 
 from milepost import errors
-from milepost.commit import scan
 from milepost.errors import (
     AbortedError,
     CheckpointNotFoundError,
@@ -40,9 +39,10 @@ from milepost.errors import (
     RemoteError,
     StateError,
 )
+from milepost.health.listing import scan
+from milepost.health.verify import verify
 from milepost.storage import default_storage
 from milepost.testing import FaultyStorage
-from milepost.verify import verify
 
 WORLD = 3
 PATIENCE = 90
@@ -631,7 +631,7 @@ def in_background(how, rank, world, state, meet, storage, hook, barrier):
     from milepost.checkpointer import AsyncCheckpointer
     from milepost.config import AsyncConfig, CheckpointProcessConfig
     from milepost.staging import DefaultStager
-    from milepost.state import StateEncoder
+    from milepost.state.encode import StateEncoder
 
     info = RankInfo(rank, world)
 

@@ -31,10 +31,10 @@ from test_rank_kills import WORLD, Launcher, _agent_store, differences, full_sta
 
 from milepost import CheckpointerConfig, RankInfo, make_async_checkpointer, make_sync_checkpointer
 from milepost.checkpoint_reader import CheckpointReader
-from milepost.commit import scan
 from milepost.errors import MilepostError
+from milepost.health.listing import scan
+from milepost.health.verify import verify
 from milepost.storage import default_storage
-from milepost.verify import verify
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the launcher adopts orphans as Linux can"),

@@ -37,8 +37,8 @@ from milepost.errors import (
     MismatchError,
     UnsupportedFormatError,
 )
+from milepost.health.verify import verify as verify_checkpoint
 from milepost.storage import default_storage
-from milepost.verify import verify as verify_checkpoint
 
 ALLOWED = (
     CorruptCheckpointError,

@@ -10,7 +10,7 @@ import torch
 from make_v1 import ATTEMPT, METADATA, STEP, plain_state, state, write
 from states import assert_same, data_file, load, manifest_of, raw_index_of, sharing, torch_load
 
-from milepost.tree import TreeDecoder
+from milepost.format.tree import TreeDecoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 

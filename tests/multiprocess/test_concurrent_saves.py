@@ -19,10 +19,10 @@ import torch
 from scenarios import SCENARIOS, descriptors, in_child, load, make_state, names_in, same, save, which
 
 from milepost.errors import MilepostError, StorageError, TargetError
+from milepost.health.verify import verify
 from milepost.storage import default_storage
 from milepost.storage.writing import Ring
 from milepost.testing import FaultyStorage
-from milepost.verify import verify
 
 BLOCK_BYTES = Ring().block_bytes
 

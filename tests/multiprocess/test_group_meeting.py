@@ -19,7 +19,7 @@ import logging, os, signal, sys, threading, time
 from datetime import timedelta
 import torch, torch.distributed as dist
 from milepost import CheckpointerConfig, RankInfo, make_async_checkpointer, make_sync_checkpointer
-from milepost import meeting
+from milepost.ranks import save_meeting as meeting
 
 logging.basicConfig(level=logging.INFO, format="LOG %(message)s")
 rank, world, address, kind, run = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
@@ -274,7 +274,7 @@ def test_a_rank_that_is_killed_while_the_others_meet_is_named(tmp_path, kind):
     save(checkpointer, 1)
     if rank == 1:
         # It has called save, and dies before its part is written.
-        from milepost.meeting import SaveMeeting
+        from milepost.ranks.save_meeting import SaveMeeting
         begin = SaveMeeting.__init__
 
         def die(self, *arguments):

@@ -25,8 +25,8 @@ from milepost.errors import (
     MismatchError,
     PeerLoadError,
 )
-from milepost.start import Start
-from milepost.together import Meeting, Report, Verdict, refuse
+from milepost.ranks.load_meeting import Meeting, Report, Verdict, refuse
+from milepost.ranks.start import Start
 
 WORLD = 3
 WAYS = ["group", "store"]
@@ -156,7 +156,7 @@ def work(rank, way, call):
         path, template, options = now
         template = None if template is None else template_of(way, rank, template)
         seconds, world = options.pop("timeout_seconds", 60), options.pop("world", WORLD)
-        ready = options.pop("ready", [])  # so that no slow machine makes one of these late for a short timeout
+        ready = options.pop("ready", [])  # ranks that a slow machine must not make late
         at = store if world == WORLD else dist.PrefixStore("some", meeting)
         reader = CheckpointReader(RankInfo(rank, world), store=at, timeout_seconds=seconds)
         result.error = None

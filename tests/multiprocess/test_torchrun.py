@@ -17,7 +17,7 @@ PROGRAM = textwrap.dedent(
     import logging, os, signal, sys, time
     import torch, torch.distributed as dist
     from milepost import CheckpointerConfig, make_async_checkpointer, make_sync_checkpointer
-    from milepost.start import Start
+    from milepost.ranks.start import Start
 
     logging.basicConfig(level=logging.INFO)
     kind, run, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -13,8 +13,7 @@ from states import differences, torch_parts
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from milepost.paths import Item
-from milepost.reshard import (
+from milepost.format.boxes import (
     MIN_CUT_BYTES,
     Box,
     Run,
@@ -29,7 +28,9 @@ from milepost.reshard import (
     steps_of,
     whole,
 )
-from milepost.shards import Table, decode_key, encode_key
+from milepost.format.keys import decode_key, encode_key
+from milepost.format.paths import Item
+from milepost.format.shards import Table
 
 shapes = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 

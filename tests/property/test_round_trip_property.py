@@ -19,8 +19,8 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import StateError
-from milepost.nodes import check_tree
-from milepost.tree import TreeDecoder, TreeEncoder
+from milepost.format.nodes import check_tree
+from milepost.format.tree import TreeDecoder, TreeEncoder
 from milepost.types import RankInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -26,15 +26,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from milepost import placements as placements_module
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CorruptCheckpointError
-from milepost.manifest import decode_index
+from milepost.format.index import decode_index
+from milepost.health.verify import verify
+from milepost.state import placements as placements_module
 from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
-from milepost.verify import verify
 
 DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.float64, torch.uint8, torch.complex64]
 

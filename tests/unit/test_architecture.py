@@ -16,41 +16,26 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "milepost"
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-LAYERS = "A module imports only from lines below"
-TORCH_FREE = "Torch-free modules import neither torch nor numpy"
+LAYERS = "A package imports only from lines below"
+TORCH_FREE = "Torch-free packages import neither torch nor numpy"
 STORAGES = "Only builder, cli, testing"
+INSIDE = "Inside format"
 
-TORCH_MODULES = {
-    "accelerator",
-    "assembly",
+TORCH_PACKAGES = {
+    "background",
     "barriers",
     "builder",
     "checkpoint_process",
     "checkpoint_reader",
     "checkpoint_writer",
     "checkpointer",
-    "child",
-    "custom_writer",
-    "division",
-    "gather",
-    "integrations",
-    "manager",
-    "meeting",
-    "objects",
-    "placements",
-    "rebuild",
-    "records",
-    "sharing",
-    "sources",
-    "staged",
+    "loading",
+    "ranks",
     "staging",
-    "start",
     "state",
-    "template",
     "testing",
-    "together",
 }
-"""The modules that may import torch; every other one is torch-free, and listed in pyproject.toml."""
+"""Packages and modules that may import torch; every other one is torch-free, and listed in pyproject.toml."""
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -71,41 +56,71 @@ def copy_of_the_package(folder: Path) -> Path:
     return folder / "src" / "milepost"
 
 
-@pytest.mark.parametrize(
-    ("module", "line", "contract", "found"),
-    [
-        ("errors", "from milepost.types import RankInfo", LAYERS, "milepost.errors -> milepost.types"),
-        ("manifest", "import milepost.storage", LAYERS, "milepost.manifest -> milepost.storage"),
-        ("stowaway", "", LAYERS, "- milepost.stowaway"),
-        ("tree", "import torch", TORCH_FREE, "milepost.tree -> torch"),
-        ("utils", "import numpy", TORCH_FREE, "milepost.utils -> numpy"),
-        ("__init__", "import torch", TORCH_FREE, "milepost -> torch"),
-        ("manifest", "from milepost.storage.local import LocalStorage", STORAGES, "milepost.manifest ->"),
-    ],
-    ids=["upwards", "sibling", "unlisted", "torch", "numpy", "package", "storage"],
-)
-def test_a_planted_violation_breaks_its_contract(tmp_path, module, line, contract, found):
+PLANTED = [
+    ("errors", "from milepost.types import RankInfo", LAYERS, "milepost.errors -> milepost.types"),
+    ("format/manifest", "import milepost.storage", LAYERS, "milepost.format.manifest -> milepost.storage"),
+    ("stowaway", "", LAYERS, "- milepost.stowaway"),
+    ("format/tree", "import milepost.format.index", INSIDE, "milepost.format.tree -> milepost.format.index"),
+    ("format/stowaway", "", INSIDE, "- milepost.format.stowaway"),
+    ("format/boxes", "import torch", TORCH_FREE, "milepost.format.boxes -> torch"),
+    ("utils", "import numpy", TORCH_FREE, "milepost.utils -> numpy"),
+    (
+        "format/names",
+        "from milepost.storage.local import LocalStorage",
+        STORAGES,
+        "milepost.format.names -> milepost.storage.local",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """What the import linter says of a copy of the package with all the planted violations."""
+    folder = tmp_path_factory.mktemp("planted")
+    package = copy_of_the_package(folder)
+    for module, line, _, _ in PLANTED:
+        path = package / f"{module}.py"
+        path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    return lint_imports(folder)
+
+
+def test_the_package_keeps_its_contracts():
+    """Every import contract of pyproject.toml holds."""
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(("module", "line", "contract", "found"), PLANTED)
+def test_a_planted_violation_breaks_its_contract(broken, module, line, contract, found):
     """Each import contract fails, naming the import, when one that it forbids is added to the package."""
-    package = copy_of_the_package(tmp_path)
-    assert found not in lint_imports(tmp_path).stdout
-    path = package / f"{module}.py"
-    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
-    broken = lint_imports(tmp_path)
     assert broken.returncode == 1, broken.stdout
     assert any(contract in text and "BROKEN" in text for text in broken.stdout.splitlines()), broken.stdout
     assert found in broken.stdout
 
 
-def test_each_module_is_torch_free_or_known_to_need_torch():
-    """Every module of the package is in the torch-free contract or in TORCH_MODULES, and not in both."""
+def test_each_package_is_torch_free_or_known_to_need_torch():
+    """Every room of the package is in the torch-free contract or in TORCH_PACKAGES, and not in both."""
     contract = next(c for c in CONFIG["tool"]["importlinter"]["contracts"] if c["type"] == "forbidden")
-    free = {name.removeprefix("milepost.").split(".")[0] for name in contract["source_modules"]} - {
-        "milepost"
-    }
-    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    modules -= {"__init__", "__pycache__"}
-    assert modules <= free | TORCH_MODULES
-    assert not free & TORCH_MODULES
+    free = {name.removeprefix("milepost.") for name in contract["source_modules"]}
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert rooms - {"__init__", "__pycache__"} == {name for name in free if "." not in name} | TORCH_PACKAGES
+    assert not free & TORCH_PACKAGES
+
+
+def test_no_package_is_named_like_a_function_of_the_root():
+    """Importing every submodule replaces no name of the root, and each can still be called."""
+    code = """
+import importlib, pkgutil, milepost
+for module in pkgutil.walk_packages(milepost.__path__, "milepost."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+kinds = {name: type(getattr(milepost, name)).__name__ for name in milepost.__all__}
+print(sorted(name for name, kind in kinds.items() if kind == "module"), len(kinds))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    import milepost
+
+    assert run.stdout.split() == ["[]", str(len(milepost.__all__))]
 
 
 def test_import_milepost_loads_neither_torch_nor_numpy():
@@ -132,7 +147,9 @@ def test_all_is_sorted_and_exactly_what_can_be_imported():
     typed = {
         alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("milepost.")
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith("milepost.")
+        and node.module != "milepost._version"
         for alias in node.names
     }
     assert typed == set(milepost.__all__) - {"__version__"}

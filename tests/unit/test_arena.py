@@ -12,7 +12,7 @@ import pytest
 from scenarios import in_child
 
 from milepost import syscalls
-from milepost.arena import Arena, available_bytes
+from milepost.background.arena import Arena, available_bytes
 
 PAGE = mmap.PAGESIZE
 

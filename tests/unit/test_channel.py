@@ -12,28 +12,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milepost import channel, errors
-from milepost.channel import (
+from milepost import errors
+from milepost.background import remote_errors
+from milepost.background.messages import (
     MAX_DESCRIPTORS,
     Arrived,
     Attached,
     Channel,
     Exit,
-    Failure,
     Finished,
     Go,
     Init,
     Moved,
     Ready,
     Write,
-    describe_error,
     encode_path,
     read_blob,
-    rebuild_error,
     write_blob,
 )
+from milepost.background.remote_errors import Failure, describe_error, rebuild_error
+from milepost.background.writer_main import Service
 from milepost.errors import MilepostError, RemoteError, StorageError
-from milepost.writer_main import Service
 
 
 @pytest.fixture
@@ -163,9 +162,7 @@ def cross(error):
     return rebuild_error(message.failure)
 
 
-@pytest.mark.parametrize(
-    "kind", [getattr(errors, name) for name in errors.__all__ if name != "error_context"]
-)
+@pytest.mark.parametrize("kind", [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")])
 def test_our_errors_cross_with_their_type_facts_and_traceback(kind):
     """Each error of ours arrives as its own class, as a RemoteError too, with every fact and a note."""
     error = kind("what happened", path="/p", rank=3, key="a.b", phase="write", hint="try this")
@@ -257,10 +254,10 @@ def test_any_facts_cross(message, path, rank):
 
 def test_messages_of_a_full_line_wait():
     """The module's largest message fits the line, so that no send is refused for its size."""
-    text = "x" * channel._MAX_TEXT_BYTES
-    fact = "x" * channel._MAX_FACT_BYTES
+    text = "x" * remote_errors._MAX_TEXT_BYTES
+    fact = "x" * remote_errors._MAX_FACT_BYTES
     facts = dict.fromkeys(("path", "key", "phase", "hint", "operation"), fact)
-    largest = Finished(1, Failure(fact, fact, text, facts, "x" * channel._MAX_TRACE_BYTES))
+    largest = Finished(1, Failure(fact, fact, text, facts, "x" * remote_errors._MAX_TRACE_BYTES))
     ours, theirs = Channel.pair()
     other = Channel(theirs)
     assert ours.send(largest)

@@ -89,7 +89,7 @@ def test_help_loads_no_heavy_module():
     assert code == "0"
     assert {name.partition(".")[0] for name in modules} & {"torch", "numpy", "msgspec", "isal"} == set()
     ours = {name for name in modules if name.startswith("milepost.")}
-    assert ours == {"milepost.cli", "milepost.cli.output"}
+    assert ours == {"milepost._version", "milepost.cli", "milepost.cli.output"}
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "ls", "doctor"])
@@ -392,7 +392,7 @@ def test_an_empty_path_is_wrong_usage(run, monkeypatch, arguments):
 
 def test_a_later_format_is_exit_code_4(run):
     """A checkpoint that a later version wrote is exit code 4, with the way out."""
-    from milepost.manifest import decode_manifest, encode_manifest
+    from milepost.format.manifest import decode_manifest, encode_manifest
 
     path = run / "step-5" / "manifest.json"
     manifest = decode_manifest(path.read_bytes(), "")
@@ -425,10 +425,10 @@ def test_debug_shows_the_traceback(run):
 def test_an_interrupt_ends_cleanly(run):
     """Ctrl-C in the middle of a command is exit code 130 and one word, without a traceback."""
     code = (
-        "import os, signal, sys, milepost.verify\n"
+        "import os, signal, sys, milepost.health.verify\n"
         "from milepost.cli import main\n"
         "def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT)\n"
-        "milepost.verify.scan_file = interrupted\n"
+        "milepost.health.verify.scan_file = interrupted\n"
         f"sys.argv = ['milepost', 'verify', {str(run / 'step-5')!r}]\n"
         "main()\n"
     )

@@ -33,9 +33,9 @@ from milepost.commit import (
     process_id,
     roll_forward,
 )
-from milepost.commit.hidden import read_beacons
+from milepost.commit.folders import read_beacons
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, StorageError
-from milepost.manifest import DataFile, encode_index
+from milepost.format.index import DataFile, encode_index
 from milepost.storage.local import LocalStorage
 from milepost.testing import FaultyStorage
 

@@ -10,7 +10,7 @@ import pytest
 from commit_steps import Wrapper, arrive, content, loaded_step, make_folders, put, save, tree
 from memory_storage import MemoryStorage
 
-from milepost.commit import Attempt, explain, locate, scan
+from milepost.commit import Attempt, locate
 from milepost.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -18,7 +18,8 @@ from milepost.errors import (
     StorageError,
     UnsupportedFormatError,
 )
-from milepost.manifest import encode_manifest
+from milepost.format.manifest import encode_manifest
+from milepost.health.listing import explain, scan
 from milepost.storage.local import LocalStorage
 from milepost.testing import FaultyStorage
 

@@ -24,9 +24,9 @@ from commit_steps import (
 from memory_storage import MemoryStorage
 
 from milepost.commit import Attempt, clean_up, roll_forward
-from milepost.commit.hidden import join_hidden
 from milepost.commit.removal import remove_tree
 from milepost.errors import StorageError
+from milepost.format.names import join_hidden
 from milepost.storage.local import LocalStorage
 from milepost.testing import MUTATIONS, FaultyStorage
 

@@ -9,9 +9,9 @@ from commit_steps import Wrapper, assert_clean, content, hidden, loaded_step, ma
 from memory_storage import MemoryStorage
 
 from milepost.commit import check_target
-from milepost.commit.hidden import join_hidden, siblings
+from milepost.commit.folders import siblings
 from milepost.errors import StorageError, TargetError
-from milepost.manifest import data_name
+from milepost.format.names import data_name, join_hidden
 from milepost.storage import Stat
 from milepost.storage.local import LocalStorage
 

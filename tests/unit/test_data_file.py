@@ -205,7 +205,7 @@ def test_a_view_of_a_strided_run_saves_its_extent_once(tmp_path):
 
 def test_files_beyond_four_gigabytes_are_laid_out_in_64_bits():
     """Offsets, sizes and the directory of a layout of many gigabytes use zip64 throughout."""
-    from milepost.image import Image, Layout
+    from milepost.format.image import Image, Layout
 
     lengths = [5 << 30, 3, 1 << 33]
     layout = Layout(lengths)

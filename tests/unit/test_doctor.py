@@ -18,10 +18,11 @@ import milepost
 from milepost.cli import app
 from milepost.cli.doctor import advice, is_wrong, repair, words
 from milepost.commit import Attempt
-from milepost.commit.hidden import join_hidden
-from milepost.diagnosis import diagnose
 from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
-from milepost.manifest import decode_manifest, digest, encode_manifest
+from milepost.format.index import digest
+from milepost.format.manifest import decode_manifest, encode_manifest
+from milepost.format.names import join_hidden
+from milepost.health.diagnosis import diagnose
 from milepost.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
@@ -354,14 +355,14 @@ def test_an_index_that_cannot_be_read_is_damage(run, monkeypatch):
     """An index that fails to be read is told with the reason, and does not end the look at the others."""
     save(STORAGE, f"{run}/step-4", 4)
     save(STORAGE, f"{run}/step-5", 5)
-    real = milepost.diagnosis.file_digest
+    real = milepost.health.diagnosis.file_digest
 
     def fails(folder, name):
         if folder.path.endswith("5"):
             raise StorageError("Input/output error", path=name)
         return real(folder, name)
 
-    monkeypatch.setattr("milepost.diagnosis.file_digest", fails)
+    monkeypatch.setattr("milepost.health.diagnosis.file_digest", fails)
     found = diagnose(STORAGE, run)
     assert [finding.state for finding in found.findings] == ["whole", "damaged"]
     assert words(found.findings[1], 0) == (
@@ -415,7 +416,7 @@ def test_damage_that_is_seen_only_once_is_none(run, monkeypatch):
     """What seems damaged while a save replaces it is looked at again, and is whole."""
     path = f"{run}/step-5"
     save(STORAGE, path, 5)
-    real, looks = milepost.diagnosis.scan, []
+    real, looks = milepost.health.diagnosis.scan, []
 
     def scan(storage, folder):
         looks.append(folder)
@@ -426,7 +427,7 @@ def test_damage_that_is_seen_only_once_is_none(run, monkeypatch):
         os.rename(f"{run}-aside", f"{path}/checkpoint_0.pt")
         return entries
 
-    monkeypatch.setattr("milepost.diagnosis.scan", scan)
+    monkeypatch.setattr("milepost.health.diagnosis.scan", scan)
     assert only(path).state == "whole"
     assert len(looks) == 2
 

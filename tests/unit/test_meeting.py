@@ -21,9 +21,9 @@ from milepost.commit import Outcome, expect
 from milepost.commit import locate as locate_now
 from milepost.commit.locate import _expected
 from milepost.errors import AbortedError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError
-from milepost.manifest import identity_of
-from milepost.meeting import Ranks, SaveMeeting
-from milepost.start import Start, start_at
+from milepost.format.manifest import identity_of
+from milepost.ranks.save_meeting import Ranks, SaveMeeting
+from milepost.ranks.start import Start, start_at
 from milepost.storage import default_storage
 
 
@@ -103,7 +103,7 @@ def test_threads_meet_at_a_store_of_their_process(tmp_path):
 
 def test_a_path_that_differs_on_one_rank_is_told(tmp_path, monkeypatch, caplog):
     """Ranks that save to different paths do not meet, and the log names who has not called save for which."""
-    monkeypatch.setattr("milepost.meeting._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("milepost.ranks.save_meeting._PATIENCE_SECONDS", 0.1)
     store = new_store()
     made = writers(store, seconds=1)
     errors = all_ranks(lambda rank: made[rank].write(str(tmp_path / f"step{rank}"), {"a": 1}))

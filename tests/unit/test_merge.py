@@ -23,13 +23,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from milepost import checkpoint_reader, placements, sources
+from milepost import checkpoint_reader
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.commit import merge
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CommitError, CorruptCheckpointError, MismatchError
-from milepost.shards import decode_shard_map
+from milepost.format.shards import decode_shard_map
+from milepost.loading import rank_file as sources
+from milepost.state import placements
 from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
 

@@ -15,7 +15,8 @@ from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ConfigError, MismatchError
-from milepost.names import Names, matcher
+from milepost.format.paths import matcher
+from milepost.loading.renames import Names
 from milepost.types import RankInfo
 
 _paths = itertools.count()

@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from milepost import placements
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CheckpointNotFoundError, ConfigError, MismatchError, StateError
-from milepost.manifest import decode_index
-from milepost.placements import Replicated, placed, ranges
-from milepost.reshard import Piece
+from milepost.format.boxes import Piece
+from milepost.format.index import decode_index
+from milepost.state import placements
+from milepost.state.placements import Replicated, placed, ranges
 from milepost.types import RankInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -225,18 +225,18 @@ def test_what_a_load_would_refuse_is_refused(tmp_path, name):
 def test_too_many_values_are_refused(tmp_path, monkeypatch):
     """A state with more values than a load reads is an error that names the largest key; so are metadata."""
     state = {"small": [1], "[text]": "[" * 2000, "ids": list(range(1000))}
-    monkeypatch.setattr("milepost.limits.MAX_NODES", 1100)
+    monkeypatch.setattr("milepost.format.limits.MAX_NODES", 1100)
     assert_same(state, round_trip(tmp_path, state))
     for name, value, key in (
-        ("milepost.limits.MAX_NODES", 1000, "ids"),
-        ("milepost.limits.MAX_INDEX_BYTES", 1000, "ids"),
+        ("milepost.format.limits.MAX_NODES", 1000, "ids"),
+        ("milepost.format.limits.MAX_INDEX_BYTES", 1000, "ids"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, value)
             with pytest.raises(StateError, match="tensors or numpy arrays") as caught:
                 save(tmp_path / "c", state)
             assert caught.value.key == key
-    monkeypatch.setattr("milepost.snapshot.MAX_METADATA_BYTES", 100)
+    monkeypatch.setattr("milepost.commit.save.MAX_METADATA_BYTES", 100)
     with pytest.raises(StateError, match="too many"), milepost.make_sync_checkpointer() as checkpointer:
         checkpointer.save(str(tmp_path / "c"), {}, metadata={"log": "x" * 100})
     assert os.listdir(tmp_path) == ["checkpoint"]

@@ -27,7 +27,7 @@ from states import (
 )
 
 from milepost.errors import StateError
-from milepost.shards import dtype_bytes
+from milepost.format.shards import dtype_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore:.*:UserWarning")
 

@@ -17,12 +17,12 @@ from scenarios import in_child
 from states import array_values, assert_same, bytes_tensor, load, native_values, object_values, savable_dtypes
 
 from milepost import staging as staging_module
+from milepost.background.staged import image_of
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.config import CheckpointStagerConfig
 from milepost.errors import ClosedError, ConfigError, LowMemoryError, StateError
-from milepost.staged import image_of
 from milepost.staging import CheckpointStager, DefaultStager
-from milepost.state import StateEncoder
+from milepost.state.encode import StateEncoder
 from milepost.types import RankInfo
 
 pytestmark = [

@@ -8,7 +8,7 @@ from states import assert_same, index_of, load, sharing, torch_load
 
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig
-from milepost.state import _KEPT_PLANS, StateEncoder
+from milepost.state.encode import _KEPT_PLANS, StateEncoder
 from milepost.types import RankInfo
 
 
@@ -188,7 +188,7 @@ def test_kept_plans_are_few():
 
 def test_kept_key_texts_are_bounded(monkeypatch):
     """Ever new keys do not make the encoder's memory grow without limit."""
-    monkeypatch.setattr("milepost.tree._MAX_CACHED_KEYS", 10)
+    monkeypatch.setattr("milepost.format.tree._MAX_CACHED_KEYS", 10)
     encoder = StateEncoder()
     for number in range(100):
         encoder.encode({f"key {number}": 1})

@@ -48,7 +48,7 @@ def test_the_futures_have_the_figures(tmp_path):
 
 def test_a_future_that_is_not_done_has_figures_too():
     """`seconds` is the time so far."""
-    from milepost.saves import SaveFuture
+    from milepost.background.saves import SaveFuture
 
     future = SaveFuture("p", None, 0.0)
     assert future.finished_at is None

@@ -11,9 +11,9 @@ import torch
 
 import milepost
 from milepost.checkpoint_writer import WriterHook, partial_directory
-from milepost.manifest import CHUNK_BYTES
+from milepost.format.index import CHUNK_BYTES
+from milepost.health.verify import verify
 from milepost.storage import default_storage
-from milepost.verify import verify
 
 STORAGE = default_storage()
 MIDDLE = torch.arange(7 * CHUNK_BYTES // 8, dtype=torch.float32)

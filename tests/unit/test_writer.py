@@ -22,8 +22,8 @@ from milepost.checkpoint_writer import (
     partial_directory,
 )
 from milepost.errors import ClosedError, CommitError, MilepostError, PostCommitError, StateError, TargetError
+from milepost.format.tree import TreeDecoder
 from milepost.testing import FaultyStorage
-from milepost.tree import TreeDecoder
 from milepost.types import RankInfo
 
 ONE = RankInfo(0, 1)

@@ -13,11 +13,11 @@ from milepost.cli.output import DAMAGED, FAILED, OK, Session, size
 from milepost.cli.verify import _bar
 from milepost.commit import clean_up, roll_forward
 from milepost.commit.claim import unchanged_seconds
-from milepost.commit.hidden import is_own, names_of, numbers
-from milepost.commit.listing import causes, ranks_named
-from milepost.diagnosis import LATE_SECONDS, Damage, Diagnosis, Finding, RankState, Watch, diagnose
+from milepost.commit.folders import names_of, numbers
 from milepost.errors import CheckpointNotFoundError, MilepostError
-from milepost.manifest import MANIFEST_NAME
+from milepost.format.names import MANIFEST_NAME, is_own
+from milepost.health.diagnosis import LATE_SECONDS, Damage, Diagnosis, Finding, RankState, Watch, diagnose
+from milepost.health.listing import causes, ranks_named
 from milepost.storage import Storage, default_storage
 
 _MOST_RANKS = 10

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from milepost.cli.output import DAMAGED, FAILED, OK, USAGE, Session, moment, size
-from milepost.commit import scan
-from milepost.commit.listing import entry_at
 from milepost.errors import CheckpointNotFoundError
+from milepost.health.listing import entry_at, scan
 from milepost.storage import default_storage
 
 _STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red", "unreadable": "red"}

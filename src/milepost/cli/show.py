@@ -8,15 +8,16 @@ from typing import Any
 
 from milepost.cli.output import OK, Session, moment, plain, size
 from milepost.commit import Located, locate
-from milepost.commit.hidden import data_rank
 from milepost.commit.marks import read_shard_map
 from milepost.errors import CheckpointNotFoundError, CorruptCheckpointError
-from milepost.manifest import Index, Manifest, decode_index, digest
-from milepost.outline import Line, outline, plain_value, text_of
-from milepost.shard_tree import with_global_columns, with_shards
-from milepost.shards import ShardMap, Shards
+from milepost.format.global_tree import with_global_columns, with_shards
+from milepost.format.index import Index, decode_index, digest
+from milepost.format.manifest import Manifest
+from milepost.format.names import data_rank
+from milepost.format.shards import ShardMap, Shards
+from milepost.format.tree import numbers_of
+from milepost.health.outline import Line, outline, plain_value, text_of
 from milepost.storage import default_storage
-from milepost.tree import numbers_of
 
 _MOST_CHARACTERS = 100
 _MOST_ITEMS = 8

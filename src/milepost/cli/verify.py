@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from milepost.cli.output import DAMAGED, FAILED, NOT_FOUND, OK, Session, exit_code_of, explain, size
 from milepost.errors import MilepostError
+from milepost.health.verify import Problem, Report, verify
 from milepost.storage import default_storage
-from milepost.verify import Problem, Report, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from milepost.verify import Progress
+    from milepost.health.verify import Progress
 
 _MOST_KEYS = 5
 _MOST_PROBLEMS = 50

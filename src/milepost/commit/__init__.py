@@ -20,9 +20,8 @@ from __future__ import annotations
 
 from milepost.commit.attempt import Attempt
 from milepost.commit.claim import Clock
-from milepost.commit.hidden import absolute_path
+from milepost.commit.folders import absolute_path
 from milepost.commit.ids import attempt_id, count_save, environment_start_id, new_attempt_id, process_id
-from milepost.commit.listing import Entry, Explanation, explain, scan
 from milepost.commit.locate import Located, expect, locate
 from milepost.commit.publish import Target, check_target, publish
 from milepost.commit.recover import clean_up, roll_forward
@@ -31,8 +30,6 @@ from milepost.commit.waiting import Meeting, News, Outcome, is_undecided, sees_r
 __all__ = [
     "Attempt",
     "Clock",
-    "Entry",
-    "Explanation",
     "Located",
     "Meeting",
     "News",
@@ -45,13 +42,11 @@ __all__ = [
     "count_save",
     "environment_start_id",
     "expect",
-    "explain",
     "is_undecided",
     "locate",
     "new_attempt_id",
     "process_id",
     "publish",
     "roll_forward",
-    "scan",
     "sees_rank",
 ]

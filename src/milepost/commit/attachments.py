@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 
-from milepost.commit.hidden import data_rank, file_digest, index_rank, is_own, list_names
+from milepost.commit.folders import file_digest, list_names
 from milepost.errors import CommitError, EntryNotFoundError
-from milepost.manifest import FileDigest, is_plain_name
-from milepost.shards import SHARDS_NAME
+from milepost.format.index import FileDigest
+from milepost.format.names import SHARDS_NAME, data_rank, index_rank, is_own, is_plain_name
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
 

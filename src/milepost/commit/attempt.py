@@ -6,12 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from milepost.commit.hidden import (
-    ABORTED_NAME,
-    ARRIVED_NAME,
-    published_manifest,
-    ranks_in,
-)
+from milepost.commit.folders import published_manifest
 from milepost.commit.locate import VISIBLE_SECONDS, is_at_least
 from milepost.commit.marks import assemble
 from milepost.commit.part import Part
@@ -26,11 +21,8 @@ from milepost.errors import (
     LoadError,
     error_context,
 )
-from milepost.manifest import (
-    MANIFEST_NAME,
-    identity_of,
-    index_name,
-)
+from milepost.format.manifest import identity_of
+from milepost.format.names import ABORTED_NAME, ARRIVED_NAME, MANIFEST_NAME, index_name, ranks_in
 
 __all__ = ["Attempt"]
 

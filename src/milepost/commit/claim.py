@@ -16,19 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from milepost.commit.hidden import (
-    MAX_SMALL_BYTES,
-    NOTE_NAME,
-    Hidden,
-    Note,
-    is_note_aside,
-    list_names,
-    opened,
-    read_note,
-    shown,
-    siblings,
-    stem_of,
-)
+from milepost.commit.folders import MAX_SMALL_BYTES, Hidden, Note, list_names, opened, read_note, siblings
 from milepost.errors import (
     CommitError,
     CorruptCheckpointError,
@@ -36,6 +24,7 @@ from milepost.errors import (
     EntryNotFoundError,
     StorageError,
 )
+from milepost.format.names import NOTE_NAME, is_note_aside, shown, stem_of
 from milepost.storage import Lock, Storage
 from milepost.storage.writing import publish_bytes, write_bytes
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import msgspec
 
-from milepost.manifest import Records, Tensors
+from milepost.format.index import Records, Tensors
 
 __all__ = ["Copies"]
 

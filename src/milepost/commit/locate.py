@@ -10,20 +10,15 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from milepost.commit.hidden import (
-    NOTE_NAME,
+from milepost.commit.folders import (
     Hidden,
     absolute_path,
-    data_rank,
-    index_rank,
     list_names,
-    looks_hidden,
     names_of,
     open_if_there,
     opened,
     published_manifest,
     read_manifest,
-    shown,
     siblings,
 )
 from milepost.commit.marks import checked_manifest, missing_files
@@ -35,8 +30,9 @@ from milepost.errors import (
     LoadError,
     StorageError,
 )
-from milepost.image import IDENTITY_ENTRY
-from milepost.manifest import MANIFEST_NAME, Manifest, identity_of
+from milepost.format.image import IDENTITY_ENTRY
+from milepost.format.manifest import Manifest, identity_of
+from milepost.format.names import MANIFEST_NAME, NOTE_NAME, data_rank, index_rank, looks_hidden, shown
 from milepost.storage import Folder, Storage
 
 __all__ = ["VISIBLE_SECONDS", "Located", "expect", "has_identity", "is_at_least", "locate"]

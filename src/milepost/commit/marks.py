@@ -7,16 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from milepost.commit.copies import Copies
-from milepost.commit.hidden import (
-    belongs,
-    file_digest,
-    is_aborted,
-    list_names,
-    numbers,
-    ranks_in,
-    read_manifest,
-    read_note,
-)
+from milepost.commit.folders import belongs, file_digest, list_names, numbers, read_manifest, read_note
 from milepost.commit.merge import Merger
 from milepost.errors import (
     CommitError,
@@ -24,20 +15,13 @@ from milepost.errors import (
     EntryNotFoundError,
     UnsupportedFormatError,
 )
-from milepost.manifest import (
-    MANIFEST_NAME,
-    MAX_INDEX_BYTES,
-    FileDigest,
-    Manifest,
-    Mark,
-    decode_mark,
-    digest,
-    index_name,
-)
-from milepost.shards import (
+from milepost.format.index import FileDigest, Mark, decode_mark, digest
+from milepost.format.limits import MAX_INDEX_BYTES
+from milepost.format.manifest import Manifest
+from milepost.format.names import MANIFEST_NAME, SHARDS_NAME, index_name, is_aborted, ranks_in
+from milepost.format.shards import (
     MAX_SHARDS_BYTES,
     SHARDS_FEATURE,
-    SHARDS_NAME,
     ShardMap,
     decode_shard_map,
     encode_shard_map,

@@ -8,11 +8,12 @@ from math import prod
 
 import msgspec
 
-from milepost.commit.hidden import numbers
+from milepost.commit.folders import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
-from milepost.paths import path_text
-from milepost.shard_tree import key_trie
-from milepost.shards import ON_EACH_MESH, Key, ShardMap, Table, check_described, decode_key, dtype_bytes
+from milepost.format.global_tree import key_trie
+from milepost.format.keys import Key, decode_key
+from milepost.format.paths import path_text
+from milepost.format.shards import ON_EACH_MESH, ShardMap, Table, check_described, dtype_bytes
 
 __all__ = ["Merger"]
 

@@ -17,17 +17,7 @@ from milepost.commit.claim import (
     refuse_other_starts,
     same_rank_error,
 )
-from milepost.commit.hidden import (
-    ABORTED_NAME,
-    beacon_name,
-    join_hidden,
-    list_names,
-    names_of,
-    opened,
-    published_manifest,
-    ranks_in,
-    read_beacons,
-)
+from milepost.commit.folders import list_names, names_of, opened, published_manifest, read_beacons
 from milepost.commit.ids import process_id
 from milepost.commit.recover import next_sequence, roll_forward, tidy
 from milepost.commit.removal import remove_tree
@@ -41,13 +31,16 @@ from milepost.errors import (
     MilepostError,
     error_context,
 )
-from milepost.manifest import (
+from milepost.format.index import FileDigest, decode_mark
+from milepost.format.limits import MAX_INDEX_BYTES
+from milepost.format.names import (
+    ABORTED_NAME,
     MANIFEST_NAME,
-    MAX_INDEX_BYTES,
-    FileDigest,
+    beacon_name,
     data_name,
-    decode_mark,
     index_name,
+    join_hidden,
+    ranks_in,
 )
 from milepost.storage import Folder, Lock, Storage
 from milepost.storage.writing import publish_bytes

@@ -13,17 +13,13 @@ import os
 from contextlib import suppress
 
 from milepost.commit.claim import encode_note, is_abandoned, take_over
-from milepost.commit.hidden import (
-    NOTE_NAME,
+from milepost.commit.folders import (
     Hidden,
     belongs,
-    is_aborted,
-    is_note_aside,
     list_names,
     names_of,
     opened,
     published_manifest,
-    ranks_in,
     read_beacons,
     read_manifest,
     read_note,
@@ -40,17 +36,18 @@ from milepost.errors import (
     StorageError,
     TargetError,
 )
-from milepost.limits import MAX_INT
-from milepost.manifest import (
+from milepost.format.index import Mark, decode_mark
+from milepost.format.limits import MAX_INDEX_BYTES, MAX_INT
+from milepost.format.manifest import Manifest, encode_manifest
+from milepost.format.names import (
     MANIFEST_NAME,
-    MAX_INDEX_BYTES,
-    Manifest,
-    Mark,
-    decode_mark,
-    encode_manifest,
+    NOTE_NAME,
+    SHARDS_NAME,
     index_name,
+    is_aborted,
+    is_note_aside,
+    ranks_in,
 )
-from milepost.shards import SHARDS_NAME
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import errno
 import os
 
-from milepost.commit.hidden import NOTE_NAME, index_rank, is_aborted, is_own, names_of
+from milepost.commit.folders import names_of
 from milepost.errors import EntryNotFoundError, StorageError
-from milepost.manifest import MANIFEST_NAME
+from milepost.format.names import MANIFEST_NAME, NOTE_NAME, index_rank, is_aborted, is_own
 from milepost.storage import Lock, Storage
 
 __all__ = ["NOT_EMPTY", "remove_file", "remove_tree", "sweep"]

@@ -10,18 +10,7 @@ from typing import Protocol
 import msgspec
 
 from milepost.commit.claim import Clock
-from milepost.commit.hidden import (
-    MAX_SMALL_BYTES,
-    beacon_name,
-    failures,
-    is_aborted,
-    join_hidden,
-    list_names,
-    numbers,
-    opened,
-    ranks_in,
-    read_beacons,
-)
+from milepost.commit.folders import MAX_SMALL_BYTES, failures, list_names, numbers, opened, read_beacons
 from milepost.errors import (
     AbortedError,
     CommitError,
@@ -29,7 +18,7 @@ from milepost.errors import (
     CorruptCheckpointError,
     EntryNotFoundError,
 )
-from milepost.manifest import MANIFEST_NAME
+from milepost.format.names import MANIFEST_NAME, beacon_name, is_aborted, join_hidden, ranks_in
 from milepost.storage import Folder, Storage
 
 __all__ = [

@@ -9,8 +9,9 @@ from contextlib import suppress
 import msgspec
 
 from milepost.commit.claim import Clock
-from milepost.commit.hidden import ABORTED_NAME, AbortMark, Beacon, abort_name, beacon_name, shown
+from milepost.commit.folders import AbortMark, Beacon
 from milepost.errors import EntryExistsError, StorageError
+from milepost.format.names import ABORTED_NAME, abort_name, beacon_name, shown
 from milepost.storage import Storage
 from milepost.storage.writing import publish_bytes
 

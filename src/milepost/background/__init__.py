@@ -1,0 +1,1 @@
+"""Staging memory, and the writer process of background saves."""

@@ -1,0 +1,449 @@
+"""One checkpoint process, from its start to its end, and the thread that listens to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from milepost import syscalls
+from milepost.background.futures import TrackedFuture
+from milepost.background.messages import (
+    MAX_DESCRIPTORS,
+    Arrived,
+    Attached,
+    Channel,
+    Exit,
+    Finished,
+    Go,
+    Init,
+    Logged,
+    Message,
+    Moved,
+    Ready,
+    Write,
+    write_blob,
+)
+from milepost.background.remote_errors import Failure, describe_error, rebuild_error
+from milepost.background.staged import StagedImage
+from milepost.commit import News, Outcome
+from milepost.errors import LostWriterError
+from milepost.format.snapshot import Packed
+from milepost.ranks.save_meeting import SaveMeeting
+
+__all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]
+
+logger = logging.getLogger(__name__)
+
+_HOOKS = ("pre_commit", "post_commit")
+_GUARD_HINT = 'a child that imports your script must not run it: guard what it does by __name__ == "__main__"'
+
+
+@dataclass
+class WriteAttempt:
+    """What a write is on all ranks; it survives the loss of its writer.
+
+    Attributes:
+        target: The absolute path of the checkpoint.
+        id: The attempt's id.
+        private: Its id is known to this process alone.
+        meeting: Where the ranks meet, if they do so without a barrier.
+        met: Its barrier has been executed.
+    """
+
+    target: str
+    id: str
+    private: bool = False
+    meeting: SaveMeeting | None = None
+    met: bool = False
+
+
+class WriteFuture(TrackedFuture[None]):
+    """The future of a write.
+
+    Attributes:
+        attempt: What it is on all ranks.
+        committed: True if the checkpoint is known to be committed; None if it is not, or not yet.
+        held: If its writer was lost, what that was to write: the staged state and its image. It is to be
+            written again or abandoned; until then, its memory stays in use.
+    """
+
+    def __init__(self, attempt: WriteAttempt) -> None:
+        super().__init__()
+        self.attempt = attempt
+        self.committed: bool | None = None
+        self.held: tuple[Any, StagedImage] | None = None
+
+
+@dataclass
+class Job:
+    """A write that was accepted: what a fresh writer would need to do it again, and who waits for it.
+
+    `held` is the staged state and its image, until the write is done.
+    """
+
+    number: int
+    future: WriteFuture
+    held: tuple[Any, StagedImage] | None
+    phase: str = ""
+
+    @property
+    def attempt(self) -> WriteAttempt:
+        """What it is on all ranks."""
+        return self.future.attempt
+
+
+@dataclass
+class Orders:
+    """What every child of one `CheckpointProcess` is started with.
+
+    Attributes:
+        init: The first message to it.
+        setup: The blob of that message.
+        start_seconds: How long its start may take.
+        barrier: Any object with ``execute_barrier()``, or None.
+        on_progress: Called with the absolute path of a save, its phase, bytes written and bytes in all.
+        stall_seconds: How long a save may show no sign of life, unless a hook of the user's is running;
+            None for any time.
+    """
+
+    init: Init
+    setup: bytes
+    start_seconds: float
+    barrier: Any
+    on_progress: Callable[[str, str, int, int], None]
+    stall_seconds: float | None = None
+
+
+class Handle:
+    """A child process with the interface that `multiprocessing` users know."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None) -> None:
+        self._process = process
+        self.processes = [self]
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id."""
+        return self._process.pid if self._process else None
+
+    @property
+    def exitcode(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self._process.poll() if self._process else None
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for its end; whether it has ended."""
+        if self._process is not None:
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                return False
+        return True
+
+    def terminate(self) -> None:
+        """End it at once (it ignores SIGTERM)."""
+        if self.is_alive() and self._process is not None:
+            self._process.kill()
+
+    kill = terminate
+
+
+class Child:
+    """A child process. Starting it does not wait for it; `ready` is done when it is.
+
+    Args:
+        orders: What it is to do.
+    """
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._jobs: dict[int, Job] = {}
+        self._lock = threading.Lock()
+        self._moved = time.monotonic()
+        self._gone = False
+        self.ready: Future[None] = Future()
+        self.ready.set_running_or_notify_cancel()  # nobody can cancel it
+        self._log = syscalls.anonymous_file("milepost-writer-log")
+        self.channel, theirs = Channel.pair()
+        process = None
+        try:
+            with theirs, _signals_held_back():
+                process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "milepost.background.writer_main",
+                        str(theirs.fileno()),
+                        str(os.getpid()),
+                    ],
+                    pass_fds=(theirs.fileno(),),
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                    },
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=self._log,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self.ready.set_exception(RuntimeError(f"the checkpoint process could not be started: {error}"))
+        self.handle = Handle(process)
+        self._pidfd = None if process is None else syscalls.watch_process(process.pid)
+        self._say_init()
+        self._deadline = time.monotonic() + orders.start_seconds
+        self._thread = threading.Thread(target=self._listen, name="milepost-process", daemon=True)
+        self._thread.start()
+
+    def _say_init(self) -> None:
+        blob = write_blob(self._orders.setup)
+        try:
+            self.channel.send(self._orders.init, [blob])
+        finally:
+            os.close(blob)
+
+    def usable(self) -> bool:
+        """Whether a request that is sent now can be carried out."""
+        return not self._gone and (not self.ready.done() or self.ready.exception() is None)
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether nothing has moved for so long."""
+        return time.monotonic() - self._moved >= seconds
+
+    def send(
+        self, job: Job, request: Write, packed: Packed, arena: int, attached: Sequence[int] = ()
+    ) -> None:
+        """Hand a request over.
+
+        Args:
+            job: The write.
+            request: The request for it.
+            packed: Its blob.
+            arena: The arena's descriptor.
+            attached: Descriptors of memory beside the arena.
+        """
+        blob = write_blob(msgspec.msgpack.encode(packed))
+        with self._lock:
+            self._jobs[job.number] = job
+            self._moved = time.monotonic()
+            gone = self._gone
+        try:
+            parts = range(0, len(attached), MAX_DESCRIPTORS)
+            sent = not gone and all(
+                self.channel.send(Attached(job.number), attached[start : start + MAX_DESCRIPTORS])
+                for start in parts
+            )
+            sent = sent and self.channel.send(request, [arena, blob])
+            if sent and job.attempt.meeting is not None:
+                job.attempt.meeting.listen(lambda news: self._pass_news(job.number, news))
+        finally:
+            os.close(blob)
+        if not sent:  # its end is closed: it is about to end
+            self._gone = True
+            self._lose(job)
+
+    # -- listening ---------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Until the child has ended (a process of its own may hold the line open), or is given up."""
+        others = () if self._pidfd is None else (self._pidfd,)
+        try:
+            while True:
+                ready = self.channel.wait(self._patience(), *others)
+                if self.channel.fileno() in ready:
+                    message, _ = self.channel.receive()
+                    if message is None:
+                        break
+                    self._take(message)
+                elif not self.handle.is_alive():
+                    break
+                elif self._is_given_up():
+                    self.handle.kill()
+                    break
+        except Exception:
+            logger.exception("the checkpoint process cannot be understood")
+        self._end()
+
+    def _patience(self) -> float | None:
+        """How long to wait for a message, in seconds."""
+        if not self.ready.done():
+            return max(self._deadline - time.monotonic(), 0.0)
+        if self._pidfd is None:
+            return 1.0
+        stall = self._orders.stall_seconds
+        return 60.0 if stall is None else max(min(stall, 60.0), 0.1)
+
+    def _is_given_up(self) -> bool:
+        if not self.ready.done():
+            seconds = self._orders.start_seconds
+            if time.monotonic() < self._deadline:
+                return False
+            self.ready.set_exception(
+                TimeoutError(f"Timed out after {seconds} seconds waiting for the checkpoint process to start")
+            )
+            return True
+        stall = self._orders.stall_seconds
+        with self._lock:
+            in_hook = any(job.phase in _HOOKS for job in self._jobs.values())
+            return bool(self._jobs) and not in_hook and stall is not None and self.stalled(stall)
+
+    def _end(self) -> None:
+        """The child is gone or has to go: whoever waits for it is told, and what it took is released."""
+        if not self.handle.join(5):
+            self.handle.kill()
+            self.handle.join(5)
+        with self._lock:
+            self._gone = True
+            jobs = list(self._jobs.values())
+        if not self.ready.done():
+            self.ready.set_exception(RuntimeError(f"the checkpoint process ended at once:\n{self._output()}"))
+        for job in jobs:
+            self._lose(job)
+        self.channel.close()
+        log, pidfd = self._log, self._pidfd
+        self._log, self._pidfd = -1, None
+        os.close(log)
+        if pidfd is not None:
+            os.close(pidfd)
+
+    def _take(self, message: Message) -> None:
+        self._moved = time.monotonic()
+        if isinstance(message, Ready):
+            self.ready.set_result(None)
+        elif isinstance(message, Arrived):
+            self._arrive(message.number)
+        elif isinstance(message, Logged):
+            logging.getLogger(message.logger).log(message.level, "%s", message.text)
+        elif isinstance(message, Moved):
+            self._pass_on(message)
+        elif isinstance(message, Finished):
+            if message.number < 0 and message.failure is not None:
+                self.ready.set_exception(_start_error(message.failure))
+            else:
+                self._finish_job(message)
+
+    def _pass_on(self, message: Moved) -> None:
+        job = self._jobs.get(message.number)
+        if job is None:
+            return
+        job.phase = message.phase
+        target = job.attempt.target
+        try:
+            self._orders.on_progress(target, message.phase, message.bytes_done, message.size_bytes)
+        except Exception:
+            logger.exception("what is told of the progress failed")
+
+    def _arrive(self, number: int) -> None:
+        job = self._jobs.get(number)
+        if job is not None and job.attempt.meeting is not None:
+            job.attempt.meeting.arrive()
+        else:
+            threading.Thread(target=self._meet, args=(number,), name="milepost-barrier", daemon=True).start()
+
+    def _pass_news(self, number: int, news: News) -> None:
+        failure = describe_error(news.failure) if news.failure is not None else None
+        self.channel.send(Go(number, failure, news.arrived, news.identity))
+
+    def _meet(self, number: int) -> None:
+        """Execute the barrier for a save, at most once however often its writer is replaced."""
+        job = self._jobs.get(number)
+        failure = None
+        try:
+            if job is not None and not job.attempt.met:
+                job.attempt.met = True
+                self._orders.barrier.execute_barrier()
+        except BaseException as error:  # noqa: BLE001 - the child reports it as the save's failure
+            failure = describe_error(error)
+        self.channel.send(Go(number, failure))
+
+    def _finish_job(self, message: Finished) -> None:
+        with self._lock:
+            job = self._jobs.pop(message.number, None)
+        if job is None:
+            return
+        job.held = None
+        error = rebuild_error(message.failure) if message.failure is not None else None
+        job.future.committed = message.committed or None
+        if job.attempt.meeting is not None:
+            job.attempt.meeting.close(Outcome(message.committed, message.identity, message.hidden), error)
+        if error is None:
+            job.future.set_result(None)
+        else:
+            job.future.set_exception(error)
+
+    def _lose(self, job: Job) -> None:
+        with self._lock:
+            if self._jobs.pop(job.number, None) is None:
+                return
+        job.future.held, job.held = job.held, None
+        code = self.handle.exitcode
+        error = LostWriterError(
+            f"Child process terminated unexpectedly (exit code {code})",
+            phase="write",
+            hint=_GUARD_HINT
+            if code == 0
+            else "the staged state is intact: saving again works, with a new child",
+        )
+        output = self._output()
+        if output:
+            error.add_note(f"its last output:\n{output}")
+        if self.ready.done() and self.ready.exception() is not None:
+            error.add_note(f"it failed to start: {self.ready.exception()}")
+        job.future.set_exception(error)
+
+    def _output(self) -> str:
+        try:
+            size = os.fstat(self._log).st_size
+            return os.pread(self._log, 8192, max(size - 8192, 0)).decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    def finish(self, stall_seconds: float) -> None:
+        """Ask the child to end when it is done, and wait for it as long as it gets on."""
+        self.channel.send(Exit())
+        if not self._jobs:
+            self._moved = time.monotonic()
+        while self.handle.is_alive() and not self.stalled(stall_seconds):
+            self.handle.join(0.05 if self._jobs else 0.01)
+
+    def stop(self) -> None:
+        """End the child in any case, and wait until everything is released."""
+        self.handle.kill()
+        self.handle.join(10)
+        if threading.current_thread() is not self._thread:  # as in a callback: then that goes on to the end
+            self._thread.join(10)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A process started inside begins with these signals blocked, until it has said that it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_error(failure: Failure) -> RuntimeError:
+    return RuntimeError(
+        f"the checkpoint process could not start: {failure.name}: {failure.message}\n{failure.trace}"
+    )

@@ -1,0 +1,1 @@
+"""What is there, is it whole, what to do: list, verify, diagnose. Torch-free."""

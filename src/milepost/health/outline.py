@@ -1,0 +1,212 @@
+"""What an index says, flattened for people: one line per value, with its path, type and size."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from milepost.format.index import Index
+from milepost.format.shards import dtype_bytes
+from milepost.format.tree import Node, TreeDecoder
+
+__all__ = ["Line", "outline", "plain_value", "text_of"]
+
+_CONTAINERS = {
+    "dict": "dict",
+    "ordered": "OrderedDict",
+    "default": "defaultdict",
+    "list": "list",
+    "tuple": "tuple",
+    "set": "set",
+}
+_PLAIN = {"none", "bool", "int", "float", "complex", "str", "bytes", "size", "dtype", "device", "scalar"}
+_NUMBERS = dict(
+    zip(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"), "efdbhiqBHIQ", strict=True)
+)
+
+
+def _numpy_scalar(node: Node) -> str:
+    descr, data = str(node[1]), bytes.fromhex(node[2])
+    code = _NUMBERS.get(descr[1:])
+    if code is None or len(data) != struct.calcsize(code):
+        return f"numpy({descr}, 0x{node[2]})"
+    return str(struct.unpack(f"{'>' if descr[0] == '>' else '<'}{code}", data)[0])
+
+
+class _Literal:
+    """Shows as its text: for values that plain Python has no literal for."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+_decoder = TreeDecoder(
+    {
+        "size": lambda node: _Literal(f"torch.Size({list(node[1])})"),
+        "dtype": lambda node: _Literal(f"torch.{node[1]}"),
+        "device": lambda node: _Literal(f"device({node[1]!r})"),
+        "scalar": lambda node: _Literal(_numpy_scalar(node)),
+    }
+)
+
+
+def plain_value(node: Node) -> Any:
+    """The value of a node without tensors, arrays and objects; what is torch's or numpy's becomes text."""
+    return _decoder.decode(node)
+
+
+def text_of(value: Any) -> str:
+    """A value as Python writes it; integers that it refuses to write in decimal in hexadecimal."""
+    try:
+        return repr(value)
+    except ValueError:
+        return hex(value) if isinstance(value, int) else f"a {type(value).__name__} of very large integers"
+
+
+@dataclass(slots=True)
+class Line:
+    """One value of a state dict.
+
+    Attributes:
+        label: Its own key, or its position in brackets.
+        depth: How many containers it is in.
+        above: The line of the container that it is in, None for the root.
+        kind: "dict", "tensor", "parameter", "array", "object", "int" and so on.
+        text: A tensor's dtype and shape, a container's number of entries, a plain value itself.
+        size_bytes: Bytes of the elements, in a container of all that is in it.
+        record: Number of the record that holds the bytes, -1 if none does.
+        start: First byte of the value in its record.
+        end: One more than the last.
+        left_out: How many values in it have no line.
+        facts: Further facts about it, for machines.
+    """
+
+    kind: str
+    label: str = ""
+    text: str = ""
+    depth: int = 0
+    above: Line | None = None
+    size_bytes: int = 0
+    record: int = -1
+    start: int = 0
+    end: int = 0
+    left_out: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The whole path, as in ``model.layers[0].weight``; long keys are cut."""
+        labels, line = [], self
+        while line.above is not None:
+            label = line.label if len(line.label) <= _LONGEST else f"{line.label[:_LONGEST]}…"
+            labels.append(label if label.startswith("[") else f".{label}")
+            line = line.above
+        return "".join(reversed(labels)).removeprefix(".")
+
+
+_LONGEST = 1000
+
+MOST_LINES = 1 << 17
+"""So many values are described by default, and of the plain ones in one container MOST_PLAIN."""
+
+MOST_PLAIN = 1000
+
+
+def outline(index: Index, most: float = MOST_LINES) -> list[Line]:
+    """The lines of an index, containers before what they hold, in the order of the state dict.
+
+    Args:
+        index: What to describe.
+        most: How many values get a line, the root always. What has none is counted in ``left_out`` of the
+            container that it is in, and in its size.
+    """
+    lines: list[Line] = []
+    stack: list[tuple[Any, Node, int]] = [("", index.tree, -1)]
+    while stack:
+        step, node, parent = stack.pop()
+        line = _line(index, node)
+        if parent >= 0 and len(lines) >= most:
+            lines[parent].left_out += 1
+            lines[parent].size_bytes += line.size_bytes
+            here = parent
+        else:
+            here = len(lines)
+            if parent >= 0:
+                line.above, line.depth = lines[parent], lines[parent].depth + 1
+                line.label = _label(step)
+            lines.append(line)
+        if node[0] in _CONTAINERS:
+            stack.extend(reversed(_children(node, here, lines[here])))
+    for line in reversed(lines):
+        if line.above is not None:
+            line.above.size_bytes += line.size_bytes
+    return lines
+
+
+def _children(node: Node, number: int, line: Line) -> list[tuple[Any, Node, int]]:
+    """What a container holds, with the steps to it; most plain values are only counted."""
+    children: list[tuple[Any, Node, int]] = []
+    in_list, plain = node[0] in ("list", "tuple", "set"), 0
+    for position, entry in enumerate(node[1]):
+        child = entry if in_list else entry[1]
+        if child[0] in _PLAIN:
+            plain += 1
+            if plain > MOST_PLAIN:
+                line.left_out += 1
+                continue
+        children.append((position if in_list else entry[0], child, number))
+    return children
+
+
+def _label(step: Any) -> str:
+    """The label of a value: its position in brackets, or its key."""
+    if isinstance(step, int):
+        return f"[{step}]"
+    key = plain_value(step)
+    return key if isinstance(key, str) else text_of(key)
+
+
+def _line(index: Index, node: Node) -> Line:
+    tag = node[0]
+    line = Line(tag)
+    if tag in _CONTAINERS:
+        line.kind = _CONTAINERS[tag]
+        line.text = f"{len(node[1]):,} {'entry' if len(node[1]) == 1 else 'entries'}"
+        line.facts = {"entries": len(node[1])}
+    elif tag == "tensor":
+        _describe_tensor(index, node[1], line)
+    elif tag in ("array", "blob", "object"):
+        line.record = node[1]
+        line.size_bytes = line.end = index.records.length[node[1]]
+        if tag == "array":
+            line.text = f"numpy {node[2]} {list(node[3])}"
+            line.facts = {"dtype": node[2], "shape": list(node[3])}
+        elif tag == "blob":
+            line.kind, line.text = "bytes", ""
+        else:
+            line.text = node[2]
+            line.facts = {"class": node[2]}
+    else:
+        value = plain_value(node)
+        line.text = text_of(value)
+        line.facts = {"value": value}
+    return line
+
+
+def _describe_tensor(index: Index, number: int, line: Line) -> None:
+    tensors = index.tensors
+    dtype, shape = tensors.dtype[number], tensors.shape[number]
+    line.kind = tensors.kind[number]
+    line.record = tensors.record[number]
+    if line.record >= 0:
+        line.start = tensors.byte_offset[number]
+        steps = zip(shape, tensors.stride[number], strict=True)
+        line.end = line.start + dtype_bytes(dtype) * (1 + sum((length - 1) * step for length, step in steps))
+    line.size_bytes = prod(shape) * dtype_bytes(dtype)
+    line.text = f"{dtype} {list(shape)}"
+    line.facts = {"dtype": dtype, "shape": list(shape), "device": tensors.device[number]}

@@ -1,0 +1,455 @@
+"""Templates: what of a checkpoint goes where in a state dict that is there already.
+
+`match` compares a template with a saved tree and finds everything that does not fit before anything is
+written. What it returns is a list of tensors to fill, and one function that puts all other values in place.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from milepost.errors import CorruptCheckpointError, StateError
+from milepost.format.boxes import Piece, whole
+from milepost.format.index import Tensors
+from milepost.format.paths import Item, Path, path_text
+from milepost.format.tree import HOLE, Node
+from milepost.loading.renames import Names, nodes_by_path
+from milepost.state.decode import dtype_of
+from milepost.state.memory import end_of, reach
+from milepost.state.placements import local_of, placed
+from milepost.utils import is_dtensor
+
+__all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]
+
+_WRITEABLE = "a numpy array that can be written to"
+_LISTS = {"list": list, "tuple": tuple}
+_NUMBERS = {"int", "float", "bool", "none", "scalar"}
+_EXACT: dict[str, type] = {
+    "complex": complex,
+    "str": str,
+    "bytes": bytes,
+    "blob": bytes,
+    "set": set,
+    "size": torch.Size,
+    "dtype": torch.dtype,
+    "device": torch.device,
+    "array": np.ndarray,  # see _raw_array
+}
+
+
+@dataclass(slots=True)
+class Fill:
+    """A tensor of the template, and the number of the saved tensor that goes into it.
+
+    Where the target is a rank's part of a DTensor, `pieces` tell which parts of the saved one go where in it.
+    """
+
+    target: torch.Tensor
+    number: int
+    pieces: tuple[Piece, ...] | None = None
+
+    def parts(self) -> tuple[Piece, ...]:
+        """The pieces of the saved tensor that are wanted: all of it, if nothing else is said."""
+        return (whole(self.target.shape),) if self.pieces is None else self.pieces
+
+
+@dataclass
+class Match:
+    """How a template and a saved tree fit together.
+
+    Attributes:
+        fills: The tensors to fill.
+        missing: Topmost paths of the template that were not saved.
+        unexpected: Topmost saved paths that the template lacks.
+        misfits: What does not fit, a sentence each; nothing may be written while there are any.
+        allowed: Topmost paths that were not saved, and need not have been.
+        renamed: The saved path and the template's, for each value that was renamed.
+        unused: Renames that fit nothing, as text.
+        finish: Puts all other values in place; to be called when the tensors are filled.
+    """
+
+    fills: list[Fill] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+    renamed: list[tuple[str, str]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    finish: Callable[[], Any] = lambda: None
+
+
+def match(
+    template: Any,
+    node: Node,
+    tensors: Tensors,
+    decode: Callable[[Node], Any],
+    names: Names | None = None,
+    foreign: Container[int] = (),
+    folds: Callable[[Fill], bool] = lambda _: False,
+) -> Match:
+    """Compare a template with a saved tree; neither is changed.
+
+    Args:
+        template: The state dict to load into. Only its keys are loaded; None stands for "whatever was
+            saved here".
+        node: The saved tree.
+        tensors: The tensors it refers to.
+        decode: Builds the values that are new to the template, and objects.
+        names: What was renamed since it was saved, and what need not have been saved.
+        foreign: Identities of nodes that the template need not have.
+        folds: Whether elements that share memory can hold what was saved for them, where strides cannot tell.
+    """
+    return _Matcher(tensors, decode, names or Names(), foreign, folds).run(template, node)
+
+
+class _Matcher:
+    def __init__(
+        self,
+        tensors: Tensors,
+        decode: Callable[[Node], Any],
+        names: Names,
+        foreign: Container[int],
+        folds: Callable[[Fill], bool],
+    ) -> None:
+        self._foreign, self._folds = foreign, folds
+        self._tensors = tensors
+        self._decode = decode
+        self._names = names
+        self._match = Match()
+        self._filled: list[torch.Tensor] = []
+        self._saved: dict[str, Node] = {}
+        self._moved: set[Path] = set()
+        self._unexpected: list[tuple[Path, Node]] = []
+
+    def run(self, template: Any, node: Node) -> Match:
+        if self._names.renames:
+            self._saved = nodes_by_path(node)
+        put = self._value(template, node, ())
+        self._match.unexpected = self._names.left_over(self._unexpected, self._match.renamed)
+        self._match.unused = self._names.unused()
+
+        def finish() -> Any:
+            torch.autograd.graph.increment_version(self._filled)
+            return put() if put is not None else template
+
+        self._match.finish = finish
+        return self._match
+
+    def _misfit(self, path: Path, expected: str, found: str) -> Callable[[], Any]:
+        self._match.misfits.append(
+            f"{path_text(path) or 'the state dict'}: expected {expected}, found {found}"
+        )
+        return lambda: None
+
+    def _value(self, target: Any, node: Node, path: Path) -> Callable[[], Any] | None:
+        """Match one value; the result puts it in place, and returns what its parent is to hold.
+
+        None where the parent is to hold what it holds already.
+        """
+        tag = node[0]
+        if node is HOLE:
+            return None
+        if target is None:
+            return self._new(node)
+        if tag == "tensor":
+            return self._tensor(target, node[1], path)
+        if tag in ("dict", "ordered", "default"):
+            if isinstance(target, dict):
+                return self._dict(target, node, path)
+        elif tag in _LISTS:
+            kind: Any = _LISTS[tag]
+            if type(target) is kind or (type(target) is tuple and node[-1] is HOLE):
+                return self._list(target, node, path)
+        elif tag in _NUMBERS:
+            if isinstance(target, numbers.Number | np.generic):
+                return self._new(node)
+        elif tag == "object":
+            return self._object(target, node, path)
+        elif tag == "array" and type(target) is np.ndarray:
+            return self._raw_array(target, node, path)
+        elif type(target) is _EXACT[tag]:
+            return self._new(node)
+        return self._misfit(path, _kind(target), _tag_text(node))
+
+    def _new(self, node: Node) -> Callable[[], Any]:
+        """A value that replaces what the template has: read now, so that no damage is found too late."""
+        value = self._decode(node)
+        return lambda: value
+
+    def _dict(self, target: dict[Any, Any], node: Node, path: Path) -> Callable[[], Any]:
+        saved = {
+            key[1] if key[0] == "str" and key[1] is not None else self._decode(key): value
+            for key, value in node[1]
+        }
+        if len(saved) != len(node[1]):
+            raise CorruptCheckpointError(f"a dict of the tree has equal keys: {path_text(path)}")
+        parts = []
+        for key, value in target.items():
+            where = (*path, key)
+            part = self._value(value, self._node(value, saved.get(key, HOLE), where), where)
+            if part is not None:
+                parts.append((key, part))
+        self._unexpected += [
+            ((*path, key), value)
+            for key, value in saved.items()
+            if key not in target and id(value) not in self._foreign
+        ]
+
+        def put() -> dict[Any, Any]:
+            for key, part in parts:
+                target[key] = part()
+            return target
+
+        return put
+
+    def _node(self, value: Any, node: Node, path: Path) -> Node:
+        """The node of what a container holds; HOLE if it was not saved, which is told of then."""
+        if self._names.renames:
+            node = self._renamed(value, node, path)
+        if node is HOLE:
+            lacks = self._match.allowed if self._names.may_lack(value, path) else self._match.missing
+            lacks.append(path_text(path))
+        return node
+
+    def _renamed(self, value: Any, node: Node, path: Path) -> Node:
+        """The node of what may have had another name when it was saved."""
+        new = path_text(path)
+        old = self._names.old_name(new, self._saved)
+        if old is not None:
+            self._match.renamed.append((old, new))
+            self._moved.add(path)
+            return self._saved[old]
+        if node is HOLE and any(path[:depth] in self._moved for depth in range(1, len(path))):
+            node = self._saved.get(new, HOLE)
+        if node is HOLE and self._names.reach_into(value, path, self._saved):
+            # All that is below has other names.
+            node = ("dict", []) if isinstance(value, dict) else ("list", [], HOLE)
+        return node
+
+    def _list(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
+        saved = node[1]
+        if node[-1] is HOLE or (
+            len(target) > len(saved) and self._names.reach_into(target, path, self._saved)
+        ):
+            saved = [*saved, *[HOLE] * (len(target) - len(saved))]
+        if len(target) != len(saved):
+            if _holds_tensor(target) or _names_tensor(node):
+                return self._misfit(path, f"{len(target)} items", f"{len(saved)} items")
+            return self._new(node)
+        parts = []
+        for position, (value, child) in enumerate(zip(target, saved, strict=True)):
+            where = (*path, Item(position))
+            parts.append(self._value(value, self._node(value, child, where), where))
+
+        def items() -> list[Any]:
+            return [value if part is None else part() for part, value in zip(parts, target, strict=True)]
+
+        if isinstance(target, tuple):
+            return lambda: tuple(items())
+
+        def put() -> Any:
+            target[:] = items()
+            return target
+
+        return put
+
+    def _tensor(self, target: Any, number: int, path: Path) -> Callable[[], Any] | None:
+        columns = self._tensors
+        if columns.kind[number] == "ndarray":
+            if type(target) is not np.ndarray:
+                return self._misfit(path, _kind(target), "a numpy array")
+            if not target.flags.writeable:
+                return self._misfit(path, _WRITEABLE, "a read-only one in the template")
+            try:
+                destination = torch.from_numpy(target)
+            except (TypeError, ValueError):
+                layout = "" if target.dtype.isnative else " in foreign byte order"
+                if any(step < 0 or step % target.itemsize for step in target.strides):
+                    layout = f" with strides {target.strides}"
+                return self._misfit(
+                    path, f"a numpy array of dtype {target.dtype}{layout}", columns.dtype[number]
+                )
+        elif is_dtensor(target):
+            return self._dtensor(target, number, path)
+        elif isinstance(target, torch.Tensor):
+            destination = target.detach() if target.requires_grad else target
+        else:
+            return self._misfit(path, _kind(target), "a tensor")
+        dtype, shape = dtype_of(columns.dtype[number]), columns.shape[number]
+        if destination.layout is not torch.strided or (not destination.is_cpu and destination.is_meta):
+            return self._misfit(path, f"a dense tensor to fill, not {_kind(target)}", "a dense tensor")
+        if destination.dtype != dtype or list(destination.shape) != shape:
+            return self._misfit(
+                path,
+                f"{destination.dtype} of shape {tuple(destination.shape)}",
+                f"{dtype} of shape {tuple(shape)}",
+            )
+        if _lacks_memory(destination):
+            return self._misfit(path, f"a tensor with memory to fill, not {_kind(target)}", "a dense tensor")
+        fill, steps = Fill(destination, number), columns.stride[number]
+        if _overlaps(destination) and not _same_steps(destination, steps) and not self._folds(fill):
+            return self._folded(path, destination, f"strides {tuple(steps)}")
+        self._match.fills.append(fill)
+        if isinstance(target, torch.Tensor):
+            self._filled.append(target)
+        return None
+
+    def _dtensor(self, target: Any, number: int, path: Path) -> Callable[[], Any] | None:
+        """This rank's part of a DTensor: it is filled from those parts of the saved tensor."""
+        dtype, shape = dtype_of(self._tensors.dtype[number]), self._tensors.shape[number]
+        if target.dtype != dtype or list(target.shape) != shape:
+            return self._misfit(
+                path,
+                f"a DTensor of {target.dtype} of shape {tuple(target.shape)}",
+                f"{dtype} of shape {tuple(shape)}",
+            )
+        try:
+            pieces = placed(target).pieces
+        except StateError as error:
+            return self._misfit(path, f"a DTensor that can be filled: {error.message}", "a tensor")
+        local = local_of(target).detach()
+        if local.layout is not torch.strided or local.is_meta or _lacks_memory(local):
+            return self._misfit(path, f"a dense tensor to fill, not {_kind(local)}", "a dense tensor")
+        fill = Fill(local, number, pieces)
+        if _overlaps(local) and not self._folds(fill):
+            return self._folded(path, local, "a tensor whose parts do not agree there")
+        self._match.fills.append(fill)
+        self._filled.append(local)
+        return None
+
+    def _folded(self, path: Path, target: torch.Tensor, found: str) -> Callable[[], Any]:
+        return self._misfit(path, f"elements that share memory (strides {tuple(target.stride())})", found)
+
+    def _raw_array(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
+        value = self._decode(node)  # now, as in `_new`
+        if (target.dtype, target.shape) != (value.dtype, value.shape):
+            return self._misfit(
+                path,
+                f"a numpy array of dtype {target.dtype}, shape {target.shape}",
+                f"dtype {value.dtype}, shape {value.shape}",
+            )
+        if not target.flags.writeable:
+            return self._misfit(path, _WRITEABLE, "a read-only one in the template")
+
+        def put() -> Any:
+            target[...] = value
+            return target
+
+        return put
+
+    def _object(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
+        value = self._decode(node)  # now, as in `_new`
+        fits = type(value) is type(target)
+        if fits and isinstance(value, torch.Tensor):
+            fits = _outline(value) == _outline(target)
+        if not fits:
+            return self._misfit(path, _kind(target), _kind(value))
+        return lambda: value
+
+
+def _lacks_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements are not where it says: it was freed, or stands for other tensors."""
+    try:
+        start, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # as of wrapper subclasses
+        return True
+    end = end_of(tensor, int(tensor.storage_offset()))
+    return end > (size if start else 0)
+
+
+def _outline(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two tensors that are objects must have in common (a nested tensor has no shape)."""
+    shape = [part.shape for part in tensor.unbind()] if tensor.is_nested else tensor.shape
+    return (tensor.dtype, tensor.layout, tensor.is_nested, tensor.is_quantized, shape)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        shape = "nested" if value.is_nested else tuple(value.shape)
+        return f"a {value.layout} tensor of {value.dtype}, shape {shape}"
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"a value of type {name}"
+
+
+def _tag_text(node: Node) -> str:
+    names = {"ordered": "an OrderedDict", "default": "a defaultdict", "none": "None", "blob": "bytes"}
+    return names.get(node[0], f"a value of type {node[0]}")
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensor, value))
+    return isinstance(value, torch.Tensor | np.ndarray)
+
+
+def _names_tensor(node: Node) -> bool:
+    if node[0] in ("dict", "ordered", "default"):
+        return any(_names_tensor(value) for _, value in node[1])
+    if node[0] in ("list", "tuple", "set"):
+        return any(map(_names_tensor, node[1]))
+    return node[0] in ("tensor", "array", "object")
+
+
+# -- geometry --------------------------------------------------------------------------------------
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a run of memory without gaps and without sharing any of it."""
+    if tensor.numel() == 0 or tensor.is_contiguous():
+        return tensor.numel() > 0
+    return not _overlaps(tensor) and reach(tensor) == tensor.numel()
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at the same place (never False for a tensor where they do)."""
+    if tensor.is_contiguous():
+        return False
+    return tensor.numel() > 0 and _overlap(zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _overlap(steps: Iterable[tuple[int, int]]) -> bool:
+    reach = 1
+    for step, n in sorted(steps):
+        if n > 1:
+            if step < reach:
+                return True
+            reach += (n - 1) * step
+    return False
+
+
+def _same_steps(tensor: torch.Tensor, stride: list[int]) -> bool:
+    """Whether elements that are one in `tensor` are one in a saved tensor of these strides, too."""
+    steps = [(a, b, n) for a, b, n in zip(tensor.stride(), stride, tensor.shape, strict=True) if n > 1]
+    apart = [(a, b, n) for a, b, n in steps if a or b]  # what both expand takes no part
+    return all(a == b for a, b, _ in apart) or not _overlap([(a, n) for a, _, n in apart])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between tensors of one shape; those of the source must agree where the target's share memory."""
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
+        for dim, (n, step) in enumerate(zip(target.shape, target.stride(), strict=True)):
+            if step == 0 and n > 1:
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+        if not _overlaps(target):
+            target.copy_(source)
+            return
+        places = torch.zeros(1, dtype=torch.int64, device="cpu")
+        for n, step in zip(target.shape, target.stride(), strict=True):
+            places = (places[:, None] + torch.arange(n, device="cpu") * step).reshape(-1)
+        if not (target.is_complex() or target.is_neg() or source.is_neg()):
+            integers = _INTEGERS[target.element_size()]  # torch cannot index every dtype
+            target, source = target.view(integers), source.view(integers)
+        flat = target.as_strided((reach(target),), (1,))
+        flat[places.to(target.device)] = source.to(target.device).reshape(-1)

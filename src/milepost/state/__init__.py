@@ -1,0 +1,1 @@
+"""A state dict to and from a tree, tensors and memory; which rank holds and saves which part."""

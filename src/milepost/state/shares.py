@@ -1,0 +1,339 @@
+"""Who saves what of the tensors that several ranks hold between them.
+
+What several ranks hold alike is divided between them by a rule (`reshard.cut`) that each rank applies for
+itself, so that no save needs a collective. A division depends on structure alone and is kept; checksums are
+made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+import msgspec
+import numpy as np
+import torch
+from isal.isal_zlib import crc32
+
+from milepost import syscalls
+from milepost.errors import StateError
+from milepost.format.boxes import Box, Piece, cut, is_run, span, whole
+from milepost.format.keys import encode_key
+from milepost.format.paths import Path, path_text
+from milepost.format.shards import ON_EACH_MESH, Shards
+from milepost.format.tree import Node
+from milepost.state.decode import dtype_name
+from milepost.state.placements import Placed, narrowed, ranges
+from milepost.utils import beside, gc_paused
+
+__all__ = ["STAGED_SHARE", "Division", "Member", "is_share_array", "mark_share"]
+
+_CRC_BYTES = 8 << 20
+
+STAGED_SHARE = "_milepost_share"
+"""Attribute of a staged tensor that is a part of a global one: alone it would pass for a whole one."""
+
+_share_arrays: WeakValueDictionary[int, np.ndarray[Any, Any]] = WeakValueDictionary()
+"""Staged arrays that are such parts, by their ids."""
+
+
+@dataclass
+class Member:
+    """A tensor of a state dict that is part of a global one.
+
+    Attributes:
+        path: Where it is.
+        number: Its number among the tensors.
+        placed: How it lies on the ranks.
+        requires_grad: Whether the global one requires a gradient.
+    """
+
+    path: Path
+    number: int
+    placed: Placed
+    requires_grad: bool
+
+
+@dataclass
+class Division:
+    """Who saves what of the tensors that are parts of global ones; depends on structure alone.
+
+    Attributes:
+        columns: The columns for the index, without CRCs.
+        encoded: The same as msgpack.
+        agreement: Hash of what all ranks must agree on.
+    """
+
+    structure: list[Any]
+    columns: Shards
+    encoded: bytes
+    agreement: str
+    owned: list[tuple[int, Box | None]] = field(default_factory=list)
+    checks: list[tuple[int, list[Box]]] = field(default_factory=list)
+    tied: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        members: Sequence[Member],
+        tensors: Sequence[torch.Tensor],
+        kinds: Sequence[str],
+        rank: int,
+        world_size: int,
+        known: Division | None,
+        node_of: Callable[[Any], Node],
+    ) -> Division:
+        """The division for these tensors: the known one if the structure is the same.
+
+        Args:
+            members: What is part of a global tensor.
+            tensors: The local tensors, by number.
+            kinds: Their kinds.
+            rank: This rank.
+            world_size: How many ranks there are.
+            known: That of an earlier save.
+            node_of: Encodes a key that is no text.
+        """
+        first: dict[Any, int] = {}
+        structure: list[Any] = []
+        aliases = []
+        for entry, member in enumerate(members):
+            tensor = tensors[member.number]
+            # A part without elements has no address: what shares it elsewhere shares its storage here.
+            at: Any = tensor.data_ptr()
+            if not tensor.numel():
+                at = (tensor.untyped_storage()._cdata, tensor.storage_offset())  # noqa: SLF001
+            memory = (at, tensor.shape, tensor.stride(), tensor.dtype, member.placed)
+            alias = first.setdefault(memory, entry)
+            aliases.append(alias)
+            structure.append(
+                (
+                    *(member.path, tuple(map(_written, member.path)), member.number, member.placed),
+                    *(member.requires_grad, alias, tensor.dtype, kinds[member.number]),
+                )
+            )
+        if known is not None and known.structure == structure:
+            return known
+        return _Divider(members, tensors, kinds, aliases, rank, world_size, node_of).divide(structure)
+
+    def take(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Put what this rank saves in the place of each whole local tensor; returns those, as they were."""
+        whole_ones = list(tensors)
+        for number, box in self.owned:
+            tensor = tensors[number]
+            if box is None:
+                tensors[number] = _nothing(tensor)
+            else:
+                tensors[number] = narrowed(tensor, box)
+        return whole_ones
+
+    def crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+        """For each entry the CRC-32 of every replica's share of it, from this rank's memory."""
+        with gc_paused():
+            return self._crcs(tensors)
+
+    def _crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+        numbers = self.columns.tensor
+        jobs = [(tensors[numbers[entry]], box) for entry, boxes in self.checks for box in boxes]
+        if sum(tensor.nbytes for tensor, _ in jobs) > _CRC_BYTES:
+            # Two threads, each with a part of its own: a task for each tensor would cost more than its bytes.
+            results = [0] * len(jobs)
+            with beside(lambda: _crcs_of(jobs[1::2])) as others:
+                results[::2] = _crcs_of(jobs[::2])
+            results[1::2] = others[0]
+        else:
+            results = _crcs_of(jobs)
+        found: list[list[int]] = [[] for _ in numbers]
+        position = 0
+        for entry, boxes in self.checks:
+            found[entry] = results[position : position + len(boxes)]
+            position += len(boxes)
+        for entry, root in self.tied:  # other ranks may hold them apart: each is compared
+            found[entry] = found[root]
+        return found
+
+
+def _written(part: Any) -> Any:
+    """What tells keys apart that are equal, such as 1 and True, or 0.0 and -0.0, in tuples as well."""
+    return type(part) if isinstance(part, str | int) else repr(part)
+
+
+def _crcs_of(jobs: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
+    return [box_crc(tensor, box) for tensor, box in jobs]
+
+
+def _nothing(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=tensor.dtype, device="cpu")
+
+
+def box_crc(tensor: torch.Tensor, box: Box) -> int:
+    """The CRC-32 of a box's bytes, row by row, whatever the strides."""
+    if tensor.is_cpu and tensor.is_contiguous() and box.volume == tensor.numel():
+        memory = syscalls.memory_at(tensor.data_ptr(), tensor.nbytes)
+    elif tensor.is_cpu and is_run(box.size, tensor.stride()):
+        size = tensor.element_size()
+        start = span(box.start, box.size, tensor.stride())[0] * size
+        memory = syscalls.memory_at(tensor.data_ptr() + start, box.volume * size)
+    else:
+        tensor = narrowed(tensor, box).cpu().contiguous()
+        memory = syscalls.memory_at(tensor.data_ptr(), tensor.nbytes)
+    return int(crc32(memory))
+
+
+@dataclass
+class _Divider:
+    members: Sequence[Member]
+    tensors: Sequence[torch.Tensor]
+    kinds: Sequence[str]
+    aliases: list[int]
+    rank: int
+    world_size: int
+    node_of: Callable[[Any], Node]
+    places: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def divide(self, structure: list[Any]) -> Division:
+        keys = [encode_key(member.path, self.node_of) for member in self.members]
+        names = [msgspec.json.encode(key) for key in keys]
+        shares = self._shares(names)
+        columns = Shards(key=keys)
+        owned: dict[int, Box | None] = {}
+        checks = []
+        tied = []
+        for entry, member in enumerate(self.members):
+            place, tensor = member.placed, self.tensors[member.number]
+            boxes = shares.get(self.aliases[entry])
+            everything = whole(tensor.shape).box
+            mine = everything if boxes is None else boxes.get(self._place_in(place.copies))
+            shares_of = list((boxes or {}).values())
+            if self._is_of_part(member) and place.pieces and mine is not None:
+                shares_of.append(mine)
+            if shares_of and self.aliases[entry] == entry:
+                checks.append((entry, shares_of))
+            elif shares_of:
+                tied.append((entry, self.aliases[entry]))
+            pieces = _held(place.pieces, mine) if mine is not None else []
+            if mine != everything:
+                owned[member.number] = mine
+            columns.tensor.append(member.number)
+            columns.dtype.append(dtype_name(tensor.dtype))
+            columns.kind.append(self.kinds[member.number])
+            columns.shape.append(list(place.shape))
+            columns.placement.append(self._text(member))
+            columns.alias.append(self.aliases[entry])
+            columns.copies.append(ranges(place.copies) if boxes is not None else "")
+            columns.pieces.append(len(pieces))
+            for piece in pieces:
+                columns.start += piece.start
+                columns.local += piece.local
+                columns.size += piece.size
+            if member.requires_grad:
+                columns.requires_grad.append(entry)
+        columns.crcs = [[] for _ in keys]
+        return Division(
+            structure,
+            columns,
+            msgspec.msgpack.encode(columns),
+            self._agreement(names, columns),
+            list(owned.items()),
+            checks,
+            tied,
+        )
+
+    def _place_in(self, copies: tuple[int, ...]) -> int:
+        found = self.places.get(copies)
+        if found is None:
+            found = self.places[copies] = copies.index(self.rank)
+        return found
+
+    def _is_of_part(self, member: Member) -> bool:
+        """Whether a tensor's mesh is a part of the job: other meshes may hold it too, and nobody knows which.
+
+        Then each mesh saves it, with a checksum of what this rank saves behind those of the shares. Where
+        several did, they are compared at the commit, and the first is kept.
+        """
+        return len(member.placed.ranks) < self.world_size
+
+    def _text(self, member: Member) -> str:
+        if self._is_of_part(member):
+            return f"{member.placed.text.partition(' ranks ')[0]} ranks{ON_EACH_MESH}"
+        return member.placed.text
+
+    def _shares(self, names: list[bytes]) -> dict[int, dict[int, Box]]:
+        """For each tensor that several ranks hold alike the box that each saves, by its place among them."""
+        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for entry, member in enumerate(self.members):
+            if len(member.placed.copies) > 1 and self.aliases[entry] == entry:
+                # What other meshes may hold too must be divided alike on all of them: by itself.
+                alone = entry if self._is_of_part(member) else -1
+                groups.setdefault((member.placed.copies, alone), []).append(entry)
+        shares: dict[int, dict[int, Box]] = {}
+        for (copies, _), entries in groups.items():
+            if self.rank not in copies:
+                raise StateError(
+                    f"a tensor is held by ranks {ranges(copies)}, but this is rank {self.rank}",
+                    key=path_text(self.members[entries[0]].path),
+                    hint="rank_info must give this process's rank in the default process group",
+                )
+            entries.sort(key=names.__getitem__)
+            tensors = [self.tensors[self.members[entry].number] for entry in entries]
+            boxes = cut(
+                [tensor.shape for tensor in tensors], [t.element_size() for t in tensors], len(copies)
+            )
+            shares.update(zip(entries, boxes, strict=True))
+        return shares
+
+    def _agreement(self, names: list[bytes], columns: Shards) -> str:
+        """The hash of every tensor that all ranks have a part in; empty if there is none.
+
+        What shares memory is part of it where all ranks hold the same. A rank whose part is empty cannot
+        tell.
+        """
+        rows = sorted(
+            (
+                *(names[entry], columns.dtype[entry], columns.shape[entry], columns.placement[entry]),
+                names[self.aliases[entry]] if member.placed.copies == member.placed.ranks else b"",
+            )
+            for entry, member in enumerate(self.members)
+            if len(member.placed.ranks) == self.world_size
+        )
+        return hashlib.sha256(msgspec.json.encode(rows)).hexdigest() if rows and self.world_size > 1 else ""
+
+
+def _held(pieces: Sequence[Piece], box: Box) -> list[Piece]:
+    """What is left of the pieces of a local tensor when only a box of that is kept."""
+    held = []
+    for piece in pieces if box.volume else ():
+        local, start, size = [], [], []
+        for at, first, n, begin, count in zip(
+            piece.local, piece.start, piece.size, box.start, box.size, strict=True
+        ):
+            lower, upper = max(at, begin), min(at + n, begin + count)
+            local.append(lower - begin)
+            start.append(first + lower - at)
+            size.append(upper - lower)
+        if all(n > 0 for n in size):
+            held.append(Piece(tuple(start), tuple(local), tuple(size)))
+    return held
+
+
+# -- staged shares ---------------------------------------------------------------------------------
+
+
+def mark_share(value: torch.Tensor | np.ndarray[Any, Any], is_share: bool) -> None:  # noqa: FBT001
+    """Have a tensor or array be refused in a state dict, as it is a part of a global one; or not any more."""
+    if isinstance(value, torch.Tensor):
+        value.__dict__.pop(STAGED_SHARE, None)
+        if is_share:
+            setattr(value, STAGED_SHARE, True)
+    elif is_share:
+        _share_arrays[id(value)] = value
+    else:
+        _share_arrays.pop(id(value), None)
+
+
+def is_share_array(value: np.ndarray[Any, Any]) -> bool:
+    """Whether an array was marked; a tensor that was has the attribute `STAGED_SHARE`."""
+    return _share_arrays.get(id(value)) is value
