@@ -86,7 +86,7 @@ docs: $(STAMP) ## run the code in the documents, and compare what is generated i
 	$(BIN)/python benchmarks/report.py --check
 
 docs-site: $(STAMP) $(VENV)/docs.stamp ## the documents and the API reference as a web site, in build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: $(STAMP) $(VENV)/dist.stamp ## build wheel and sdist, check them, run README's example with the wheel
 	rm -rf dist
