@@ -62,6 +62,12 @@ PLANTED = [
     ("stowaway", "", LAYERS, "- milepost.stowaway"),
     ("format/tree", "import milepost.format.index", INSIDE, "milepost.format.tree -> milepost.format.index"),
     ("format/stowaway", "", INSIDE, "- milepost.format.stowaway"),
+    (
+        "commit/merge",
+        "import milepost.commit.by_rename.claim",
+        "Inside commit",
+        "milepost.commit.merge -> milepost.commit.by_rename.claim",
+    ),
     ("format/boxes", "import torch", TORCH_FREE, "milepost.format.boxes -> torch"),
     ("utils", "import numpy", TORCH_FREE, "milepost.utils -> numpy"),
     (

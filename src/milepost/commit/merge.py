@@ -8,7 +8,7 @@ from math import prod
 
 import msgspec
 
-from milepost.commit.folders import numbers
+from milepost.commit.contents import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
 from milepost.format.global_tree import key_trie
 from milepost.format.keys import Key, decode_key

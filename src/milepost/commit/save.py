@@ -20,6 +20,7 @@ import msgspec
 
 from milepost._version import __version__
 from milepost.commit.attempt import Attempt
+from milepost.commit.by_rename.place import begin
 from milepost.commit.waiting import Meeting, Outcome
 from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
 from milepost.format.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image
@@ -256,7 +257,7 @@ def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
 @contextmanager
 def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
     """An attempt that is aborted if anything in the context raises, and closed in any case."""
-    attempt = Attempt.begin(
+    attempt = begin(
         options.storage,
         options.target or path,
         attempt=options.attempt,
@@ -346,7 +347,7 @@ def _write_image(
 ) -> None:
     """Write the data file from the ring, or from where its records lie already."""
     ring = options.ring
-    file = options.storage.create(attempt.data_path, direct=True)
+    file = attempt.create_data()
     try:
         if snapshot.memory is None:
             write_stream(

@@ -42,7 +42,7 @@ class Report(msgspec.Struct):
 
     Attributes:
         path: Where it loads from.
-        identity: What no other checkpoint has (`Located.identity`); "" if that is not known.
+        identity: What no other checkpoint has (`Checkpoint.identity`); "" if that is not known.
         missing: See `Match`.
         unexpected: See `Match`.
         misfits: See `Match`.

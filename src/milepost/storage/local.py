@@ -273,7 +273,6 @@ class LocalStorage:
                 os.close(descriptor)
 
     def sync_file(self, path: str) -> None:
-        """Returns when the bytes of an existing file are durable, whoever wrote them."""
         with wrapped("fsync", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -282,7 +281,6 @@ class LocalStorage:
                 os.close(descriptor)
 
     def is_network(self, path: str) -> bool:
-        """Whether a folder lies on a network file system, where other hosts' locks may not show."""
         with wrapped("statfs", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
