@@ -24,7 +24,7 @@ from milepost.background.messages import Channel, Init, Write, encode_path
 from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
 from milepost.commit import absolute_path, check_target, process_id
-from milepost.commit.save import Labels, SaveOptions, telling_others
+from milepost.commit.save import SaveOptions, telling_others
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
     AbortedError,
@@ -38,12 +38,11 @@ from milepost.errors import (
 )
 from milepost.format.keys import decode_key
 from milepost.format.paths import path_text
-from milepost.format.snapshot import Packed
+from milepost.format.snapshot import Labels
 from milepost.ranks.save_meeting import Ranks
 from milepost.staging import DefaultStager
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
-from milepost.storage.writing import Ring
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused
 
@@ -313,7 +312,8 @@ class CheckpointProcess:
     ) -> None:
         lean, attempt = self._lean, future.attempt
         with error_context(path=path, rank=self._rank_info.global_rank), gc_paused():
-            labels = Labels.of(kwargs) if lean else Labels()
+            facts = {"torch": str(torch.__version__), "pid": str(os.getpid())}
+            labels = Labels.of(kwargs, facts) if lean else Labels()
             if lean:
                 check_target(lean.storage, attempt.target)
             arguments = _pickled(kwargs) if self._wants_arguments else b""
@@ -321,25 +321,14 @@ class CheckpointProcess:
             image = image or image_of(state_dict)
             if image is None:
                 state_dict, image = self._stage(state_dict)
-            if not lean and image.shares is not None:
+            shares = image.snapshot.shares
+            if not lean and shares is not None:
                 raise StateError(
                     "a writer of your own would take this rank's part of a DTensor or replica for the whole",
-                    key=path_text(decode_key(image.shares.decoded().key[0])),
+                    key=path_text(decode_key(shares.decoded().key[0])),
                     hint="leave out checkpoint_writer_init_fn and subprocess_init_fn, or save full tensors",
                 )
-        packed = Packed(
-            tree=image.tree,
-            tensors=msgspec.msgpack.encode(image.tensors),
-            lengths=list(image.layout.lengths),
-            objects=image.objects,
-            metadata=labels.metadata,
-            writer={"torch": str(torch.__version__), "pid": str(os.getpid())},
-            arguments=arguments,
-            shared=image.shared.records,
-        )
-        if image.shares is not None:
-            packed.shares, packed.agreement = image.shares.columns, image.shares.agreement
-            packed.crcs = image.shares.crcs()
+        snapshot = msgspec.structs.replace(image.snapshot, labels=labels, arguments=arguments)
         job = Job(number, future, (state_dict, image))
         request = Write(
             number=number,
@@ -347,7 +336,6 @@ class CheckpointProcess:
             target=encode_path(attempt.target),
             attempt=attempt.id,
             private=attempt.private,
-            step=labels.step,
             barrier_done=attempt.met,
             meets=attempt.meeting is not None,
         )
@@ -356,8 +344,7 @@ class CheckpointProcess:
             if not self._child.usable():
                 self._child.handle.kill()  # its own thread sees to the rest
                 self._child = Child(self._orders)
-            with image.shared.opened() as attached:
-                self._child.send(job, request, packed, image.arena.descriptor, attached)
+            self._child.send(job, request, snapshot, image)
 
     @contextmanager
     def _telling(self, path: str, attempt: WriteAttempt) -> Iterator[None]:
@@ -382,7 +369,7 @@ class CheckpointProcess:
             return
         timeout = self._lean.config.write_barrier_timeout_secs
         options = SaveOptions(
-            *(self._lean.storage, rank, size, attempt.id, timeout, Ring()),
+            *(self._lean.storage, rank, size, attempt.id, timeout),
             private=attempt.private,
             target=attempt.target,
         )

@@ -12,10 +12,11 @@ import torch
 
 from milepost.barriers import Barrier, barrier_store
 from milepost.commit import absolute_path, check_target
-from milepost.commit.save import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
+from milepost.commit.save import Copied, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
 from milepost.format.names import data_name
+from milepost.format.snapshot import Labels
 from milepost.ranks.save_meeting import Ranks
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
@@ -144,20 +145,21 @@ class CheckpointWriter:
                 attempt=name.attempt,
                 private=name.private,
                 timeout_seconds=self._config.write_barrier_timeout_secs,
-                ring=self._ring,
                 barrier=None if self._barrier is None else self._barrier.execute_barrier,
                 meeting=name.meeting,
                 hook=self._commit_hook,
-                writer={"torch": str(torch.__version__)},
             )
             try:
                 # From here on this save counts: if this rank fails, the others are told.
                 with telling_others(path, options):
                     check_target(self._storage, target)
-                    labels = Labels.of(arguments)
+                    labels = Labels.of(arguments, {"torch": str(torch.__version__)})
                     with gc_paused():
-                        snapshot = self._encoder.encode(state_dict)
-                outcome = save_snapshot(path, snapshot, options, labels, arguments)
+                        parts = self._encoder.take_apart(state_dict)
+                parts.snapshot.labels = labels
+                crcs = parts.crcs if parts.division is not None else None
+                records = Copied(parts.copier(), self._ring, crcs)
+                outcome = save_snapshot(path, parts.snapshot, records, options, arguments)
             except BaseException as error:
                 if name.meeting is not None and not isinstance(error, PostCommitError):
                     name.meeting.close(None, error)

@@ -46,8 +46,8 @@ def line():
 
 MESSAGES = [
     Init(1, 2, "process", 3.5, has_barrier=True, nice=5, idle_io=False),
-    Write(1, b"p", b"/p", "a-1", private=True, step=None, barrier_done=False),
-    Write(2, encode_path("\udcff"), b"/\xff", "a-1", private=False, step=-(2**63), barrier_done=True),
+    Write(1, b"p", b"/p", "a-1", private=True, barrier_done=False),
+    Write(2, encode_path("\udcff"), b"/\xff", "a-1", private=False, barrier_done=True),
     Attached(3),
     Go(1),
     Go(1, Failure("m", "n", "text", {"rank": 1, "path": None, "flag": True}, "trace")),

@@ -9,13 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import msgspec
 
 from milepost import syscalls
 from milepost.background.futures import TrackedFuture
@@ -39,7 +37,7 @@ from milepost.background.remote_errors import Failure, describe_error, rebuild_e
 from milepost.background.staged import StagedImage
 from milepost.commit import News, Outcome
 from milepost.errors import LostWriterError
-from milepost.format.snapshot import Packed
+from milepost.format.snapshot import Snapshot, encode_snapshot
 from milepost.ranks.save_meeting import SaveMeeting
 
 __all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]
@@ -227,30 +225,28 @@ class Child:
         """Whether nothing has moved for so long."""
         return time.monotonic() - self._moved >= seconds
 
-    def send(
-        self, job: Job, request: Write, packed: Packed, arena: int, attached: Sequence[int] = ()
-    ) -> None:
+    def send(self, job: Job, request: Write, snapshot: Snapshot, image: StagedImage) -> None:
         """Hand a request over.
 
         Args:
             job: The write.
             request: The request for it.
-            packed: Its blob.
-            arena: The arena's descriptor.
-            attached: Descriptors of memory beside the arena.
+            snapshot: What to write.
+            image: Holds the bytes of its records.
         """
-        blob = write_blob(msgspec.msgpack.encode(packed))
+        blob = write_blob(encode_snapshot(snapshot))
         with self._lock:
             self._jobs[job.number] = job
             self._moved = time.monotonic()
             gone = self._gone
         try:
-            parts = range(0, len(attached), MAX_DESCRIPTORS)
-            sent = not gone and all(
-                self.channel.send(Attached(job.number), attached[start : start + MAX_DESCRIPTORS])
-                for start in parts
-            )
-            sent = sent and self.channel.send(request, [arena, blob])
+            with image.shared.opened() as attached:
+                parts = range(0, len(attached), MAX_DESCRIPTORS)
+                sent = not gone and all(
+                    self.channel.send(Attached(job.number), attached[start : start + MAX_DESCRIPTORS])
+                    for start in parts
+                )
+                sent = sent and self.channel.send(request, [image.arena.descriptor, blob])
             if sent and job.attempt.meeting is not None:
                 job.attempt.meeting.listen(lambda news: self._pass_news(job.number, news))
         finally:

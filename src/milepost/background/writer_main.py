@@ -43,13 +43,9 @@ from milepost.background.messages import (
 )
 from milepost.background.remote_errors import Failure, describe_error, printable, rebuild_error
 from milepost.commit import News, Outcome
-from milepost.commit.save import Labels, SaveOptions, save_snapshot
+from milepost.commit.save import InPlace, SaveOptions, save_snapshot
 from milepost.errors import CommitTimeoutError
-from milepost.format.data_pkl import tensor_fragments
-from milepost.format.image import Layout
-from milepost.format.index import Tensors
-from milepost.format.snapshot import Packed, Shares, Snapshot
-from milepost.storage.writing import Ring
+from milepost.format.snapshot import Snapshot, decode_snapshot
 
 __all__ = ["Service", "main"]
 
@@ -76,8 +72,7 @@ class Service:
         self._line_ended = False
         self._arena: Arena | None = None
         self._inode: tuple[int, ...] = ()
-        self._plans: dict[bytes, tuple[Layout, list[bytes], Tensors]] = {}
-        self._write: Callable[[Write, Packed, Arena, list[int]], Outcome | None] = self._write_lean
+        self._write: Callable[[Write, Snapshot, Arena, list[int]], Outcome | None] = self._write_lean
 
     def run(self) -> None:
         """Serve until the trainer says `Exit`, or has gone and all it had asked for is done."""
@@ -177,10 +172,10 @@ class Service:
         outcome: Outcome | None = None
         failure: Failure | None = None
         try:
-            packed = msgspec.msgpack.decode(read_blob(descriptors.pop()), type=Packed)
+            snapshot = decode_snapshot(read_blob(descriptors.pop()))
             arena = self._map(descriptors.pop())
-            self._prepare_main(packed.arguments)
-            outcome = self._write(request, packed, arena, attached)
+            self._prepare_main(snapshot.arguments)
+            outcome = self._write(request, snapshot, arena, attached)
         except BaseException as error:  # noqa: BLE001 - a failed save never ends the service
             failure = describe_error(error)
             outcome = getattr(self._meeting, "outcome", None)
@@ -205,17 +200,7 @@ class Service:
         self._arena, self._inode = Arena(0, descriptor), inode
         return self._arena
 
-    def _write_lean(self, request: Write, packed: Packed, arena: Arena, _: list[int]) -> Outcome:
-        layout, fragments, tensors = self._plan(packed)
-
-        def memory(size: int) -> memoryview:
-            arena.grow(size)
-            return arena.view[:size]
-
-        shares = Shares(packed.shares, packed.agreement, lambda: packed.crcs) if packed.shares else None
-        snapshot = Snapshot(
-            *(packed.tree, tensors, layout, fragments, packed.objects, lambda *_: None, memory), shares=shares
-        )
+    def _write_lean(self, request: Write, snapshot: Snapshot, arena: Arena, _: list[int]) -> Outcome:
         meeting = None
         if request.meets:
             meeting = _Meeting(request.number, self._channel.send, lambda: self._next(0, Go)[0])
@@ -226,30 +211,18 @@ class Service:
             world_size=self._init.world_size,
             attempt=request.attempt,
             timeout_seconds=self._init.timeout_seconds,
-            ring=_NO_RING,
             private=request.private,
             target=decode_path(request.target),
             process=self._init.process,
             barrier=(lambda: self._barrier(request)) if self._init.has_barrier else None,
             meeting=meeting,
             hook=self._hook,
-            writer=packed.writer,
             report=_Reporter(self._channel, request.number),
         )
-        arguments = pickle.loads(packed.arguments) if packed.arguments else {}  # noqa: S301 - our own trainer
-        return save_snapshot(
-            decode_path(request.path), snapshot, options, Labels(request.step, packed.metadata), arguments
-        )
-
-    def _plan(self, packed: Packed) -> tuple[Layout, list[bytes], Tensors]:
-        """The layout and what follows from it, kept for the next save of the same structure."""
-        key = bytes(packed.tensors) + repr(packed.lengths).encode()
-        found = self._plans.get(key)
-        if found is None:
-            tensors = msgspec.msgpack.decode(packed.tensors, type=Tensors)
-            found = (Layout(packed.lengths), tensor_fragments(tensors, packed.lengths), tensors)
-            self._plans = {key: found}
-        return found
+        pickled = snapshot.arguments
+        arguments = pickle.loads(pickled) if pickled else {}  # noqa: S301 - from our own trainer
+        path = decode_path(request.path)
+        return save_snapshot(path, snapshot, InPlace(arena.first), options, arguments)
 
     def _barrier(self, request: Write) -> None:
         """Meet the other ranks through the trainer; without a trainer the marks alone decide."""
@@ -293,9 +266,6 @@ class _Meeting:
 
     def end(self, outcome: Outcome) -> None:
         self.outcome = outcome
-
-
-_NO_RING = Ring()
 
 
 class Setup(msgspec.Struct):
