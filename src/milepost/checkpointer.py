@@ -279,7 +279,7 @@ class AsyncCheckpointer(Checkpointer):
     def _write(self, save: Save, lost: Future[Any] | None = None) -> None:
         path = save.write_future.path
         if isinstance(lost, WriteFuture):
-            written = self._process.write_again(lost, path, **save.arguments)
+            written = self._process.write_again(lost)
         else:
             written = self._process.write(save.staged, path, **save.arguments)
         written.add_done_callback(lambda done: self._written(save, done))
@@ -298,7 +298,7 @@ class AsyncCheckpointer(Checkpointer):
             else:
                 return
         if isinstance(done, WriteFuture) and error is not None:
-            self._process.abandon(done, save.write_future.path, error)
+            self._process.abandon(done, error)
         self._finish(save, error, committed=getattr(done, "committed", error is None or None))
 
     def _finish(self, save: Save, error: BaseException | None, *, committed: bool | None = None) -> None:

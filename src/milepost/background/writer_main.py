@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -102,7 +103,11 @@ class Service:
     def _start(self, blob: bytes) -> None:
         self._setup = msgspec.msgpack.decode(blob, type=Setup)
         self._prepare_main(self._setup.parts + self._setup.custom)
-        self._storage, self._hook = pickle.loads(self._setup.parts)  # noqa: S301 - from our own trainer
+        storage, hook = pickle.loads(self._setup.parts)  # noqa: S301 - from our own trainer
+        init = self._init
+        self._options = SaveOptions(
+            *(storage, init.rank, init.world_size, init.timeout_seconds), process=init.process, hook=hook
+        )
         if self._setup.custom:
             custom = importlib.import_module("milepost.background.custom_writer")
             self._write, self._close = custom.start(self._setup.custom)  # type: ignore[method-assign]
@@ -201,22 +206,15 @@ class Service:
         return self._arena
 
     def _write_lean(self, request: Write, snapshot: Snapshot, arena: Arena, _: list[int]) -> Outcome:
-        meeting = None
         if request.meets:
-            meeting = _Meeting(request.number, self._channel.send, lambda: self._next(0, Go)[0])
-            self._meeting = meeting
-        options = SaveOptions(
-            storage=self._storage,
-            rank=self._init.rank,
-            world_size=self._init.world_size,
+            self._meeting = _Meeting(request.number, self._channel.send, lambda: self._next(0, Go)[0])
+        options = replace(
+            self._options,
             attempt=request.attempt,
-            timeout_seconds=self._init.timeout_seconds,
             private=request.private,
             target=decode_path(request.target),
-            process=self._init.process,
             barrier=(lambda: self._barrier(request)) if self._init.has_barrier else None,
-            meeting=meeting,
-            hook=self._hook,
+            meeting=self._meeting,
             report=_Reporter(self._channel, request.number),
         )
         pickled = snapshot.arguments

@@ -120,15 +120,15 @@ class Hook(Protocol):
 
 @dataclass
 class SaveOptions:
-    """How a save is carried out.
+    """How a save is carried out. What all saves of a writer have in common comes first.
 
     Attributes:
         storage: Where to.
         rank: This rank.
         world_size: How many ranks save together.
+        timeout_seconds: How long to wait for other ranks.
         attempt: The attempt's id.
         private: The attempt's id is known to this process alone.
-        timeout_seconds: How long to wait for other ranks.
         target: The checkpoint's absolute path, where the path that hooks get is not to be resolved here.
         process: Random id of the process that the save belongs to, if it is not this one.
         barrier: Called once when all ranks have arrived; None if there is no barrier.
@@ -140,8 +140,8 @@ class SaveOptions:
     storage: Storage
     rank: int
     world_size: int
-    attempt: str
     timeout_seconds: float
+    attempt: str = ""
     private: bool = False
     target: str | None = None
     process: str | None = None
