@@ -44,7 +44,7 @@ from milepost.staging import DefaultStager
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import gc_paused
+from milepost.utils import OwnedByProcess, gc_paused
 
 __all__ = [
     "CheckpointProcess",
@@ -170,7 +170,7 @@ class _CustomWriter:
             )
 
 
-class CheckpointProcess:
+class CheckpointProcess(OwnedByProcess):
     """A child process that writes checkpoints, one after the other.
 
     The constructor does not wait for the child; `process_creation_future` is done when it is ready.
@@ -242,7 +242,6 @@ class CheckpointProcess:
         self._awaited: set[int] = set()
         self._numbers = 0
         self._unseen: list[TrackedFuture[None]] = []
-        self._owner = os.getpid()
         self._closed = False
         self._child = Child(self._orders)
 
@@ -439,7 +438,7 @@ class CheckpointProcess:
         Raises:
             Exception: A failure of a write that nobody has looked at.
         """
-        if self._owner != os.getpid():
+        if not self.is_owned:
             return
         with self._submitted:
             self._submitted.wait_for(lambda: not self._awaited, self._config.subprocess_shutdown_timeout_secs)
@@ -459,11 +458,7 @@ class CheckpointProcess:
         return self._child.stalled(self._config.subprocess_shutdown_timeout_secs)
 
     def _check_open(self) -> None:
-        if self._owner != os.getpid():
-            raise ClosedError(
-                f"the checkpoint process belongs to process {self._owner}, from which this one was forked",
-                hint="make a checkpointer in this process",
-            )
+        self.check_owner("checkpoint process", "a checkpointer")
         if self._closed:
             raise ClosedError("the checkpoint process is closed", hint="make a new checkpointer")
 

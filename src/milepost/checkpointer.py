@@ -23,6 +23,7 @@ from milepost.errors import AbortedError, ClosedError, ConfigError, LostWriterEr
 from milepost.staging import CheckpointStager, StagingPlan
 from milepost.telemetry import Event, Kind, notify
 from milepost.types import STATE_DICT
+from milepost.utils import OwnedByProcess
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
 
@@ -124,7 +125,7 @@ class SyncCheckpointer(Checkpointer):
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 
 
-class AsyncCheckpointer(Checkpointer):
+class AsyncCheckpointer(OwnedByProcess, Checkpointer):
     """Saves beside the training, in a process of their own. Usable as a context manager.
 
     Args:
@@ -156,7 +157,6 @@ class AsyncCheckpointer(Checkpointer):
         self._guards: list[Any] = []
         self._warned = False
         self._closed = False
-        self._owner = os.getpid()
         self._finalizer = weakref.finalize(
             self,
             finish_abandoned,
@@ -450,7 +450,7 @@ class AsyncCheckpointer(Checkpointer):
         Raises:
             Exception: A save failed and nobody has looked at that.
         """
-        if self._closed or self._owner != os.getpid():
+        if self._closed or not self.is_owned:
             return
         self._closed = True
         self._finalizer.detach()
@@ -466,11 +466,7 @@ class AsyncCheckpointer(Checkpointer):
         self._raise_unseen()
 
     def _check_open(self) -> None:
-        if self._owner != os.getpid():
-            raise ClosedError(
-                f"the checkpointer belongs to process {self._owner}, from which this one was forked",
-                hint="make one in this process",
-            )
+        self.check_owner("checkpointer")
         if self._closed:
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 

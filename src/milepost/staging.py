@@ -27,7 +27,7 @@ from milepost.errors import ClosedError, LowMemoryError, StateError, Unavailable
 from milepost.format.paths import path_text
 from milepost.state.encode import Parts, StateEncoder
 from milepost.types import STATE_DICT
-from milepost.utils import gc_paused
+from milepost.utils import OwnedByProcess, gc_paused
 
 __all__ = [
     "CheckpointStager",
@@ -75,7 +75,7 @@ class StagingPlan:
         return self.available_bytes is None or self.arena_bytes <= self.available_bytes
 
 
-class DefaultStager(CheckpointStager):
+class DefaultStager(OwnedByProcess, CheckpointStager):
     """Stages into arenas of shared memory, which are reused from save to save.
 
     Args:
@@ -102,7 +102,6 @@ class DefaultStager(CheckpointStager):
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._background: list[threading.Thread] = []
-        self._owner = os.getpid()
         self._closed = False
 
     def stage(self, state_dict: STATE_DICT, **kwargs: Any) -> STATE_DICT | Future[STATE_DICT]:  # noqa: ARG002
@@ -191,7 +190,7 @@ class DefaultStager(CheckpointStager):
 
     def close(self) -> None:
         """Wait for copies that are under way and release the arenas; idempotent."""
-        if self._owner != os.getpid():
+        if not self.is_owned:
             return
         self._closed = True
         if self._pool is not None:
@@ -206,11 +205,7 @@ class DefaultStager(CheckpointStager):
             self._slots = []
 
     def _check_open(self) -> None:
-        if self._owner != os.getpid():
-            raise ClosedError(
-                f"the stager belongs to process {self._owner}, from which this one was forked",
-                hint="make one in this process",
-            )
+        self.check_owner("stager")
         if self._closed:
             raise ClosedError("the stager is closed", hint="make a new one")
 

@@ -44,13 +44,14 @@ from milepost.format.names import (
 )
 from milepost.storage import Folder, Lock, Storage
 from milepost.storage.writing import publish_bytes
+from milepost.utils import OwnedByProcess
 
 __all__ = ["Part"]
 
 _logger = logging.getLogger(__name__)
 
 
-class Part:
+class Part(OwnedByProcess):
     """What an `Attempt` is for this rank alone. For one thread at a time, in the process that made it.
 
     Attributes:
@@ -81,7 +82,7 @@ class Part:
         self.folder = join_hidden(path, attempt)
         self.marked = self.committed = self.hidden = False
         self._identity = ""
-        self._storage, self._clock, self._owner = storage, clock, os.getpid()
+        self._storage, self._clock = storage, clock
         self._lock: Lock | None = None
         self._root: Folder | None = None
         self._seen, self._doubtful = 0, False
@@ -253,7 +254,7 @@ class Part:
 
         Never raises, and does nothing once the checkpoint is committed.
         """
-        if self.committed or self._lock is None or self._owner != os.getpid():
+        if self.committed or self._lock is None or not self.is_owned:
             return
         try:
             if self.world_size == 1:
@@ -279,7 +280,7 @@ class Part:
 
         The last rank to leave publishes what was committed by a rank that died before it could.
         """
-        joined = self._owner == os.getpid() and self._lock is not None
+        joined = self.is_owned and self._lock is not None
         try:
             if joined and self.world_size == 1 and not self.committed and not self.marked:
                 self._remove()
@@ -294,7 +295,7 @@ class Part:
     def _release(self) -> None:
         lock, self._lock = self._lock, None
         root, self._root = self._root, None
-        if self._owner != os.getpid():
+        if not self.is_owned:
             return
         if lock is not None:
             lock.release()

@@ -20,6 +20,7 @@ from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, EntryNotFoundError, StorageError
 from milepost.storage import RenameMode, Stat
 from milepost.storage.files import LocalNewFile, LocalOpenFile, wrapped
+from milepost.utils import OwnedByProcess
 
 __all__ = ["LocalStorage"]
 
@@ -30,11 +31,10 @@ _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_SUCH_KIND = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV})
 
 
-class _LocalFolder:
+class _LocalFolder(OwnedByProcess):
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
-        self._owner = os.getpid()
 
     def names(self) -> list[str]:
         with wrapped("list", self.path):
@@ -113,12 +113,12 @@ class _LocalFolder:
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0 and self._owner == os.getpid():
+        if descriptor >= 0 and self.is_owned:
             with suppress(OSError):
                 os.close(descriptor)
 
     def __del__(self) -> None:
-        if hasattr(self, "_owner"):
+        if hasattr(self, "_descriptor"):
             self.close()
 
 
@@ -153,19 +153,18 @@ def _stat(path: str, dir_fd: int | None = None) -> Stat:
 # ---------------------------------------------------------------------------- locks
 
 
-class _LocalLock:
+class _LocalLock(OwnedByProcess):
     """A `flock`. A forked child gives its copy of the descriptor up, or it would outlive its owner."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._owner = os.getpid()
         _locks.add(self)
 
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with suppress(OSError):
-                if self._owner == os.getpid():
+                if self.is_owned:
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
             with suppress(OSError):
                 os.close(descriptor)
