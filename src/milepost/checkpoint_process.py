@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from milepost.background.child import Child, Handle, Orders, Request, WriteFuture
-from milepost.background.futures import TrackedFuture, raise_unseen
+from milepost.background.futures import Failures
 from milepost.background.messages import Channel, Init, Write, encode_path
 from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
@@ -241,7 +241,7 @@ class CheckpointProcess(OwnedByProcess):
         self._submitted = threading.Condition(self._lock)
         self._awaited: set[int] = set()
         self._numbers = 0
-        self._unseen: list[TrackedFuture[None]] = []
+        self._failures = Failures()
         self._closed = False
         self._child = Child(self._orders)
 
@@ -321,7 +321,7 @@ class CheckpointProcess(OwnedByProcess):
     def _accept(self, request: Request) -> WriteFuture:
         with self._lock:
             self._check_open()
-            raise_unseen(self._unseen, AbortedError)  # `close` raises what another rank failed in
+            self._failures.raise_oldest(AbortedError)  # `close` raises what another rank failed in
             self._numbers += 1
             future = WriteFuture(request, self._numbers)
         future.set_running_or_notify_cancel()  # an accepted request is carried out: nobody can cancel it
@@ -414,8 +414,7 @@ class CheckpointProcess(OwnedByProcess):
     def _note_end(self, future: Future[None]) -> None:
         assert isinstance(future, WriteFuture)
         if future.failure() is not None:
-            with self._lock:
-                self._unseen.append(future)
+            self._failures.add(future)
         elif not future.committed and self._writer.tells:
             options = future.request.options
             self._ranks.wrote(options.target or "", options.attempt)
@@ -426,8 +425,7 @@ class CheckpointProcess(OwnedByProcess):
 
     def raise_unseen(self) -> None:
         """Raise the oldest failure of a write that nobody has looked at; each is raised once."""
-        with self._lock:
-            raise_unseen(self._unseen)
+        self._failures.raise_oldest()
 
     def close(self) -> None:
         """Finish the writes that were accepted, and end the child; it is gone on return.

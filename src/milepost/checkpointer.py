@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
-from milepost.background.futures import raise_unseen
+from milepost.background.futures import Failures
 from milepost.background.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
 from milepost.background.staged import staged_bytes
 from milepost.checkpoint_process import CheckpointProcess, WriteFuture
@@ -153,7 +153,7 @@ class AsyncCheckpointer(OwnedByProcess, Checkpointer):
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._saves: list[Save] = []
-        self._unseen: list[SaveFuture] = []
+        self._failures = Failures()
         self._guards: list[Any] = []
         self._warned = False
         self._closed = False
@@ -163,7 +163,7 @@ class AsyncCheckpointer(OwnedByProcess, Checkpointer):
             checkpoint_process,
             checkpoint_stager,
             self._saves,
-            self._unseen,
+            self._failures,
             self._owner,
         )
 
@@ -252,7 +252,7 @@ class AsyncCheckpointer(OwnedByProcess, Checkpointer):
             logger.error("%s was not committed: %s", error.path, error)
             future = SaveFuture(error.path or "", None, time.monotonic())
             future.set_exception(error)
-            self._unseen.append(future)
+            self._failures.add(future)
 
     def _wait_for_turn(self) -> bool:
         """Wait until another save may begin; False where it is to be skipped."""
@@ -310,8 +310,7 @@ class AsyncCheckpointer(OwnedByProcess, Checkpointer):
         if warn:
             future.seen = True
         elif error is not None:
-            with self._lock:
-                self._unseen.append(future)
+            self._failures.add(future)
         done: Kind = "committed" if committed else "written"
         self._tell(done if error is None else "failed", future, error)
         self._forget(save)  # before the future is done: what is called then may save again
@@ -472,5 +471,4 @@ class AsyncCheckpointer(OwnedByProcess, Checkpointer):
 
     def _raise_unseen(self, *, aborted: bool = True) -> None:
         """Raise what failed and nobody has looked at; what failed on another rank only if asked for."""
-        with self._lock:
-            raise_unseen(self._unseen, () if aborted else AbortedError)
+        self._failures.raise_oldest(() if aborted else AbortedError)
