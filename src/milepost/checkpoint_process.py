@@ -235,6 +235,8 @@ class CheckpointProcess(OwnedByProcess):
             writer.barrier,
             on_progress or (lambda *_: None),
             writer.stall_seconds,
+            plain=parts == _pickled((default_storage(), None))
+            and not (custom or config.nice or config.idle_io),
         )
         self._stager: DefaultStager | None = None
         self._lock = threading.RLock()

@@ -31,7 +31,8 @@ from milepost.background.messages import (
     write_blob,
 )
 from milepost.background.remote_errors import Failure, describe_error, rebuild_error
-from milepost.background.writer_main import Service
+from milepost.background.service import Service
+from milepost.background.writer_main import READY
 from milepost.errors import MilepostError, RemoteError, StorageError
 
 
@@ -126,6 +127,11 @@ def test_a_peer_that_dies_with_an_unread_message_loses_none_of_its_own(line):
     assert theirs.send(Ready())  # which ours never reads
     ours.close()
     assert [theirs.receive()[0] for _ in range(4)] == [Arrived(0), Arrived(1), Arrived(2), None]
+
+
+def test_a_writer_that_has_imported_nothing_yet_can_say_that_it_is_ready():
+    """The bytes that the writer process sends first are the message Ready."""
+    assert msgspec.msgpack.encode(Ready()) == READY
 
 
 # -- errors ----------------------------------------------------------------------------------------

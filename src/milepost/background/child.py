@@ -106,6 +106,7 @@ class Orders:
         on_progress: Called with the absolute path of a save, its phase, bytes written and bytes in all.
         stall_seconds: How long a save may show no sign of life, unless a hook of the user's is running;
             None for any time.
+        plain: Nothing of the user's runs at its start, so that it cannot fail.
     """
 
     init: Init
@@ -114,6 +115,7 @@ class Orders:
     barrier: Any
     on_progress: Callable[[str, str, int, int], None]
     stall_seconds: float | None = None
+    plain: bool = False
 
 
 class Handle:
@@ -178,10 +180,11 @@ class Child:
                     [
                         sys.executable,
                         "-P",
-                        "-m",
-                        "milepost.background.writer_main",
+                        "-c",
+                        "from milepost.background.writer_main import main; main()",
                         str(theirs.fileno()),
                         str(os.getpid()),
+                        *(["plain"] if orders.plain else []),
                     ],
                     pass_fds=(theirs.fileno(),),
                     env={
@@ -323,10 +326,10 @@ class Child:
         elif isinstance(message, Moved):
             self._pass_on(message)
         elif isinstance(message, Finished):
-            if message.number < 0 and message.failure is not None:
-                self.ready.set_exception(_start_error(message.failure))
-            else:
+            if message.number >= 0:
                 self._finish_write(message)
+            elif message.failure is not None and not self.ready.done():
+                self.ready.set_exception(_start_error(message.failure))
 
     def _pass_on(self, message: Moved) -> None:
         future = self._writes.get(message.number)

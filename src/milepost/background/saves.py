@@ -95,9 +95,7 @@ def drain(process: Any, saves: list[Save]) -> None:
         wait([save.write_future for save in saves], 0.05)
 
 
-def finish_abandoned(
-    process: Any, stager: Any, saves: list[Save], failures: Failures, owner: int
-) -> None:
+def finish_abandoned(process: Any, stager: Any, saves: list[Save], failures: Failures, owner: int) -> None:
     """An unclosed checkpointer was collected, or the interpreter ends: finish what was accepted."""
     if owner != os.getpid():
         return

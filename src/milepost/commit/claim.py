@@ -7,12 +7,10 @@ from __future__ import annotations
 
 # Paths are str, here as in the storage package.
 import os
-import secrets
 import socket
 import time as _time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 
@@ -45,8 +43,7 @@ CLAIM_SECONDS = 60.0
 """How long a claim waits for somebody who is just clearing a folder of this name."""
 
 
-@dataclass(frozen=True)
-class Clock:
+class Clock(msgspec.Struct, frozen=True):
     """Where an attempt gets its time from."""
 
     time: Callable[[], float] = _time.time
@@ -206,7 +203,7 @@ def unchanged_seconds(storage: Storage, path: str) -> float:
 
 
 def _note_aside() -> str:
-    return f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp"
+    return f".{NOTE_NAME}.{os.urandom(8).hex()}.tmp"
 
 
 def refuse_other_starts(storage: Storage, path: str, *, world_size: int, process: str) -> None:

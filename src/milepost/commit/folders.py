@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -117,8 +116,7 @@ class AbortMark(msgspec.Struct, kw_only=True):
     time: float = 0.0
 
 
-@dataclass(frozen=True)
-class Hidden:
+class Hidden(msgspec.Struct, frozen=True):
     """A hidden folder: its path, and the attempt in its name."""
 
     path: str

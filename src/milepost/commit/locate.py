@@ -8,7 +8,8 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from milepost.commit.folders import (
     Hidden,
@@ -51,8 +52,7 @@ _MANY_RANKS = 64
 """With more ranks than these nobody looks at every file's size: each checks those that it reads."""
 
 
-@dataclass(frozen=True)
-class Located:
+class Located(msgspec.Struct, frozen=True):
     """What `locate` found. The caller closes `folder`.
 
     Attributes:

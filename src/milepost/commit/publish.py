@@ -12,8 +12,9 @@ import errno
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from milepost.commit.folders import absolute_path, list_names, names_of, published_manifest, read_manifest
 from milepost.commit.removal import NOT_EMPTY, remove_file, sweep
@@ -39,8 +40,7 @@ _TRIES = 50
 # ---------------------------------------------------------------------------- the target
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Where a save goes.
 
     Attributes:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -64,8 +63,7 @@ def partial_directory() -> str:
 Progress = Callable[[int], None]
 
 
-@dataclass
-class Copied:
+class Copied(msgspec.Struct):
     """The bytes of a snapshot's records, where a function copies them, block by block.
 
     Attributes:
@@ -88,8 +86,7 @@ class Copied:
         write_stream(file, image.size, fill, self.ring, report)
 
 
-@dataclass
-class InPlace:
+class InPlace(msgspec.Struct):
     """The bytes of a snapshot's records, where memory holds them at their places in the file.
 
     Attributes:
@@ -118,8 +115,7 @@ class Hook(Protocol):
         """Called when the checkpoint is committed."""
 
 
-@dataclass
-class SaveOptions:
+class SaveOptions(msgspec.Struct):
     """How a save is carried out. What all saves of a writer have in common comes first.
 
     Attributes:

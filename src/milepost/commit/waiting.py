@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -39,8 +38,7 @@ _FIRST_PAUSE_SECONDS = 0.005
 _NEWS_SECONDS = 0.02
 
 
-@dataclass
-class News:
+class News(msgspec.Struct):
     """What a meeting knows of the other ranks beside what the folder shows.
 
     Attributes:

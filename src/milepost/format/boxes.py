@@ -9,7 +9,6 @@ are wanted with those that were saved.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -64,8 +63,7 @@ class Run(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """One dimension of a tensor, or what is left of it, divided over one dimension of a mesh.
 
     Attributes:

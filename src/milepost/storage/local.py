@@ -14,7 +14,8 @@ import stat as stat_modes
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, EntryNotFoundError, StorageError
@@ -187,8 +188,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 # ---------------------------------------------------------------------------- the storage
 
 
-@dataclass(frozen=True, slots=True)
-class LocalStorage:
+class LocalStorage(msgspec.Struct, frozen=True):
     """The file systems of this machine.
 
     ``lock`` is ``flock``. Where a file system does not know it, a shared lock is granted (it protects

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -218,7 +217,7 @@ def publish_bytes(storage: Storage, path: str, data: bytes, mode: RenameMode, *,
     name is taken; "replace" takes it.
     """
     folder, _, name = path.rpartition("/")
-    aside = f"{folder}/.{name}.{secrets.token_hex(8)}.tmp"
+    aside = f"{folder}/.{name}.{os.urandom(8).hex()}.tmp"
     write_bytes(storage, aside, data, sync=sync)
     try:
         storage.rename(aside, path, mode)
