@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import os
 import struct
+import subprocess
+import sys
 import threading
 
 import msgspec
@@ -132,6 +134,17 @@ def test_a_peer_that_dies_with_an_unread_message_loses_none_of_its_own(line):
 def test_a_writer_that_has_imported_nothing_yet_can_say_that_it_is_ready():
     """The bytes that the writer process sends first are the message Ready."""
     assert msgspec.msgpack.encode(Ready()) == READY
+
+
+def test_a_writer_starts_though_its_trainer_has_gone_already():
+    """A writer that cannot say that it is ready goes on to read what the trainer has sent before its end."""
+    ours, theirs = Channel.pair()
+    ours.close()
+    script = "from milepost.background.writer_main import main; main()"
+    command = [sys.executable, "-c", script, str(theirs.fileno()), str(os.getpid()), "plain"]
+    with theirs:
+        done = subprocess.run(command, pass_fds=[theirs.fileno()], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ def main() -> None:
     line.set_inheritable(False)
     ready = len(sys.argv) > 3
     if ready:
-        line.send(READY)
+        try:  # noqa: SIM105 - importing contextlib takes time, too
+            line.send(READY)
+        except OSError:
+            pass  # the trainer has gone, and its requests may be in the line
     from milepost.background.service import serve  # noqa: PLC0415 - it takes some time
 
     serve(line, int(sys.argv[2]), ready=ready)
