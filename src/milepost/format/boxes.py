@@ -13,6 +13,8 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
+import msgspec
+
 __all__ = [
     "Box",
     "Piece",
@@ -63,7 +65,7 @@ class Run(NamedTuple):
     size: int
 
 
-class Split(NamedTuple):
+class Split(msgspec.Struct, frozen=True):
     """One dimension of a tensor, or what is left of it, divided over one dimension of a mesh.
 
     Attributes:
