@@ -12,8 +12,9 @@ import errno
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from milepost.commit.by_rename.folders import absolute_path, names_of, published_manifest
 from milepost.commit.by_rename.removal import NOT_EMPTY, remove_file, sweep
@@ -40,8 +41,7 @@ _TRIES = 50
 # ---------------------------------------------------------------------------- the target
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Where a save goes.
 
     Attributes:
