@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from milepost.commit.folders import numbers
+from milepost.commit.contents import numbers
 from milepost.errors import MilepostError, PeerLoadError, text_of
 from milepost.ranks.start import Start, StoreGoneError, group_store, start_at
 
