@@ -316,7 +316,7 @@ def _write_data(
 
     shares, labels = snapshot.shares, snapshot.labels
     with beside(records.crcs) as crcs:
-        file = options.storage.create(attempt.data_path, direct=True)
+        file = attempt.create_data()
         try:
             records.write(file, image, report)
         except BaseException:
