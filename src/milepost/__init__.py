@@ -11,9 +11,7 @@ Names are imported when they are first used: ``import milepost`` alone loads nei
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
     raise ImportError(
@@ -24,6 +22,8 @@ if sys.byteorder != "little":
     raise ImportError("Milepost needs a little-endian host: its files hold tensors as they are in memory.")
 
 from milepost._version import __version__
+
+TYPE_CHECKING = False  # importing `typing` takes longer than all else here
 
 if TYPE_CHECKING:
     from milepost.barriers import Barrier, BarrierConfig, TCPStoreBarrier, create_barrier_from_config
@@ -100,9 +100,11 @@ _HOMES = {
 
 if not TYPE_CHECKING:  # type checkers would take any name for one of this module
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module 'milepost' has no attribute {name!r}")
+        import importlib  # noqa: PLC0415 - beside its only use
+
         home = next((module for module, names in _HOMES.items() if name in names), "errors")
         value = getattr(importlib.import_module(f"milepost.{home}"), name)
         globals()[name] = value

@@ -40,6 +40,7 @@ from milepost.errors import (
 from milepost.staging import CheckpointStager, DefaultStager, StagingPlan
 from milepost.telemetry import Kind
 from milepost.types import STATE_DICT, StrPath
+from milepost.utils import OwnedByProcess
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
 
@@ -254,7 +255,7 @@ class SyncCheckpointer(_Loading):
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 
 
-class AsyncCheckpointer(_Loading):
+class AsyncCheckpointer(OwnedByProcess, _Loading):
     """Saves in a process beside the training. As a context manager, it closes itself at the block's end.
 
     Args:
@@ -283,7 +284,6 @@ class AsyncCheckpointer(_Loading):
         self._guards: list[Any] = []
         self._warned = False
         self._closed = False
-        self._owner = os.getpid()
         parts = (checkpoint_process, checkpoint_stager, self._under_way, self._owner)
         self._finalizer = weakref.finalize(self, finish_abandoned, *parts)
 
@@ -341,11 +341,11 @@ class AsyncCheckpointer(_Loading):
         started = time.monotonic()
         stage_future, write_future = SaveFuture(path, step, started), SaveFuture(path, step, started)
         try:
-            self._under_way.raise_unseen(refused=path)
+            self._under_way.failures.raise_oldest(refused=path)
             self._check_guard()
             skip = self._config.when_busy == "skip"
             its_turn = self._under_way.wait_below(self._config.max_in_flight, skip=skip)
-            self._under_way.raise_unseen(refused=path)
+            self._under_way.failures.raise_oldest(refused=path)
         except BaseException as error:
             self._give_up(path, error)
             raise
@@ -401,11 +401,10 @@ class AsyncCheckpointer(_Loading):
             future.set_exception(error)
 
     def _write(self, save: Save, lost: Future[Any] | None = None) -> None:
-        path = save.write_future.path
         if isinstance(lost, WriteFuture):
-            written = self._process.write_again(lost, path, **save.arguments)
+            written = self._process.write_again(lost)
         else:
-            written = self._process.write(save.staged, path, **save.arguments)
+            written = self._process.write(save.staged, save.write_future.path, **save.arguments)
         written.add_done_callback(lambda done: self._written(save, done))
 
     def _written(self, save: Save, done: Future[Any]) -> None:
@@ -422,7 +421,7 @@ class AsyncCheckpointer(_Loading):
             else:
                 return
         if isinstance(done, WriteFuture) and error is not None:
-            self._process.abandon(done, save.write_future.path, error)
+            self._process.abandon(done, error)
         self._finish(save, error, committed=getattr(done, "committed", error is None or None))
 
     def _finish(self, save: Save, error: BaseException | None, *, committed: bool | None = None) -> None:
@@ -434,7 +433,7 @@ class AsyncCheckpointer(_Loading):
         if warn:
             future.seen = True
         elif error is not None:
-            self._under_way.keep(future)
+            self._under_way.failures.add(future)
         done: Kind = "committed" if committed else "written"
         self._under_way.tell(done if error is None else "failed", future, error)
         self._under_way.remove(save)  # before the future is done: what is called then may save again
@@ -498,7 +497,7 @@ class AsyncCheckpointer(_Loading):
         _, late = wait(self._under_way.writing(), timeout_seconds)
         if late:
             raise TimeoutError(f"{len(late)} saves are still under way")
-        self._under_way.raise_unseen()
+        self._under_way.failures.raise_oldest()
 
     def guard(self, optimizer: Any) -> Any:
         """Make an optimizer wait, at each step, until nothing is being copied. Returns what removes it."""
@@ -529,7 +528,7 @@ class AsyncCheckpointer(_Loading):
         Raises:
             Exception: A save failed and nobody has looked at that.
         """
-        if self._closed or self._owner != os.getpid():
+        if self._closed or not self.is_owned:
             return
         self._closed = True
         self._finalizer.detach()
@@ -542,13 +541,9 @@ class AsyncCheckpointer(_Loading):
                 stack.callback(guard.remove)
             drain(self._process, self._under_way.saves)
         self._under_way.keep_failures_of(self._process)
-        self._under_way.raise_unseen()
+        self._under_way.failures.raise_oldest()
 
     def _check_open(self) -> None:
-        if self._owner != os.getpid():
-            raise ClosedError(
-                f"the checkpointer belongs to process {self._owner}, from which this one was forked",
-                hint="make one in this process",
-            )
+        self.check_owner("checkpointer")
         if self._closed:
             raise ClosedError("the checkpointer is closed", hint="make a new one")

@@ -15,14 +15,12 @@ from torch.multiprocessing.reductions import reduce_storage
 
 from milepost.background.arena import Arena
 from milepost.background.messages import Write, decode_path
-from milepost.format.image import Layout
-from milepost.format.index import Tensors
-from milepost.format.snapshot import Packed
+from milepost.format.snapshot import Snapshot
 from milepost.state.decode import TensorBuilder
 
 __all__ = ["start"]
 
-Serve = Callable[[Write, Packed, Arena, list[int]], None]
+Serve = Callable[[Write, Snapshot, Arena, list[int]], None]
 
 
 def start(setup: bytes) -> tuple[Serve, Callable[[], None]]:
@@ -36,9 +34,9 @@ def start(setup: bytes) -> tuple[Serve, Callable[[], None]]:
         init(*init_arguments)
     writer = make_writer(**writer_arguments)
 
-    def serve(request: Write, packed: Packed, arena: Arena, attached: list[int]) -> None:
-        arguments = pickle.loads(packed.arguments)  # noqa: S301 - our trainer's
-        state = state_dict(packed, arena, attached)
+    def serve(request: Write, snapshot: Snapshot, arena: Arena, attached: list[int]) -> None:
+        arguments = pickle.loads(snapshot.arguments)  # noqa: S301 - our trainer's
+        state = state_dict(snapshot, arena, attached)
         result = writer.write(path=decode_path(request.path), state_dict=state, **arguments)
         if isinstance(result, Future):  # it may work in the background: its outcome counts
             result.result()
@@ -70,22 +68,21 @@ def _known_as_shared(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     return storage
 
 
-def state_dict(packed: Packed, arena: Arena, attached: list[int]) -> Any:
+def state_dict(snapshot: Snapshot, arena: Arena, attached: list[int]) -> Any:
     """The state dict: its tensors are views of the arena, or of the shared memory that they had."""
     from_descriptor: Any = torch.UntypedStorage._new_shared_fd_cpu  # type: ignore[attr-defined]  # noqa: SLF001
     wholes: dict[int, torch.UntypedStorage] = {}
     shared: dict[int, tuple[int, int]] = {}
-    for record, which, place, size, start in packed.shared:
+    for record, which, place, size, start in snapshot.shared:
         shared[record] = which, start
         if which not in wholes:
             file = from_descriptor(attached[which], os.fstat(attached[which]).st_size)
             is_all = (place, size) == (0, file.nbytes())
             wholes[which] = file if is_all else _known_as_shared(file[place : place + size])
-    layout, tensors = Layout(packed.lengths), msgspec.msgpack.decode(packed.tensors, type=Tensors)
-    memory = arena.view
+    layout, tensors, memory = snapshot.plan.layout, snapshot.plan.tensors, arena.view
     starts = (shared.get(record, (0, 0))[1] for record in tensors.record)
     offsets = [start + offset for start, offset in zip(starts, tensors.byte_offset, strict=True)]
-    tensors = msgspec.structs.replace(tensors, byte_offset=offsets)
+    tensors = msgspec.structs.replace(tensors, byte_offset=offsets)  # the plan's own is kept for later saves
 
     def storage_of(record: int) -> torch.UntypedStorage:
         if record in shared:
@@ -101,7 +98,5 @@ def state_dict(packed: Packed, arena: Arena, attached: list[int]) -> Any:
         return storages[record]
 
     storages: dict[int, torch.UntypedStorage] = {}
-    first = len(layout.lengths)
-    return TensorBuilder(tensors, storage_of, lambda record: packed.objects[record - first]).decode(
-        packed.tree
-    )
+    builder = TensorBuilder(tensors, storage_of, snapshot.record_bytes)
+    return builder.decode(snapshot.tree)

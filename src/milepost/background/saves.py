@@ -15,8 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from milepost.background.futures import TrackedFuture, raise_unseen
-from milepost.errors import AbortedError
+from milepost.background.futures import Failures, TrackedFuture
 from milepost.telemetry import Event, Kind, Observer, notify
 
 __all__ = ["GUARD_ADVICE", "Save", "SaveFuture", "UnderWay", "drain", "finish_abandoned", "guard_steps"]
@@ -88,11 +87,15 @@ class UnderWay:
 
     Args:
         observers: Get the event of each change.
+
+    Attributes:
+        saves: Those that are not over.
+        failures: Those that failed.
     """
 
     def __init__(self, observers: list[Observer]) -> None:
         self.saves: list[Save] = []
-        self.unseen: list[SaveFuture] = []
+        self.failures = Failures()
         self._observers = observers
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -134,28 +137,13 @@ class UnderWay:
         with self._lock:
             return [save.write_future for save in self.saves if target in (None, save.target)]
 
-    def keep(self, future: SaveFuture) -> None:
-        """Keep a future that fails for `raise_unseen`."""
-        with self._lock:
-            self.unseen.append(future)
-
     def keep_failures_of(self, process: Any) -> None:
         """Log and keep what was written here, and is now known to have failed on another rank."""
         for error in getattr(process, "failures", list)():
             logger.error("%s was not committed: %s", error.path, error)
             future = SaveFuture(error.path or "", None, time.monotonic())
             future.set_exception(error)
-            self.keep(future)
-
-    def raise_unseen(self, refused: str | None = None) -> None:
-        """Raise the oldest failure that nobody has looked at, once.
-
-        Args:
-            refused: The path of a save that is not made for this reason. What failed because another rank
-                did is kept then.
-        """
-        with self._lock:
-            raise_unseen(self.unseen, () if refused is None else AbortedError, refused=refused)
+            self.failures.add(future)
 
     def on_progress(self, path: str, phase: str, done: int, size: int) -> None:
         """Called as the save to an absolute path advances."""
@@ -196,7 +184,7 @@ def finish_abandoned(process: Any, stager: Any, under_way: UnderWay, owner: int)
     if owner != os.getpid():
         return
     with ExitStack() as stack:  # the warning may be an error, and nothing may be left open
-        stack.callback(_log_unseen, under_way.unseen)
+        stack.callback(_log_unseen, under_way.failures)
         stack.callback(_close, stager)
         stack.callback(_close, process)
         stack.callback(drain, process, under_way.saves)
@@ -215,11 +203,12 @@ def _close(part: Any) -> None:
         logger.exception("a checkpointer that was not closed could not be closed either")
 
 
-def _log_unseen(futures: list[SaveFuture]) -> None:
+def _log_unseen(failures: Failures) -> None:
     """Log the failures that nobody has looked at. If the interpreter ends, it ends with exit code 1."""
-    failed = [future for future in futures if not future.seen]
+    failed = failures.unseen()
     for future in failed:
-        logger.error("%s was not saved, and nobody has looked: %s", future.path, future.exception())
+        path = getattr(future, "path", "")
+        logger.error("%s was not saved, and nobody has looked: %s", path, future.exception())
     if failed and not threading.main_thread().is_alive():
         setattr(sys, "_milepost_failed", _FailsAtExit())  # noqa: B010 - sys has no such attribute
 

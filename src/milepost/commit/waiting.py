@@ -5,7 +5,6 @@ from __future__ import annotations
 import time as _time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -57,8 +56,7 @@ _NEWS_SECONDS = 0.02
 _PUBLISH_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Clock:
+class Clock(msgspec.Struct, frozen=True):
     """The source of an attempt's time; tests give another."""
 
     time: Callable[[], float] = _time.time
@@ -66,8 +64,7 @@ class Clock:
     sleep: Callable[[float], None] = _time.sleep
 
 
-@dataclass
-class News:
+class News(msgspec.Struct):
     """What a meeting knows about the other ranks, in addition to what the folder shows.
 
     Attributes:

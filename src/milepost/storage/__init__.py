@@ -10,8 +10,9 @@ cause and names the operation and the path. ``EINTR`` never gets out; a short wr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import msgspec
 
 __all__ = [
     "ALIGNMENT",
@@ -28,8 +29,7 @@ __all__ = [
 RenameMode = Literal["create", "replace", "exchange"]
 
 
-@dataclass(frozen=True)
-class Stat:
+class Stat(msgspec.Struct, frozen=True):
     """What is at a path; symbolic links are not followed.
 
     Attributes:

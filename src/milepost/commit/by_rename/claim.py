@@ -7,7 +7,6 @@ from __future__ import annotations
 
 # Paths are str, here as in the storage package.
 import os
-import secrets
 import socket
 import time
 from contextlib import suppress
@@ -194,7 +193,7 @@ def unchanged_seconds(storage: Storage, path: str) -> float:
 
 
 def _note_aside() -> str:
-    return f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp"
+    return f".{NOTE_NAME}.{os.urandom(8).hex()}.tmp"
 
 
 def refuse_other_starts(storage: Storage, path: str, ours: Note) -> None:

@@ -14,7 +14,8 @@ import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+import msgspec
 
 from milepost.commit.contents import list_names, read_manifest
 from milepost.errors import CheckpointNotFoundError, StorageError, TargetError
@@ -36,8 +37,7 @@ __all__ = [
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Hidden:
+class Hidden(msgspec.Struct, frozen=True):
     """A hidden folder: its path, and the attempt in its name."""
 
     path: str

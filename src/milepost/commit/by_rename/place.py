@@ -22,6 +22,7 @@ from milepost.format.manifest import Manifest
 from milepost.format.names import MANIFEST_NAME, beacon_name, join_hidden
 from milepost.storage import Folder, Lock, NewFile, RenameMode, Storage
 from milepost.storage.writing import publish_bytes
+from milepost.utils import OwnedByProcess
 
 __all__ = ["RenamePlace", "begin", "is_undecided", "sees_rank"]
 
@@ -63,7 +64,7 @@ def begin(
     return Attempt.begin(place, attempt, rank=rank, world_size=world_size, process=process, clock=clock)
 
 
-class RenamePlace:
+class RenamePlace(OwnedByProcess):
     """A `Place` on a file system: a hidden folder beside the path, held by a lock, published by a rename."""
 
     def __init__(self, storage: Storage, path: str, note: Note, clock: Clock) -> None:
@@ -71,7 +72,6 @@ class RenamePlace:
         self._storage, self._note, self._attempt, self._clock = storage, note, note.attempt, clock
         self._lock: Lock | None = None
         self._root: Folder | None = None
-        self._owner = os.getpid()
 
     def prepare(self, *, tidy: bool) -> None:
         """See `Place`."""
@@ -89,13 +89,13 @@ class RenamePlace:
     @property
     def entered(self) -> bool:
         """See `Place`."""
-        return self._lock is not None and self._owner == os.getpid()
+        return self._lock is not None and self.is_owned
 
     def leave(self) -> None:
         """See `Place`."""
         lock, self._lock = self._lock, None
         root, self._root = self._root, None
-        if self._owner != os.getpid():
+        if not self.is_owned:
             return
         if lock is not None:
             lock.release()

@@ -12,8 +12,9 @@ import errno
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from milepost.commit.by_rename.folders import absolute_path, names_of, published_manifest
 from milepost.commit.by_rename.removal import NOT_EMPTY, remove_file, sweep
@@ -40,8 +41,7 @@ _TRIES = 50
 # ---------------------------------------------------------------------------- the target
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Where a save goes.
 
     Attributes:
@@ -206,16 +206,18 @@ def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
     """Do the renames; False if another process has published this attempt or a later one."""
     attempt = manifest.attempt
     partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
+    overtaken = False
     for _ in range(_TRIES):
         source = next((place for place in (partial, slot) if _holds(storage, place, attempt)), None)
         there = published_manifest(storage, path)
         if source is None:
-            if there and (there.attempt == attempt or there.order >= manifest.order):
+            if overtaken or (there and (there.attempt == attempt or there.order >= manifest.order)):
                 return False
             continue  # it has been moved between the looks
         try:
             if there is not None and there.sequence > manifest.sequence > 0:
                 # A later save is there already, as when writers of a dead start commit late.
+                overtaken = True
                 gone = [retire(storage, path, place, None) for place in (partial, slot)]
                 if all(gone):
                     return False
