@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from functools import partial
@@ -101,6 +102,16 @@ def test_threads_meet_at_a_store_of_their_process(tmp_path):
             assert loaded == states[rank]
         sizes.append(store.num_keys())
     assert sizes[-1] <= sizes[-4]
+
+
+def test_a_copy_of_a_checkpoint_is_replaced_by_the_first_save_to_its_path(tmp_path):
+    """A checkpoint that was copied elsewhere is not taken for what the ranks save there."""
+    made = writers(new_store())
+    path, copied = str(tmp_path / "last"), str(tmp_path / "best")
+    assert all_ranks(partial(write, made, path, [{"step": 1}] * 2)) == [None, None]
+    shutil.copytree(path, copied)
+    assert all_ranks(partial(write, made, copied, [{"step": 2}] * 2)) == [None, None]
+    assert CheckpointReader(RankInfo(0, 2)).read(copied, together=False)[0] == {"step": 2}
 
 
 def test_a_path_that_differs_on_one_rank_is_told(tmp_path, monkeypatch, caplog):
