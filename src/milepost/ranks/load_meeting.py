@@ -1,11 +1,7 @@
 """Loading as one job: every rank learns what the others found, and all load or none does.
 
-The ranks meet at a store (see `meeting`), never in a collective: rank 0 reads what each of them puts there,
-and puts one answer for all.
-
-    milepost/<id>/load/opened           the number of the last load that rank 0 has opened
-    milepost/<id>/load/<n>/<m>/<r>      what rank r reports at the m-th meeting of load n
-    milepost/<id>/load/<n>/<m>/verdict  the answer for all
+The ranks meet at a store (see `start`), never in a collective. Rank 0 reads what each rank reports there, and
+puts one verdict for all. `Round` describes the keys.
 """
 
 from __future__ import annotations
@@ -15,6 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from functools import reduce
 from operator import or_
 from typing import Any, TypeVar
@@ -22,7 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from milepost.errors import MilepostError, PeerLoadError, text_of
-from milepost.ranks.start import Start, StoreGoneError, group_store, start_at
+from milepost.ranks.start import Line, Start, StoreGoneError, group_store, start_at
 
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
 
@@ -31,10 +29,10 @@ logger = logging.getLogger(__name__)
 _Kind = TypeVar("_Kind")
 
 _MEETINGS = 3
-"""The most that a load has: all fits, all is verified, all is read."""
+"""The most meetings that one load has: all fits, all is verified, all is read."""
 
 _GRACE_SECONDS = 5
-"""How much longer others wait than rank 0, which says who did not come; how long that stays if it fails."""
+"""How much longer than rank 0 the others wait, and how long a rank 0 that failed waits for the others."""
 
 
 class Report(msgspec.Struct):
@@ -42,13 +40,13 @@ class Report(msgspec.Struct):
 
     Attributes:
         path: Where it loads from.
-        identity: What no other checkpoint has (`Located.identity`); "" if that is not known.
+        identity: Tells this checkpoint from all others (`Located.identity`); "" if it is not known.
         missing: See `Match`.
         unexpected: See `Match`.
         misfits: See `Match`.
-        strict: Whether missing keys are to be refused.
-        first: Whether all is to be verified before anything is written to.
-        error: Why it cannot load, if it cannot.
+        strict: Whether missing keys are an error.
+        first: Whether everything is verified before anything is written to.
+        error: Why this rank cannot load; None if it can.
     """
 
     path: str
@@ -65,11 +63,11 @@ class Verdict(msgspec.Struct):
     """What all ranks found together.
 
     Attributes:
-        missing: What any rank's template has and was not saved.
-        unexpected: What was saved and no rank's template has.
-        misfits: What does not fit some rank's template, with the rank.
-        strict: Whether any rank refuses missing keys.
-        first: Whether any rank wants all to be verified first.
+        missing: Keys of any rank's template that were not saved.
+        unexpected: Saved keys that no rank's template has.
+        misfits: What does not fit a rank's template, with the rank.
+        strict: Whether missing keys are an error for any rank.
+        first: Whether any rank wants everything verified first.
         failed: The ranks that cannot load, with their errors.
     """
 
@@ -107,14 +105,133 @@ class Verdict(msgspec.Struct):
         ]
         return verdict
 
+    def failed_on(self, rank: int) -> bool:
+        """Whether this rank failed, or did not come."""
+        return rank in dict(self.failed)
+
+
+class Standing(Enum):
+    """How a round stands for one rank. The verdict of the round's first meeting tells."""
+
+    OPEN = auto()
+    """There is no verdict."""
+
+    DECIDED = auto()
+    """There is a verdict, and it does not name this rank."""
+
+    LOST = auto()
+    """The verdict says that this rank failed, or did not come."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One load of all ranks, at the store. A round is one or more meetings.
+
+    Rank 0 assigns each round a number, from 1. Other ranks wait for its report before they write to
+    the store, except to report an error. This keeps entries of a dead rank out of later rounds.
+
+    | who        | does                                   | key, below ``milepost/<start id>/load/`` |
+    |------------|----------------------------------------|------------------------------------------|
+    | rank 0     | opens round n                          | ``opened``: n                            |
+    | each rank  | reports at meeting m of round n        | ``<n>/<m>/<rank>``: a `Report`           |
+    | rank 0     | decides, at the latest at its deadline | ``<n>/<m>/verdict``: a `Verdict`         |
+    | other rank | decides, if rank 0 has not in time     | the same: the first verdict stands       |
+    | each rank  | forgets round n - 2, as it enters n    | deletes its own; rank 0 the verdicts too |
+
+    The standing of the last round for a rank says which round it enters next:
+
+    | its last round | rank 0                                 | another rank                             |
+    |----------------|----------------------------------------|------------------------------------------|
+    | none           | opens round 1                          | enters the opened round, or round 1      |
+    | OPEN           | opens the next one                     | waits for the verdict; without one it    |
+    |                |                                        | reports again at the same round          |
+    | DECIDED        | opens the next one                     | enters the opened round if that is       |
+    |                |                                        | later, else the next one                 |
+    | LOST           | waits until all ranks have reported:   | as for DECIDED                           |
+    |                | they have heard why. Opens the next    |                                          |
+
+    If the round that another rank would enter is LOST for it already, it enters the one after that.
+
+    Attributes:
+        number: The number of the load.
+        line: To the store.
+        base: Key that the keys of all loads have in common.
+        ranks: How many ranks there are.
+        meeting: The number of the meeting, from 0.
+    """
+
+    number: int
+    line: Line
+    base: str
+    ranks: int
+    meeting: int = 0
+
+    def opened(self) -> int:
+        """The number of the last round that rank 0 has opened; 0 before the first."""
+        return int(self.line.get(f"{self.base}/opened") or 0)
+
+    def open(self) -> None:
+        """As rank 0: open this round."""
+        self.line.set(f"{self.base}/opened", str(self.number))
+
+    def standing(self, rank: int) -> Standing:
+        """How this round stands for a rank."""
+        verdict = replace(self, meeting=0).verdict()
+        if verdict is None:
+            return Standing.OPEN
+        return Standing.LOST if verdict.failed_on(rank) else Standing.DECIDED
+
+    def report(self, rank: int, report: Report) -> None:
+        """Put a rank's report."""
+        self.line.set(self._key(rank), _encoded(report))
+
+    def reports(self) -> list[Report]:
+        """The reports of all ranks, which are there."""
+        return [_decoded(self.line.get(key) or b"", Report) for key in self._keys()]
+
+    def is_reported(self) -> bool:
+        """Whether every rank has reported."""
+        return self.line.has(*self._keys())
+
+    def has_rank_0(self) -> bool:
+        """Whether rank 0 has reported."""
+        return self.line.has(self._key(0))
+
+    def absent(self) -> list[int]:
+        """The ranks that have not reported."""
+        return [rank for rank, key in enumerate(self._keys()) if not self.line.has(key)]
+
+    def verdict(self) -> Verdict | None:
+        """The verdict, if there is one."""
+        data = self.line.get(self._key("verdict"))
+        return None if data is None else _decoded(data, Verdict)
+
+    def is_decided(self) -> bool:
+        """Whether there is a verdict."""
+        return self.line.has(self._key("verdict"))
+
+    def decide(self, verdict: Verdict) -> Verdict:
+        """Put a verdict, if there is none; returns the one that stands."""
+        return _decoded(self.line.first(self._key("verdict"), _encoded(verdict)), Verdict)
+
+    def forget(self, rank: int) -> None:
+        """Delete what a rank put at a round that all have left."""
+        for meeting in range(_MEETINGS):
+            for name in [str(rank)] if rank else ["0", "verdict"]:
+                self.line.delete(f"{self.base}/{self.number}/{meeting}/{name}")
+
+    def _key(self, name: object) -> str:
+        return f"{self.base}/{self.number}/{self.meeting}/{name}"
+
+    def _keys(self) -> list[str]:
+        return [self._key(rank) for rank in range(self.ranks)]
+
 
 class Meeting:
-    """Where the ranks of a job meet during one load.
+    """Where the ranks of a job meet during one load, which is one `Round`.
 
-    Rank 0 numbers the loads. The others wait until it has opened one before they put anything there, but for
-    why they cannot load; so what a rank has put that has left is not taken for part of a later load. A
-    rank that missed loads takes part in the one that is under way, or in the next if that has been given
-    up already.
+    A rank that missed loads takes part in the one that is under way, or in the next one if that has been
+    given up already.
 
     Args:
         start: Of the ranks that meet.
@@ -122,16 +239,17 @@ class Meeting:
     """
 
     def __init__(self, start: Start, timeout_seconds: float) -> None:
-        self._start, self._line = start, start.line
+        self._start = start
         self._rank, self._world_size = start.rank, start.world_size
         self._seconds = timeout_seconds
-        self._id, self._load, self._held, self._deadline = "", 0, 0, 0.0
+        self._round: Round | None = None
+        self._deadline = 0.0
 
     def hold(self, report: Report) -> Verdict:
-        """Returns the verdict on all ranks' reports, the same on each that comes in time.
+        """Return the verdict on all ranks' reports, the same on each rank that comes in time.
 
-        Ranks that do not come within the timeout have failed, says the verdict. A rank that reports an error
-        does not wait: the others hear of it when they come.
+        The verdict says that ranks which do not come within the timeout have failed. A rank that reports
+        an error does not wait. The others hear of the error when they come.
 
         Raises:
             PeerLoadError: The store cannot be reached.
@@ -148,91 +266,67 @@ class Meeting:
             ) from error
 
     def _hold(self, report: Report) -> Verdict:
-        if not self._held:
-            self._load = self._joined(failed=report.error is not None) if self._rank else self._opened()
-            if not self._load:
+        failed = report.error is not None
+        if self._round is None:
+            seconds = min(self._seconds, _GRACE_SECONDS) if failed else self._deadline - time.monotonic()
+            if not self._start.wait_for_answer(seconds):
                 return self._without([0])
-            self._forget(self._load - 2)
-        prefix = self._key(self._load, self._held)
-        self._held += 1
-        self._line.set(f"{prefix}/{self._rank}", _encoded(report))
-        if self._rank and report.error is not None:
-            return Verdict(failed=[(self._rank, report.error)])
-        return self._hear(prefix) if self._rank else self._judge(prefix, report.error)
-
-    def _key(self, *parts: object) -> str:
-        return "/".join(["milepost", self._id, "load", *map(str, parts)])
-
-    def _forget(self, load: int) -> None:
-        """Delete what this rank put at a load that all have left."""
-        for held in range(_MEETINGS):
-            for name in [str(self._rank)] if self._rank else ["0", "verdict"]:
-                self._line.delete(self._key(load, held, name))
-
-    def _opened(self) -> int:
-        """As rank 0: the number of the next load."""
-        self._id, last = self._start.id, self._start.loads
-        verdict = self._line.get(self._key(last, 0, "verdict"))
-        if verdict is not None and 0 in dict(_decoded(verdict, Verdict).failed):
-            self._await(self._keys(self._key(last, 0)))  # all are to hear of what it did not wait for
-        self._start.loads += 1
-        self._line.set(self._key("opened"), str(self._start.loads))
-        return self._start.loads
-
-    def _joined(self, *, failed: bool) -> int:
-        """As another rank: the number of the load to take part in, or 0 if rank 0 does not open it."""
-        seconds = min(self._seconds, _GRACE_SECONDS) if failed else self._seconds + _GRACE_SECONDS
-        if not self._start.wait_for_answer(seconds):
-            return 0
-        self._id = self._start.id
-        number = last = self._start.loads
-        # Where this rank failed and did not wait, all are to hear of that before the next; if they never do,
-        # what it has to say now takes its place.
-        if not last or last < self._last_opened() or self._await([self._key(last, 0, "verdict")]):
-            number = max(last + 1, self._last_opened())
-            verdict = self._line.get(self._key(number, 0, "verdict"))
-            if verdict is not None:  # rank 0 has failed, or this one has missed it
-                number += self._rank in dict(_decoded(verdict, Verdict).failed)
-        if not failed and not self._await([self._key(number, 0, "0")]):
-            return 0
-        self._start.loads = number
-        return number
-
-    def _last_opened(self) -> int:
-        return int(self._line.get(self._key("opened")) or 0)
-
-    def _judge(self, prefix: str, error: str | None) -> Verdict:
-        """As rank 0: put the verdict where all ranks find it."""
-        keys = self._keys(prefix)
-        if error is not None:
-            verdict = self._decided(prefix, Verdict(failed=[(0, error)]))
-            # The store may end with this process: those who are about to come are to hear first.
-            self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
-            self._await(keys)
-            return verdict
-        if self._await(keys):
-            verdict = Verdict.of([_decoded(self._line.get(key) or b"", Report) for key in keys])
+            self._round = self._joined(failed=failed) if self._rank else self._opened()
+            if self._round is None:
+                return self._without([0])
+            replace(self._round, number=self._round.number - 2).forget(self._rank)
         else:
-            verdict = self._without(self._absent(prefix))
-        return self._decided(prefix, verdict)
+            self._round = replace(self._round, meeting=self._round.meeting + 1)
+        now = self._round
+        now.report(self._rank, report)
+        if not self._rank:
+            return self._judge(now, report.error)
+        return Verdict(failed=[(self._rank, report.error or "")]) if failed else self._hear(now)
 
-    def _hear(self, prefix: str) -> Verdict:
-        """As another rank: the verdict of rank 0, which says at its own deadline who did not come."""
-        key = f"{prefix}/verdict"
-        if self._await([key]):
-            return _decoded(self._line.get(key) or b"", Verdict)
-        return self._decided(prefix, self._without(self._absent(prefix) or [0]))
+    def _numbered(self, number: int) -> Round:
+        return Round(number, self._start.line, self._start.key("load"), self._world_size)
 
-    def _decided(self, prefix: str, verdict: Verdict) -> Verdict:
-        """The one verdict of a meeting: this one, if there is none yet."""
-        return _decoded(self._line.first(f"{prefix}/verdict", _encoded(verdict)), Verdict)
+    def _opened(self) -> Round:
+        """As rank 0: open the next round."""
+        number = self._start.loads + 1
+        last, now = self._numbered(number - 1), self._numbered(number)
+        if last.standing(0) is Standing.LOST:
+            self._until(last.is_reported)
+        self._start.loads = number
+        now.open()
+        return now
 
-    def _await(self, keys: list[str]) -> bool:
-        """Whether there are these keys before the deadline."""
-        return self._until(lambda: self._line.has(*keys))
+    def _joined(self, *, failed: bool) -> Round | None:
+        """As another rank: the round to enter; None if rank 0 does not come to it in time."""
+        now = self._numbered(self._start.loads)
+        if not now.number or now.number < now.opened() or self._until(now.is_decided):
+            now = replace(now, number=max(now.number + 1, now.opened()))
+            if now.standing(self._rank) is Standing.LOST:
+                now = replace(now, number=now.number + 1)
+        if not failed and not self._until(now.has_rank_0):
+            return None
+        self._start.loads = now.number
+        return now
+
+    def _judge(self, now: Round, error: str | None) -> Verdict:
+        """As rank 0: put the verdict."""
+        if error is not None:
+            verdict = now.decide(Verdict(failed=[(0, error)]))
+            # The store may end with this process: ranks that are about to come are to hear first.
+            self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+            self._until(now.is_reported)
+            return verdict
+        if self._until(now.is_reported):
+            return now.decide(Verdict.of(now.reports()))
+        return now.decide(self._without(now.absent()))
+
+    def _hear(self, now: Round) -> Verdict:
+        """As another rank: the verdict. Rank 0 puts one at its own deadline, which is earlier."""
+        found = now.verdict() if self._until(now.is_decided) else None
+        return found or now.decide(self._without(now.absent() or [0]))
 
     def _until(self, done: Callable[[], bool]) -> bool:
-        """Whether something is done before the deadline."""
+        """Wait until something is done; whether it is at the deadline."""
         pause = 0.001
         while not done():
             if time.monotonic() >= self._deadline:
@@ -241,12 +335,6 @@ class Meeting:
             pause = min(pause * 1.5, 0.05)
         return True
 
-    def _keys(self, prefix: str) -> list[str]:
-        return [f"{prefix}/{rank}" for rank in range(self._world_size)]
-
-    def _absent(self, prefix: str) -> list[int]:
-        return [rank for rank, key in enumerate(self._keys(prefix)) if not self._line.has(key)]
-
     def _without(self, ranks: list[int]) -> Verdict:
         reason = (
             f"it did not come to load within {self._seconds:g} seconds (to load on some only: together=False)"
@@ -254,12 +342,12 @@ class Meeting:
         return Verdict(failed=[(rank, reason) for rank in ranks])
 
     def agree(self, report: Report, work: Callable[[], None], *, modifies: bool) -> None:
-        """Do something that may fail, and fail on all ranks if it does on one.
+        """Do some work; if it fails on one rank, fail on all.
 
         Args:
             report: This rank's.
             work: What to do.
-            modifies: Whether targets have been written to when it is done.
+            modifies: Whether the work writes to targets.
 
         Raises:
             PeerLoadError: Another rank failed; this one has done its part.
@@ -279,7 +367,7 @@ class Meeting:
 
     @contextmanager
     def telling(self, path: str) -> Iterator[None]:
-        """If something fails that comes before a meeting, tell the others at that."""
+        """If the body raises, tell the other ranks at the next meeting."""
         try:
             yield
         except BaseException as error:
@@ -287,15 +375,15 @@ class Meeting:
             raise
 
     def tell(self, report: Report) -> None:
-        """Tell the others why this rank cannot load, which they hear when they come to this meeting."""
+        """Report why this rank cannot load. The others hear it when they come to this meeting."""
         try:
             self.hold(report)
-        except Exception as error:  # noqa: BLE001 - the reason for not loading is raised, not this
+        except Exception as error:  # noqa: BLE001 - the caller raises the reason for not loading, not this
             logger.warning("could not tell the other ranks: %s", error)
 
 
 def refuse(verdict: Verdict, *, modified: bool) -> None:
-    """Raise if a rank cannot load; one that failed by itself has raised that already."""
+    """Raise if another rank cannot load."""
     others = verdict.failed
     if not others:
         return
@@ -321,7 +409,7 @@ def _decoded(data: bytes, kind: type[_Kind]) -> _Kind:
 
 
 def _common(lists: list[list[str]]) -> list[str]:
-    """The topmost paths that every list has, by themselves or with all that is above them."""
+    """The topmost paths that every list has, by themselves or with a path above them."""
     who: dict[str, int] = {}  # a bit for each list
     for number, keys in enumerate(lists):
         for key in keys:
@@ -347,7 +435,7 @@ def _some(ranks: list[int]) -> str:
 
 
 def default_meeting(rank: int, world_size: int, store: Any, timeout_seconds: float) -> Meeting | None:
-    """The meeting at a store of the user's, or at that of the default process group; None without either."""
+    """The meeting at the given store, or at that of the default process group; None without either."""
     if world_size == 1:
         return None
     store = group_store(rank, world_size) if store is None else store
