@@ -1,7 +1,7 @@
 """Lines of code per package of src/milepost against its budget; exit code 1 when something is too long.
 
-A line of code is one that is not blank, comment or docstring. A module is as long as its one job, but no class
-is over 300 lines and no function over 60, its docstring not counted. Branches are held by ruff (PLR0912).
+A line of code is one that is not blank, comment or docstring. A module is as long as its one job. A class has
+at most 300 lines and a function 60, without its docstring. Ruff limits the branches (PLR0912).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 
 TOP = "top level"
 BUDGETS = {
-    "background": 1_800,
-    "cli": 900,
-    "commit": 2_300,
-    "format": 2_500,
-    "health": 1_200,
-    "loading": 2_000,
-    "ranks": 700,
-    "state": 1_200,
-    "storage": 1_300,
-    "testing": 200,
-    TOP: 2_300,
+    "background": 1_244,
+    "cli": 812,
+    "commit": 2_738,
+    "format": 2_293,
+    "health": 922,
+    "loading": 1_353,
+    "ranks": 706,
+    "state": 1_164,
+    "storage": 1_080,
+    "testing": 487,
+    TOP: 2_437,
 }
 """The lines of code that each package may have. Their sum is the budget of all."""
 
@@ -36,7 +36,15 @@ MAX_ROOMS = 32
 MAX_TOP_FILES = 18
 MAX_LINES = {ast.ClassDef: 300, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "builder.py:make_async_checkpointer": "not taken apart yet",
+    "checkpoint_process.py:CheckpointProcess": "not taken apart yet",
+    "checkpoint_process.py:CheckpointProcess.__init__": "not taken apart yet",
+    "checkpointer.py:AsyncCheckpointer": "not taken apart yet",
+    "loading/sharded.py:ShardedSource": "not taken apart yet",
+    "storage/parallel.py:through_ring": "not taken apart yet",
+    "testing/contract.py:StorageContract": "a class of tests, one for each promise of a storage",
+}
 """Classes and functions that may be longer, as "package/module.py:Class.method", each with the reason."""
 
 _NO_CODE = {

@@ -1,7 +1,7 @@
 """Barriers: where the ranks of a save meet before the checkpoint is committed.
 
-To use a barrier of yours, derive a class from `Barrier`, give it a class attribute ``barrier_type`` and decorate
-it with `register_barrier`. A `BarrierConfig` then names it:
+To use a barrier of yours, derive a class from `Barrier`, give it a class attribute ``barrier_type`` and
+decorate it with `register_barrier`. A `BarrierConfig` then names it:
 
     >>> from milepost.barriers import Barrier, BarrierConfig, create_barrier_from_config, register_barrier
     >>> @register_barrier
@@ -30,7 +30,7 @@ import torch.distributed.elastic.utils.store as store_util
 
 from milepost.config import BarrierConfig
 from milepost.errors import CommitError, CommitTimeoutError, ConfigError, MilepostError, UnavailableError
-from milepost.ranks.start import group_store, start_at
+from milepost.ranks.start import start_at
 
 __all__ = [
     "BARRIER_REGISTRY",
@@ -113,7 +113,7 @@ def _group_arguments() -> dict[str, Any]:
     """
     found = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if found else (0, 1)
-    start = start_at(group_store(rank, world_size), rank, world_size) if found else None
+    start = start_at(None, rank, world_size) if found else None
     if start is None:
         raise ConfigError(
             "a tcp_store barrier takes its arguments from the default process group, and there is none "

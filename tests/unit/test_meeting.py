@@ -87,17 +87,22 @@ def _served_before():
     dist.TCPStore("127.0.0.1", 0, is_master=True)
 
 
-def dead_store(seconds):
-    """A client of a TCP store whose server has died, and its port; connecting takes `seconds` to fail."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = server.port
-    client = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds))
-    return dist.PrefixStore("group", client), port
+@pytest.fixture
+def dead_store(_served_before):
+    """Makes a client of a TCP store whose server has died; a new connection takes `seconds` to fail."""
+
+    def make(seconds):
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = server.port
+        client = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds))
+        return dist.PrefixStore("group", client), port
+
+    yield make
+    start_at(dist.Store(), 0, 2)  # forgets the starts whose stores are gone
 
 
-@pytest.mark.usefixtures("_served_before")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_no_checkpointer_waits_for_a_store_whose_server_has_died(tmp_path, rank):
+def test_no_checkpointer_waits_for_a_store_whose_server_has_died(tmp_path, dead_store, rank):
     """Making one returns at once; a save says that the store does not answer, a load too."""
     store, port = dead_store(60)
     (writer,) = writers(store, ranks=[rank], seconds=0.5)
@@ -113,9 +118,8 @@ def test_no_checkpointer_waits_for_a_store_whose_server_has_died(tmp_path, rank)
     del server, store
 
 
-@pytest.mark.usefixtures("_served_before")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_save_says_that_the_store_has_gone(tmp_path, rank):
+def test_a_save_says_that_the_store_has_gone(tmp_path, dead_store, rank):
     """When a new connection has failed, every save raises at once, and names the server."""
     store, port = dead_store(1)
     (writer,) = writers(store, ranks=[rank])

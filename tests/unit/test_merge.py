@@ -238,9 +238,7 @@ def test_several_meshes_that_differ_are_named(declared):
     def state(rank):
         return {"w": part_of(X + (rank >= 2), grid()["inner"], Shard(0))}
 
-    with pytest.raises(
-        CommitError, match=r"w \(rank 0 vs. rank 2\); w \(rank 1 vs. rank 3\)"
-    ):
+    with pytest.raises(CommitError, match=r"w \(rank 0 vs. rank 2\); w \(rank 1 vs. rank 3\)"):
         save(4, state, declared)
 
 

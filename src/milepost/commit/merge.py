@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from math import prod
 from operator import mul
 
@@ -84,8 +83,7 @@ _Facts = tuple[str, list[int], str]
 """Dtype, global shape and placement of a tensor, which must be the same on all ranks."""
 
 
-@dataclass(eq=False, slots=True)
-class _Row:
+class _Row(msgspec.Struct, eq=False):
     """A global tensor, as the ranks that were added so far describe it.
 
     Attributes:
@@ -111,10 +109,10 @@ class _Row:
     alias: int
     tie: _Row | None = None
     untied: bool = False
-    table: Table = field(default_factory=lambda: Table([], [], []))
-    boxes: set[tuple[int, ...]] = field(default_factory=set)
+    table: Table = msgspec.field(default_factory=lambda: Table([], [], []))
+    boxes: set[tuple[int, ...]] = set()
     twice: int = 0
-    replicas: dict[str, dict[tuple[int, ...], list[int]]] = field(default_factory=dict)
+    replicas: dict[str, dict[tuple[int, ...], list[int]]] = {}
 
     @property
     def shape(self) -> list[int]:
@@ -130,9 +128,7 @@ class _Row:
         """Note a rank's checksums of a part that other ranks may hold too."""
         self.replicas.setdefault(part, {}).setdefault(crcs, []).append(rank)
 
-    def not_yet_held(
-        self, count: int, start: list[int], size: list[int]
-    ) -> tuple[int, list[int], list[int]]:
+    def not_yet_held(self, count: int, start: list[int], size: list[int]) -> tuple[int, list[int], list[int]]:
         """Of some boxes those that no other mesh has saved: their count, starts and sizes."""
         dims = len(start) // count
         kept_start: list[int] = []
@@ -150,8 +146,7 @@ class _Row:
         return kept, kept_start, kept_size
 
 
-@dataclass(eq=False, slots=True)
-class _Entry:
+class _Entry(msgspec.Struct, eq=False):
     """A tensor in the columns of a rank.
 
     Attributes:

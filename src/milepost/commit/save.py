@@ -184,9 +184,7 @@ def save_snapshot(
 class _Save:
     """One rank's save. Its methods are the steps of a rank, numbered as in ARCHITECTURE.md."""
 
-    def __init__(
-        self, attempt: Attempt, path: str, options: SaveOptions, arguments: dict[str, Any]
-    ) -> None:
+    def __init__(self, attempt: Attempt, path: str, options: SaveOptions, arguments: dict[str, Any]) -> None:
         self._attempt, self._path, self._options, self._arguments = attempt, path, options, arguments
         self._news = None if options.meeting is None else options.meeting.poll
         self._waits = options.barrier is not None or options.meeting is not None
@@ -201,8 +199,12 @@ class _Save:
     def pre_commit(self) -> None:
         """Step 2: run the hook's ``pre_commit``."""
         if self._options.hook is not None:
-            with self._phase("pre_commit"), _directory(self._attempt.folder):
-                self._options.hook.pre_commit(self._path, **self._arguments)
+            with self._phase("pre_commit"):
+                token = _partial.set(self._attempt.folder)
+                try:
+                    self._options.hook.pre_commit(self._path, **self._arguments)
+                finally:
+                    _partial.reset(token)
 
     def mark(self, index: Index, labels: Labels) -> None:
         """Steps 2 and 3: make attachments of the files that the hook added; write the index, the mark."""
@@ -326,15 +328,6 @@ def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
         raise
     finally:
         attempt.close()
-
-
-@contextmanager
-def _directory(folder: str) -> Iterator[None]:
-    token = _partial.set(folder)
-    try:
-        yield
-    finally:
-        _partial.reset(token)
 
 
 def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> Index:

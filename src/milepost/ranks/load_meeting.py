@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from milepost.commit.folders import numbers
 from milepost.errors import MilepostError, PeerLoadError, text_of
-from milepost.ranks.start import Line, Start, StoreGoneError, group_store, start_at
+from milepost.ranks.start import Line, Start, StoreGoneError, start_at
 
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
 
@@ -100,14 +101,10 @@ class Verdict(msgspec.Struct):
         verdict.misfits = [
             misfit
             if len(ranks) == len(reports)
-            else f"{misfit} (on rank{'s' * (len(ranks) > 1)} {_some(ranks)})"
+            else f"{misfit} (on rank{'s' * (len(ranks) > 1)} {numbers(ranks)})"
             for misfit, ranks in by_misfit.items()
         ]
         return verdict
-
-    def failed_on(self, rank: int) -> bool:
-        """Whether this rank failed, or did not come."""
-        return rank in dict(self.failed)
 
 
 class Standing(Enum):
@@ -136,7 +133,8 @@ class Round:
     | each rank  | reports at meeting m of round n        | ``<n>/<m>/<rank>``: a `Report`           |
     | rank 0     | decides, at the latest at its deadline | ``<n>/<m>/verdict``: a `Verdict`         |
     | other rank | decides, if rank 0 has not in time     | the same: the first verdict stands       |
-    | each rank  | forgets round n - 2, as it enters n    | deletes its own; rank 0 the verdicts too |
+    | each rank  | enters round n                         | deletes its keys of round n - 2; rank 0  |
+    |            |                                        | the verdicts too                         |
 
     The standing of the last round for a rank says which round it enters next:
 
@@ -170,61 +168,33 @@ class Round:
         """The number of the last round that rank 0 has opened; 0 before the first."""
         return int(self.line.get(f"{self.base}/opened") or 0)
 
-    def open(self) -> None:
-        """As rank 0: open this round."""
-        self.line.set(f"{self.base}/opened", str(self.number))
-
     def standing(self, rank: int) -> Standing:
         """How this round stands for a rank."""
         verdict = replace(self, meeting=0).verdict()
         if verdict is None:
             return Standing.OPEN
-        return Standing.LOST if verdict.failed_on(rank) else Standing.DECIDED
+        return Standing.LOST if rank in dict(verdict.failed) else Standing.DECIDED
 
-    def report(self, rank: int, report: Report) -> None:
-        """Put a rank's report."""
-        self.line.set(self._key(rank), _encoded(report))
-
-    def reports(self) -> list[Report]:
-        """The reports of all ranks, which are there."""
-        return [_decoded(self.line.get(key) or b"", Report) for key in self._keys()]
-
-    def is_reported(self) -> bool:
-        """Whether every rank has reported."""
-        return self.line.has(*self._keys())
-
-    def has_rank_0(self) -> bool:
-        """Whether rank 0 has reported."""
-        return self.line.has(self._key(0))
+    def has(self, *names: int | str) -> bool:
+        """Whether these ranks have reported; for "verdict", whether there is a verdict."""
+        return self.line.has(*map(self.key, names))
 
     def absent(self) -> list[int]:
         """The ranks that have not reported."""
-        return [rank for rank, key in enumerate(self._keys()) if not self.line.has(key)]
+        return [rank for rank in range(self.ranks) if not self.has(rank)]
 
     def verdict(self) -> Verdict | None:
         """The verdict, if there is one."""
-        data = self.line.get(self._key("verdict"))
+        data = self.line.get(self.key("verdict"))
         return None if data is None else _decoded(data, Verdict)
-
-    def is_decided(self) -> bool:
-        """Whether there is a verdict."""
-        return self.line.has(self._key("verdict"))
 
     def decide(self, verdict: Verdict) -> Verdict:
         """Put a verdict, if there is none; returns the one that stands."""
-        return _decoded(self.line.first(self._key("verdict"), _encoded(verdict)), Verdict)
+        return _decoded(self.line.first(self.key("verdict"), _encoded(verdict)), Verdict)
 
-    def forget(self, rank: int) -> None:
-        """Delete what a rank put at a round that all have left."""
-        for meeting in range(_MEETINGS):
-            for name in [str(rank)] if rank else ["0", "verdict"]:
-                self.line.delete(f"{self.base}/{self.number}/{meeting}/{name}")
-
-    def _key(self, name: object) -> str:
+    def key(self, name: int | str) -> str:
+        """The key of a rank's report, or of the verdict."""
         return f"{self.base}/{self.number}/{self.meeting}/{name}"
-
-    def _keys(self) -> list[str]:
-        return [self._key(rank) for rank in range(self.ranks)]
 
 
 class Meeting:
@@ -274,11 +244,14 @@ class Meeting:
             self._round = self._joined(failed=failed) if self._rank else self._opened()
             if self._round is None:
                 return self._without([0])
-            replace(self._round, number=self._round.number - 2).forget(self._rank)
+            for meeting in range(_MEETINGS):
+                old = replace(self._round, number=self._round.number - 2, meeting=meeting)
+                for name in (self._rank,) if self._rank else (0, "verdict"):
+                    old.line.delete(old.key(name))
         else:
             self._round = replace(self._round, meeting=self._round.meeting + 1)
         now = self._round
-        now.report(self._rank, report)
+        now.line.set(now.key(self._rank), _encoded(report))
         if not self._rank:
             return self._judge(now, report.error)
         return Verdict(failed=[(self._rank, report.error or "")]) if failed else self._hear(now)
@@ -291,19 +264,19 @@ class Meeting:
         number = self._start.loads + 1
         last, now = self._numbered(number - 1), self._numbered(number)
         if last.standing(0) is Standing.LOST:
-            self._until(last.is_reported)
+            self._until(last.has, *range(last.ranks))
         self._start.loads = number
-        now.open()
+        now.line.set(f"{now.base}/opened", str(number))
         return now
 
     def _joined(self, *, failed: bool) -> Round | None:
         """As another rank: the round to enter; None if rank 0 does not come to it in time."""
         now = self._numbered(self._start.loads)
-        if not now.number or now.number < now.opened() or self._until(now.is_decided):
+        if not now.number or now.number < now.opened() or self._until(now.has, "verdict"):
             now = replace(now, number=max(now.number + 1, now.opened()))
             if now.standing(self._rank) is Standing.LOST:
                 now = replace(now, number=now.number + 1)
-        if not failed and not self._until(now.has_rank_0):
+        if not failed and not self._until(now.has, 0):
             return None
         self._start.loads = now.number
         return now
@@ -314,23 +287,24 @@ class Meeting:
             verdict = now.decide(Verdict(failed=[(0, error)]))
             # The store may end with this process: ranks that are about to come are to hear first.
             self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
-            self._until(now.is_reported)
+            self._until(now.has, *range(now.ranks))
             return verdict
-        if self._until(now.is_reported):
-            return now.decide(Verdict.of(now.reports()))
-        return now.decide(self._without(now.absent()))
+        if not self._until(now.has, *range(now.ranks)):
+            return now.decide(self._without(now.absent()))
+        reports = [now.line.get(now.key(rank)) or b"" for rank in range(now.ranks)]
+        return now.decide(Verdict.of([_decoded(report, Report) for report in reports]))
 
     def _hear(self, now: Round) -> Verdict:
         """As another rank: the verdict. Rank 0 puts one at its own deadline, which is earlier."""
-        found = now.verdict() if self._until(now.is_decided) else None
+        found = now.verdict() if self._until(now.has, "verdict") else None
         return found or now.decide(self._without(now.absent() or [0]))
 
-    def _until(self, done: Callable[[], bool]) -> bool:
+    def _until(self, done: Callable[..., bool], *arguments: int | str) -> bool:
         """Wait until something is done; whether it is at the deadline."""
         pause = 0.001
-        while not done():
+        while not done(*arguments):
             if time.monotonic() >= self._deadline:
-                return done()
+                return done(*arguments)
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
         return True
@@ -388,7 +362,7 @@ def refuse(verdict: Verdict, *, modified: bool) -> None:
     if not others:
         return
     rank, reason = others[0]
-    more = f" (nor could ranks {_some([other for other, _ in others[1:]])})" if others[1:] else ""
+    more = f" (nor could ranks {numbers(other for other, _ in others[1:])})" if others[1:] else ""
     error = PeerLoadError(
         f"rank {rank} could not load: {reason}{more}",
         rank=rank,
@@ -430,14 +404,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:10])) + (f" and {len(ranks) - 10} more" if ranks[10:] else "")
-
-
 def default_meeting(rank: int, world_size: int, store: Any, timeout_seconds: float) -> Meeting | None:
     """The meeting at the given store, or at that of the default process group; None without either."""
-    if world_size == 1:
-        return None
-    store = group_store(rank, world_size) if store is None else store
-    start = None if store is None else start_at(store, rank, world_size)
+    start = None if world_size == 1 else start_at(store, rank, world_size)
     return None if start is None else Meeting(start, timeout_seconds)

@@ -37,7 +37,7 @@ from milepost.commit import (
     sees_rank,
 )
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, MilepostError, text_of
-from milepost.ranks.start import Start, StoreGoneError, background, ending, group_store, start_at
+from milepost.ranks.start import Start, StoreGoneError, background, ending, start_at
 from milepost.storage import Storage
 from milepost.types import RankInfo
 
@@ -105,9 +105,7 @@ class Ranks:
     def start(self) -> Start | None:
         """The start of these ranks at the present store; without one, at the last store that there was."""
         if self._world_size > 1:
-            store = group_store(self._rank, self._world_size) if self._store is None else self._store
-            if store is not None:
-                self._start = start_at(store, self._rank, self._world_size) or self._start
+            self._start = start_at(self._store, self._rank, self._world_size) or self._start
         return self._start
 
     def next(self, target: str) -> SaveName:
@@ -333,13 +331,13 @@ class SaveMeeting:
         if now - self._asked > _VISIBLE_SECONDS:
             raise CommitError(
                 f"the folder is not shared between the ranks: rank {self._start.rank} on "
-                f"{socket.gethostname()} has not seen within {_VISIBLE_SECONDS:g} s what rank 0 has written "
-                f"on {host}: {above}",
+                f"{socket.gethostname()} has not seen within {_VISIBLE_SECONDS:g} s what rank 0 on {host} "
+                f"has written: {above}",
                 path=self._path,
                 rank=self._start.rank,
                 phase="meet",
-                hint="save to a folder that all hosts mount, or let each rank save alone, with RankInfo(0, 1) "
-                "and a different path",
+                hint="save to a folder that all hosts mount, or pass RankInfo(0, 1) to let each rank save "
+                "alone, to a different path",
             )
         return False
 

@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from milepost.errors import CommitTimeoutError
 
-__all__ = ["Line", "Start", "StoreGoneError", "background", "ending", "group_store", "start_at"]
+__all__ = ["Line", "Start", "StoreGoneError", "background", "ending", "start_at"]
 
 logger = logging.getLogger(__name__)
 
@@ -189,28 +189,28 @@ class Start:
             CommitTimeoutError: Rank 0 has not called this within the time, or the store is gone.
         """
         self.barriers += 1
-        deadline, word, trouble = time.monotonic() + timeout_seconds, None, ""
-        known = self.wait(timeout_seconds)
+        deadline = time.monotonic() + timeout_seconds
+        late = StoreGoneError(f"rank 0 has not put one there within {timeout_seconds:g} s")
         try:
+            if not self.wait(timeout_seconds):
+                raise StoreGoneError(self.trouble()) if self.trouble() else late
             key = self.key("barrier", self.barriers)
-            if known and self.rank == 0:
+            if self.rank == 0:
                 with socket.create_server(("", 0)) as probe:
                     port = probe.getsockname()[1]
                 host = os.environ.get("MASTER_ADDR") or socket.gethostname()
                 self.line.set(key, json.dumps([host, port]))
-            while known and (word := self.line.get(key)) is None and time.monotonic() < deadline:
+            while (word := self.line.get(key)) is None:
+                if time.monotonic() > deadline:
+                    raise late
                 time.sleep(0.01)
         except StoreGoneError as error:
-            trouble = str(error)
-        if word is None:
-            late = f"rank 0 has not put one there within {timeout_seconds:g} s"
             raise CommitTimeoutError(
-                "the process group's store has no address for the barrier: "
-                f"{trouble or self.trouble() or late}",
+                f"the process group's store has no address for the barrier: {error}",
                 rank=self.rank,
                 phase="barrier",
                 hint="make the checkpointer on every rank, or give barrier_args",
-            )
+            ) from None
         host, port = json.loads(word)
         return host, port
 
@@ -314,11 +314,14 @@ os.register_at_fork(after_in_child=_forget_starts)
 
 
 def start_at(store: Any, rank: int, world_size: int) -> Start | None:
-    """This process's start at a store: the one that there is, or a new one.
+    """This process's start at a store (None: that of the default process group). Makes one if there is none.
 
-    None if the store does not work. A TCP store is not asked, as its server may be dead. The start finds
-    that out in the background (see `Start.lost`), so that nobody waits here.
+    Returns None if there is no store, or it does not work. A TCP store is not asked, as its server may be
+    dead. The start finds that out in the background (see `Start.lost`), so that nobody waits here.
     """
+    store = _group_store(rank, world_size) if store is None else store
+    if store is None:
+        return None
     with _starts_lock:
         _starts[:] = [start for start in _starts if start.store() is not None]
         for start in _starts:
@@ -339,7 +342,7 @@ def _is_tcp(store: Any) -> bool:
     return isinstance(store, dist.TCPStore)  # type: ignore[attr-defined]
 
 
-def group_store(rank: int, world_size: int) -> Any:
+def _group_store(rank: int, world_size: int) -> Any:
     """The store of the default process group, if this is that rank of it and its ranks are processes."""
     if not dist.is_available() or not dist.is_initialized():
         return None

@@ -87,7 +87,7 @@ def placed(value: Any, *, everywhere: bool = False) -> Placed:
 
 
 def _widened(mesh: Any, placements: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """The mesh of which this one is a slice, and the placements on it: Replicate() in its other dimensions."""
+    """The mesh of which this one is a slice, and the placements on it: replicated in other dimensions."""
     find = getattr(mesh, "_get_root_mesh", None)
     if find is None:
         from torch.distributed.device_mesh import _mesh_resources  # noqa: PLC0415 - gone in newer versions
@@ -126,7 +126,7 @@ def _ways(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> tuple
 
 
 def _inner_first(splits: list[Split]) -> list[Split]:
-    """The splits of a dimension as FSDP2 applies them: a strided split that comes first is applied last."""
+    """The splits of a dimension as FSDP2 applies them: the strided split, which comes first, is last."""
     strided, plain = splits[:1], splits[1:]
     room = prod(split.parts for split in plain)
     if room == 1 or any(s.factor != room for s in strided) or any(s.factor != 1 for s in plain):
@@ -151,8 +151,8 @@ def _place(
         elif shard_dim is not None and not placement.is_partial():
             if coordinate is not None and mesh.get_local_rank(dim) != index:
                 raise StateError(
-                    f"a DTensor is on a mesh whose ranks do not ascend ({mesh.mesh.tolist()}): its rows may be "
-                    "ordered by the place in the mesh or by the rank in the group",
+                    f"a DTensor is on a mesh whose ranks do not ascend ({mesh.mesh.tolist()}): its rows may "
+                    "be ordered by the place in the mesh or by the rank in the group",
                     hint="make the mesh with ascending ranks in each dimension that divides a tensor",
                 )
             factor = int(getattr(placement, "split_factor", 1))

@@ -1,7 +1,8 @@
 """Divides tensors that several ranks hold between these ranks: each saves a share.
 
-Each rank derives the same division by one rule (`format.boxes.cut`), so a save needs no collective. A division
-depends on the structure of the state alone, and is kept for the next save. Checksums are computed anew.
+Each rank derives the same division by one rule (`format.boxes.cut`), so a save needs no collective. A
+division depends on the structure of the state alone, and is kept for the next save. Checksums are computed
+anew.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from isal.isal_zlib import crc32
 
 from milepost import syscalls
 from milepost.errors import StateError
-from milepost.format.boxes import Box, Piece, cut, is_run, span, whole
-from milepost.format.keys import Key, encode_key
+from milepost.format.boxes import Box, Piece, cut, is_run, span
+from milepost.format.keys import encode_key
 from milepost.format.paths import Path, path_text
 from milepost.format.shards import ON_EACH_MESH, Shards
 from milepost.format.tree import Node
@@ -33,7 +34,7 @@ __all__ = ["STAGED_SHARE", "Division", "Member", "is_share_array", "mark_share"]
 _CRC_BYTES = 8 << 20
 
 STAGED_SHARE = "_milepost_share"
-"""Attribute of a staged tensor that is a part of a global one. Without it the part looks like a whole tensor."""
+"""Attribute of a staged tensor that is a part of a global one. Without it, it looks like a whole tensor."""
 
 _share_arrays: WeakValueDictionary[int, np.ndarray[Any, Any]] = WeakValueDictionary()
 """Staged arrays that are parts of global tensors, by their ids."""
@@ -105,7 +106,7 @@ class Division:
         aliases = []
         for entry, member in enumerate(members):
             tensor = tensors[member.number]
-            # A part without elements has no address. If it shares memory on other ranks, it shares its storage.
+            # A part without elements has no address. Where it is shared on other ranks, its storage is here.
             at: Any = tensor.data_ptr()
             if not tensor.numel():
                 at = (tensor.untyped_storage()._cdata, tensor.storage_offset())  # noqa: SLF001
@@ -128,17 +129,14 @@ class Division:
         for number, box in self.owned:
             tensor = tensors[number]
             if box is None:
-                tensors[number] = _nothing(tensor)
+                tensors[number] = torch.empty(0, dtype=tensor.dtype, device="cpu")
             else:
                 tensors[number] = narrowed(tensor, box)
         return whole_ones
 
+    @gc_paused()
     def crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
         """For each entry the CRC-32s of the shares of all replicas, from this rank's memory."""
-        with gc_paused():
-            return self._crcs(tensors)
-
-    def _crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
         numbers = self.columns.tensor
         jobs = [(tensors[numbers[entry]], box) for entry, boxes in self.checks for box in boxes]
         if sum(tensor.nbytes for tensor, _ in jobs) > _CRC_BYTES:
@@ -168,10 +166,6 @@ def _crcs_of(jobs: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
     return [box_crc(tensor, box) for tensor, box in jobs]
 
 
-def _nothing(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=tensor.dtype, device="cpu")
-
-
 def box_crc(tensor: torch.Tensor, box: Box) -> int:
     """The CRC-32 of a box's bytes, row by row, whatever the strides."""
     if tensor.is_cpu and tensor.is_contiguous() and box.volume == tensor.numel():
@@ -191,26 +185,16 @@ class _Entry:
     """What this rank saves of a member.
 
     Attributes:
-        number: Its number among the entries.
         member: The member.
-        tensor: The local tensor.
-        key: Its key, as in `Shards`.
-        alias: The number of the first entry with the same memory.
-        copies: The ranks that hold the same part; "" if no other does.
+        whole: The box that is all of its local tensor.
         mine: The box of the local tensor that this rank saves; None if it saves nothing.
-        is_whole: This rank saves all of the local tensor.
         compared: The boxes of the local tensor whose checksums are compared with those of other ranks.
         pieces: Where `mine` is in the global tensor.
     """
 
-    number: int
     member: Member
-    tensor: torch.Tensor
-    key: Key
-    alias: int
-    copies: str
+    whole: Box
     mine: Box | None
-    is_whole: bool
     compared: list[Box]
     pieces: list[Piece]
 
@@ -227,55 +211,52 @@ class _Divider:
     places: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def divide(self, structure: list[Any]) -> Division:
-        keys = [encode_key(member.path, self.node_of) for member in self.members]
+        members, aliases = self.members, self.aliases
+        keys = [encode_key(member.path, self.node_of) for member in members]
         names = [msgspec.json.encode(key) for key in keys]
         shares = self._shares(names)
-        entries = [self._entry(number, key, shares) for number, key in enumerate(keys)]
+        entries = list(map(self._entry, members, map(shares.get, aliases)))
         pieces = [piece for entry in entries for piece in entry.pieces]
         columns = Shards(
-            tensor=[entry.member.number for entry in entries],
+            tensor=[member.number for member in members],
             key=keys,
-            dtype=[dtype_name(entry.tensor.dtype) for entry in entries],
-            kind=[self.kinds[entry.member.number] for entry in entries],
-            shape=[list(entry.member.placed.shape) for entry in entries],
-            placement=[self._text(entry.member) for entry in entries],
-            alias=self.aliases,
-            copies=[entry.copies for entry in entries],
-            crcs=[[] for _ in entries],
-            requires_grad=[entry.number for entry in entries if entry.member.requires_grad],
+            dtype=[dtype_name(self.tensors[member.number].dtype) for member in members],
+            kind=[self.kinds[member.number] for member in members],
+            shape=[list(member.placed.shape) for member in members],
+            placement=[self._text(member) for member in members],
+            alias=aliases,
+            copies=[
+                ranges(member.placed.copies) if alias in shares else ""
+                for member, alias in zip(members, aliases, strict=True)
+            ],
+            crcs=[[] for _ in members],
+            requires_grad=[number for number, member in enumerate(members) if member.requires_grad],
             pieces=[len(entry.pieces) for entry in entries],
             start=[n for piece in pieces for n in piece.start],
             local=[n for piece in pieces for n in piece.local],
             size=[n for piece in pieces for n in piece.size],
         )
-        compared = [entry for entry in entries if entry.compared]
+        compared = [number for number, entry in enumerate(entries) if entry.compared]
         return Division(
             structure,
             columns,
             msgspec.msgpack.encode(columns),
             self._agreement(names, columns),
-            owned=list({entry.member.number: entry.mine for entry in entries if not entry.is_whole}.items()),
-            checks=[(entry.number, entry.compared) for entry in compared if entry.alias == entry.number],
-            tied=[(entry.number, entry.alias) for entry in compared if entry.alias != entry.number],
+            # By number, as a tensor at several paths is several members.
+            owned=list({e.member.number: e.mine for e in entries if e.mine != e.whole}.items()),
+            checks=[(number, entries[number].compared) for number in compared if aliases[number] == number],
+            tied=[(number, aliases[number]) for number in compared if aliases[number] != number],
         )
 
-    def _entry(self, number: int, key: Key, shares: dict[int, dict[int, Box]]) -> _Entry:
-        member, alias = self.members[number], self.aliases[number]
-        place, tensor = member.placed, self.tensors[member.number]
-        boxes = shares.get(alias)
-        everything = whole(tensor.shape).box
+    def _entry(self, member: Member, boxes: dict[int, Box] | None) -> _Entry:
+        place = member.placed
+        everything = Box((0,) * len(place.local), place.local)
         mine = everything if boxes is None else boxes.get(self._place_in(place.copies))
         compared = [] if boxes is None else list(boxes.values())
-        if self._is_of_part(member) and place.pieces and mine is not None:
+        if mine is not None and place.pieces and self._is_of_part(member):
             compared.append(mine)
-        return _Entry(
-            *(number, member, tensor, key, alias),
-            copies="" if boxes is None else ranges(place.copies),
-            mine=mine,
-            is_whole=mine == everything,
-            compared=compared,
-            pieces=[] if mine is None else _held(place.pieces, mine),
-        )
+        pieces = [] if mine is None else _held(place.pieces, mine)
+        return _Entry(member, everything, mine, compared, pieces)
 
     def _place_in(self, copies: tuple[int, ...]) -> int:
         found = self.places.get(copies)
@@ -284,7 +265,7 @@ class _Divider:
         return found
 
     def _is_of_part(self, member: Member) -> bool:
-        """Whether a tensor's mesh is a part of the job: other meshes may hold it too, and no rank knows which.
+        """Whether a tensor's mesh is a part of the job. Other meshes may hold it too; no rank knows which.
 
         Then each mesh saves it, with a checksum of what this rank saves behind those of the shares. If
         several meshes have saved it, they are compared at the commit, and the first is kept.
