@@ -271,10 +271,11 @@ class Merger:
             ]
         boxes = {}
         if any(group[number].of_part for number, _, _ in known):
-            boxes = {number: f"{start} {size}" for number, start, size in _held(group, columns)}
+            held = _held(group, columns)
+            boxes = {number: f"{start} {size}" for number, start, size in held if group[number].of_part}
         for number, held_by, crc in known:
             entry, shares = group[number], crc
-            if entry.of_part and number in boxes:  # the last checksum is of what this rank saves
+            if number in boxes:  # the last checksum is of what this rank saves
                 entry.row.note(boxes[number], crc[-1:], rank)
                 shares = crc[:-1]
             if shares:
