@@ -111,7 +111,7 @@ bench-full: $(PEERS) ## all of them, into docs/benchmarks and README; run again,
 docs/benchmarks: $(STAMP) FORCE ## write the tables and charts of docs/benchmarks/results.json
 	$(BIN)/python benchmarks/report.py
 
-size: $(STAMP) ## lines per module against the budget
+size: $(STAMP) ## lines of code per package against the budget
 	$(BIN)/python tools/size.py
 
 ifneq ($(HAVE_GAZETTEER),)

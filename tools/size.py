@@ -16,17 +16,17 @@ from pathlib import Path
 
 TOP = "top level"
 BUDGETS = {
-    "background": 1_244,
-    "cli": 812,
-    "commit": 2_738,
-    "format": 2_293,
-    "health": 922,
-    "loading": 1_353,
-    "ranks": 706,
-    "state": 1_164,
-    "storage": 1_080,
-    "testing": 487,
-    TOP: 2_437,
+    "background": 1_250,
+    "cli": 850,
+    "commit": 2_750,
+    "format": 2_300,
+    "health": 950,
+    "loading": 1_400,
+    "ranks": 750,
+    "state": 1_200,
+    "storage": 1_100,
+    "testing": 500,
+    TOP: 2_450,
 }
 """The lines of code that each package may have. Their sum is the budget of all."""
 
