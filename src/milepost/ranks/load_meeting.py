@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import Enum, auto
 from functools import reduce
 from operator import or_
 from typing import Any, TypeVar
@@ -107,19 +106,6 @@ class Verdict(msgspec.Struct):
         return verdict
 
 
-class Standing(Enum):
-    """How a round stands for one rank. The verdict of the round's first meeting tells."""
-
-    OPEN = auto()
-    """There is no verdict."""
-
-    DECIDED = auto()
-    """There is a verdict, and it does not name this rank."""
-
-    LOST = auto()
-    """The verdict says that this rank failed, or did not come."""
-
-
 @dataclass(frozen=True)
 class Round:
     """One load of all ranks, at the store. A round is one or more meetings.
@@ -136,19 +122,21 @@ class Round:
     | each rank  | enters round n                         | deletes its keys of round n - 2; rank 0  |
     |            |                                        | the verdicts too                         |
 
-    The standing of the last round for a rank says which round it enters next:
+    A round is open until its first meeting has a verdict. Then it is lost for the ranks of which the verdict
+    says that they failed or did not come, and decided for the others. Its last round says which round a rank
+    enters next:
 
     | its last round | rank 0                                 | another rank                             |
     |----------------|----------------------------------------|------------------------------------------|
     | none           | opens round 1                          | enters the opened round, or round 1      |
-    | OPEN           | opens the next one                     | waits for the verdict; without one it    |
+    | open           | opens the next one                     | waits for the verdict; without one it    |
     |                |                                        | reports again at the same round          |
-    | DECIDED        | opens the next one                     | enters the opened round if that is       |
+    | decided        | opens the next one                     | enters the opened round if that is       |
     |                |                                        | later, else the next one                 |
-    | LOST           | waits until all ranks have reported:   | as for DECIDED                           |
+    | lost           | waits until all ranks have reported:   | as for decided                           |
     |                | they have heard why. Opens the next    |                                          |
 
-    If the round that another rank would enter is LOST for it already, it enters the one after that.
+    If the round that another rank would enter is lost for it already, it enters the one after that.
 
     Attributes:
         number: The number of the load.
@@ -168,12 +156,10 @@ class Round:
         """The number of the last round that rank 0 has opened; 0 before the first."""
         return int(self.line.get(f"{self.base}/opened") or 0)
 
-    def standing(self, rank: int) -> Standing:
-        """How this round stands for a rank."""
+    def lost(self, rank: int) -> bool:
+        """Whether this round is lost for a rank."""
         verdict = replace(self, meeting=0).verdict()
-        if verdict is None:
-            return Standing.OPEN
-        return Standing.LOST if rank in dict(verdict.failed) else Standing.DECIDED
+        return verdict is not None and rank in dict(verdict.failed)
 
     def has(self, *names: int | str) -> bool:
         """Whether these ranks have reported; for "verdict", whether there is a verdict."""
@@ -263,7 +249,7 @@ class Meeting:
         """As rank 0: open the next round."""
         number = self._start.loads + 1
         last, now = self._numbered(number - 1), self._numbered(number)
-        if last.standing(0) is Standing.LOST:
+        if last.lost(0):
             self._until(last.has, *range(last.ranks))
         self._start.loads = number
         now.line.set(f"{now.base}/opened", str(number))
@@ -274,7 +260,7 @@ class Meeting:
         now = self._numbered(self._start.loads)
         if not now.number or now.number < now.opened() or self._until(now.has, "verdict"):
             now = replace(now, number=max(now.number + 1, now.opened()))
-            if now.standing(self._rank) is Standing.LOST:
+            if now.lost(self._rank):
                 now = replace(now, number=now.number + 1)
         if not failed and not self._until(now.has, 0):
             return None

@@ -159,7 +159,7 @@ class Ranks:
             known = start.wait(self._seconds - patience)
         if start.lost:
             raise CommitError(
-                f"the process group has gone before all its ranks had made a checkpointer: {start.lost}",
+                f"the process group has gone before all its ranks had made a checkpointer: {start.trouble}",
                 path=target,
                 rank=self._rank,
                 phase="begin",
@@ -172,16 +172,16 @@ class Ranks:
                 path=target,
                 rank=self._rank,
                 phase="begin",
-                hint="make a checkpointer on every rank, or pass RankInfo(0, 1) for one rank alone"
-                if start.reached
-                else "the process that serves the store may have died: look at the logs of rank 0 and of "
-                "the job's launcher, and start the job again",
+                hint="the process that serves the store may have died: look at the logs of rank 0 and of "
+                "the job's launcher, and start the job again"
+                if start.trouble
+                else "make a checkpointer on every rank, or pass RankInfo(0, 1) for one rank alone",
             )
 
 
 def _missing(start: Start) -> str:
-    if not start.reached:
-        return "the store at which they agree has not answered"
+    if start.trouble:
+        return f"the store at which they agree cannot be used: {start.trouble}"
     who = f"ranks {start.absent}" if start.absent else "some ranks"
     return f"{who} have not made a checkpointer"
 

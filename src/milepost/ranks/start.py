@@ -30,6 +30,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -51,16 +52,26 @@ class StoreGoneError(RuntimeError):
 class Line:
     """A connection to a store that no other part of the process uses, for calls that do not wait.
 
-    The first call connects. If the server of a TCP store is dead, that takes the store's whole timeout, and
-    every call raises from then on.
+    To make one is to connect. If the server of a TCP store is dead, that takes the store's whole timeout.
 
     Args:
         store: A ``torch.distributed`` store.
+
+    Raises:
+        StoreGoneError: There is no connection to the server.
     """
 
     def __init__(self, store: Any) -> None:
-        self._store, self._connected, self._gone = store, False, ""
-        self._connecting = threading.Lock()
+        self._store = store
+        try:
+            if hasattr(store, "clone"):
+                self._store = store.clone()
+            elif isinstance(store, dist.TCPStore):  # type: ignore[attr-defined] # torch before 2.8
+                self._store = dist.TCPStore(store.host, store.port, is_master=False)  # type: ignore[attr-defined]
+        except dist.DistError as error:
+            raise StoreGoneError(str(error).partition("\n")[0]) from error
+        except (AttributeError, RuntimeError):
+            pass  # a store written in Python may have no clone: it is used itself
 
     def has(self, *keys: str) -> bool:
         """Whether all of these keys are there."""
@@ -87,29 +98,9 @@ class Line:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         try:
-            if not self._connected:
-                with self._connecting:
-                    self._connect()
             return getattr(self._store, name)(*arguments)
         except Exception as error:
             raise StoreGoneError(str(error).splitlines()[0] if str(error) else repr(error)) from error
-
-    def _connect(self) -> None:
-        if self._connected:  # by the thread that had the lock before
-            return
-        if self._gone:
-            raise StoreGoneError(self._gone)
-        try:
-            if hasattr(self._store, "clone"):
-                self._store = self._store.clone()
-            elif isinstance(self._store, dist.TCPStore):  # type: ignore[attr-defined] # torch before 2.8
-                self._store = dist.TCPStore(self._store.host, self._store.port, is_master=False)  # type: ignore[attr-defined]
-        except dist.DistError as error:
-            self._store, self._gone = None, str(error)  # a dead store is not kept alive either
-            raise
-        except (AttributeError, RuntimeError):
-            pass  # a store written in Python may have no clone: it is used itself
-        self._connected = True
 
 
 class Start:
@@ -125,14 +116,15 @@ class Start:
         loads: The number of the last load that this rank took part in; 0 before the first.
         token: Random text by which rank 0 knows this rank until it has the id.
         absent: The ranks that have not asked for the id yet, as far as this rank knows.
-        reached: The store has answered.
-        lost: Why the store was gone before all ranks knew the id; else "".
+        line: To the store. There is none before the store has answered.
+        trouble: Why the store cannot be used; "" once it has answered.
+        lost: The store was gone before all ranks knew the id.
         shared: Folders that were found to be shared.
         barriers: How many barriers this rank has made at an address from rank 0.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
-        self.line = Line(store)
+        self.line: Line
         self.rank, self.world_size = rank, world_size
         self.id = "" if rank else secrets.token_hex(8)
         self.loads = 0
@@ -142,17 +134,13 @@ class Start:
         self._ended: deque[list[str]] = deque()
         self._store = weakref.ref(store)
         self.token = secrets.token_hex(8)
-        self.reached, self.lost = False, ""
+        self.trouble, self.lost = "it has not answered yet", False
         self._answered, self._over = threading.Event(), threading.Event()
-        background(lambda: self._run(self._join if rank else self._serve), "milepost-start")
+        background(partial(self._run, [store], self._join if rank else self._serve), "milepost-start")
 
     def store(self) -> Any:
         """The store; None if nobody uses it any more."""
         return self._store()
-
-    def trouble(self) -> str:
-        """What is wrong with the store; "" if nothing is known to be."""
-        return self.lost or ("" if self.reached else "it has not answered yet")
 
     def is_at(self, store: Any, rank: int, world_size: int) -> bool:
         """Whether this is the start of that rank there."""
@@ -168,10 +156,10 @@ class Start:
         Raises:
             StoreGoneError: The store is gone, or has not answered either.
         """
-        if self._answered.wait(timeout_seconds) and self.id:
+        if self._answered.wait(timeout_seconds) and self.id and not self.trouble:
             return True
-        if self.trouble():
-            raise StoreGoneError(self.trouble())
+        if self.trouble:
+            raise StoreGoneError(self.trouble)
         return False
 
     def wait(self, timeout_seconds: float) -> bool:
@@ -189,28 +177,27 @@ class Start:
             CommitTimeoutError: Rank 0 has not called this within the time, or the store is gone.
         """
         self.barriers += 1
-        deadline = time.monotonic() + timeout_seconds
-        late = StoreGoneError(f"rank 0 has not put one there within {timeout_seconds:g} s")
+        deadline, word = time.monotonic() + timeout_seconds, None
+        reason = f"rank 0 has not put one there within {timeout_seconds:g} s"
         try:
-            if not self.wait(timeout_seconds):
-                raise StoreGoneError(self.trouble()) if self.trouble() else late
-            key = self.key("barrier", self.barriers)
-            if self.rank == 0:
-                with socket.create_server(("", 0)) as probe:
-                    port = probe.getsockname()[1]
-                host = os.environ.get("MASTER_ADDR") or socket.gethostname()
-                self.line.set(key, json.dumps([host, port]))
-            while (word := self.line.get(key)) is None:
-                if time.monotonic() > deadline:
-                    raise late
-                time.sleep(0.01)
+            if self.wait(timeout_seconds):
+                key = self.key("barrier", self.barriers)
+                if self.rank == 0:
+                    with socket.create_server(("", 0)) as probe:
+                        port = probe.getsockname()[1]
+                    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+                    self.line.set(key, json.dumps([host, port]))
+                while (word := self.line.get(key)) is None and time.monotonic() < deadline:
+                    time.sleep(0.01)
         except StoreGoneError as error:
+            reason = str(error)
+        if word is None:
             raise CommitTimeoutError(
-                f"the process group's store has no address for the barrier: {error}",
+                f"the process group's store has no address for the barrier: {self.trouble or reason}",
                 rank=self.rank,
                 phase="barrier",
                 hint="make the checkpointer on every rank, or give barrier_args",
-            ) from None
+            )
         host, port = json.loads(word)
         return host, port
 
@@ -224,12 +211,13 @@ class Start:
     def _hello(self, rank: int) -> str:
         return f"milepost/{self.world_size}/hello/{rank}"
 
-    def _run(self, work: Callable[[], bool]) -> None:
+    def _run(self, stores: list[Any], work: Callable[[], bool]) -> None:
         """Connect, then call `work` until it returns True, or nobody uses the store any more."""
         pause = 0.001
         try:
+            self.line = Line(stores.pop())  # no reference to the store is left here
             self.line.has("milepost")
-            self.reached = True
+            self.trouble = ""
             if self.rank == 0:
                 self._answered.set()
             while not work():
@@ -238,7 +226,7 @@ class Start:
                 pause = min(pause * 1.5, 0.25)
         except StoreGoneError as error:
             logger.debug("the store at which ranks agree on a start is gone: %s", error)
-            self.lost = str(error)
+            self.trouble, self.lost = str(error), True
         self._over.set()
         self._answered.set()
 
