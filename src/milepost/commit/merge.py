@@ -150,7 +150,6 @@ class _Entry(msgspec.Struct, eq=False):
     """A tensor in the columns of a rank.
 
     Attributes:
-        name: Its key, encoded.
         facts: As this rank says.
         row: The global tensor.
         tie: The global tensor whose memory it shares; its own row if there is none.
@@ -158,7 +157,6 @@ class _Entry(msgspec.Struct, eq=False):
         of_part: Whether several meshes may hold it.
     """
 
-    name: bytes
     facts: _Facts
     row: _Row
     tie: _Row
@@ -227,7 +225,7 @@ class Merger:
                     f"{_text(key)}: {_facts(row.facts)} on an earlier rank, {_facts(facts)} on rank {rank}"
                 )
             tie = row if alias == number else entries[alias].row
-            entries.append(_Entry(name, facts, row, tie, len(facts[1]), facts[2].endswith(ON_EACH_MESH)))
+            entries.append(_Entry(facts, row, tie, len(facts[1]), facts[2].endswith(ON_EACH_MESH)))
         return entries
 
     def _place(self, rank: int, entry: _Entry, count: int, start: list[int], size: list[int]) -> None:
@@ -238,13 +236,9 @@ class Merger:
             row.tie = entry.tie
         if entry.of_part:
             count, start, size = row.not_yet_held(count, start, size)
-        table = row.table
-        if count == 1:
-            table.rank.append(rank)
-        else:
-            table.rank += [rank] * count
-        table.start += start
-        table.size += size
+        row.table.rank += [rank] * count
+        row.table.start += start
+        row.table.size += size
 
     def _untie(self, rank: int, entry: _Entry) -> None:
         """Note that a tensor shares memory on some ranks that hold parts of it and not on others."""
@@ -284,18 +278,17 @@ class Merger:
     def difference(self, first: int, second: int) -> str:
         """The first tensor in which two ranks' columns differ, as the end of a message."""
         here, there = (
-            {entry.name: entry.facts for entry in self._group_of.get(rank, [])} for rank in (first, second)
+            {msgspec.json.encode(entry.row.key): entry.facts for entry in self._group_of.get(rank, [])}
+            for rank in (first, second)
         )
         for name in sorted({*here, *there}):
             key = _text(msgspec.json.decode(name))
             if name not in here or name not in there:
                 has, lacks = (first, second) if name in here else (second, first)
                 return f"; first: {key}, which rank {has} has and rank {lacks} has not"
-            if here[name] != there[name]:
-                return (
-                    f"; first: {key}, {_facts(here[name])} on rank {first}, "
-                    f"{_facts(there[name])} on rank {second}"
-                )
+            ours, theirs = _facts(here[name]), _facts(there[name])
+            if ours != theirs:
+                return f"; first: {key}, {ours} on rank {first}, {theirs} on rank {second}"
         return "; the tensors are the same, but not how they share memory"
 
     def finish(self) -> ShardMap | None:
