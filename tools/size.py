@@ -16,17 +16,17 @@ from pathlib import Path
 
 TOP = "top level"
 BUDGETS = {
-    "background": 1_250,
-    "cli": 850,
-    "commit": 2_750,
-    "format": 2_300,
-    "health": 950,
-    "loading": 1_400,
-    "ranks": 750,
+    "background": 1_400,
+    "cli": 750,
+    "commit": 2_900,
+    "format": 2_350,
+    "health": 1_050,
+    "loading": 1_350,
+    "ranks": 700,
     "state": 1_200,
     "storage": 1_100,
     "testing": 500,
-    TOP: 2_450,
+    TOP: 2_250,
 }
 """The lines of code that each package may have. Their sum is the budget of all."""
 
@@ -38,8 +38,6 @@ MAX_LINES = {ast.ClassDef: 300, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
 
 REASONS: dict[str, str] = {
     "builder.py:make_async_checkpointer": "not taken apart yet",
-    "checkpoint_process.py:CheckpointProcess": "not taken apart yet",
-    "checkpoint_process.py:CheckpointProcess.__init__": "not taken apart yet",
     "checkpointer.py:AsyncCheckpointer": "not taken apart yet",
     "loading/sharded.py:ShardedSource": "not taken apart yet",
     "storage/parallel.py:through_ring": "not taken apart yet",

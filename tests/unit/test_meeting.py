@@ -22,6 +22,7 @@ from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.commit import Outcome, expect
 from milepost.commit import locate as locate_now
 from milepost.commit.locate import _expected
+from milepost.commit.save import SaveOptions
 from milepost.errors import (
     AbortedError,
     CheckpointNotFoundError,
@@ -139,7 +140,8 @@ def writers(store, world=2, seconds=60, ranks=None):
     for rank in range(world) if ranks is None else ranks:
         info = RankInfo(rank, world)
         writer = CheckpointWriter(CheckpointWriterConfig(write_barrier_timeout_secs=seconds), info)
-        writer._ranks = Ranks(info, None, seconds, default_storage(), store=store, meets=True)
+        options = SaveOptions(default_storage(), rank, world, seconds)
+        writer._ranks = Ranks(options, None, store=store, meets=True)
         made.append(writer)
     return made
 

@@ -9,7 +9,7 @@ from operator import mul
 
 import msgspec
 
-from milepost.commit.folders import numbers
+from milepost.commit.contents import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
 from milepost.format.global_tree import key_trie
 from milepost.format.keys import Key, decode_key

@@ -21,7 +21,7 @@ from milepost.format.paths import Item, Path, path_text
 from milepost.format.tree import HOLE, Node
 from milepost.loading.renames import Names, nodes_by_path
 from milepost.state.decode import dtype_of
-from milepost.state.memory import end_of, reach
+from milepost.state.memory import end_of, is_dense, reach
 from milepost.state.placements import local_of, placed
 from milepost.utils import is_dtensor
 
@@ -400,13 +400,6 @@ def _names_tensor(node: Node) -> bool:
 
 
 # -- geometry --------------------------------------------------------------------------------------
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill a run of memory without gaps and without sharing any of it."""
-    if tensor.numel() == 0 or tensor.is_contiguous():
-        return tensor.numel() > 0
-    return not _overlaps(tensor) and reach(tensor) == tensor.numel()
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:

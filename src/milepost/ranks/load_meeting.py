@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from milepost.commit.folders import numbers
+from milepost.commit.contents import numbers
 from milepost.errors import MilepostError, PeerLoadError, text_of
 from milepost.ranks.start import Line, Start, StoreGoneError, start_at
 
@@ -40,7 +40,7 @@ class Report(msgspec.Struct):
 
     Attributes:
         path: Where it loads from.
-        identity: Tells this checkpoint from all others (`Located.identity`); "" if it is not known.
+        identity: Tells this checkpoint from all others (`Checkpoint.identity`); "" if it is not known.
         missing: See `Match`.
         unexpected: See `Match`.
         misfits: See `Match`.
