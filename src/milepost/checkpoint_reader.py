@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -24,14 +23,15 @@ from milepost.format.index import Index, decode_index, digest
 from milepost.format.limits import MAX_INDEX_BYTES
 from milepost.format.names import data_name
 from milepost.format.shards import ShardMap
-from milepost.loading.rank_file import IndexedSource, PlainSource, Verify
+from milepost.loading.plain_file import PlainSource
+from milepost.loading.rank_file import Verify
 from milepost.loading.renames import Names
-from milepost.loading.sharded import ShardedSource
+from milepost.loading.source import CheckpointSource
 from milepost.loading.template import Match
 from milepost.ranks.load_meeting import Meeting, Report, default_meeting, refuse
 from milepost.storage import OpenFile, Storage, default_storage
 from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import gc_paused, is_dtensor
+from milepost.utils import gc_paused
 
 __all__ = ["CheckpointReader", "load_with"]
 
@@ -141,7 +141,7 @@ class CheckpointReader:
                 loaded: list[STATE_DICT] = []
                 work = [(partial(self._load, source, state_dict, found, loaded), True)]
                 if first:
-                    work.insert(0, (partial(source.check, found.fills if found else ()), False))
+                    work.insert(0, (source.check, False))
                 for part, modifies in work:
                     if meeting is None:
                         part()
@@ -164,7 +164,7 @@ class CheckpointReader:
         names: Names,
         *,
         alone: bool,
-    ) -> tuple[PlainSource | IndexedSource | ShardedSource, Match | None, str]:
+    ) -> tuple[PlainSource | CheckpointSource, Match | None, str]:
         """Open what is to be read, and compare it with the template; also the checkpoint's identity.
 
         A save that replaces it may take a file away meanwhile: then look again.
@@ -172,10 +172,10 @@ class CheckpointReader:
         for final in (*[False] * _TRIES, True):
             located, source = locate(self._storage, path), None
             try:
-                source = self._opened(located, state_dict, map_location, verify, alone=alone)
+                source = self._opened(located, map_location, verify, alone=alone)
                 with gc_paused():
-                    found = source.match(state_dict, names) if state_dict is not None else None
-                    if found is None and isinstance(source, ShardedSource):
+                    found = None if state_dict is None else source.match(state_dict, names)
+                    if found is None:
                         source.open_all()
                 return source, found, located.identity
             except BaseException as error:
@@ -209,7 +209,7 @@ class CheckpointReader:
 
     def _load(
         self,
-        source: PlainSource | IndexedSource | ShardedSource,
+        source: PlainSource | CheckpointSource,
         state_dict: STATE_DICT | None,
         found: Match | None,
         loaded: list[STATE_DICT],
@@ -218,7 +218,7 @@ class CheckpointReader:
             loaded.append(source.whole())
             return
         try:
-            source.fill(found.fills)
+            source.fill()
             found.finish()
         except MilepostError as error:
             error.targets_modified = source.filling
@@ -226,9 +226,9 @@ class CheckpointReader:
         loaded.append(state_dict)
 
     def _opened(
-        self, located: Located, template: STATE_DICT | None, map_location: Any, verify: Verify, *, alone: bool
-    ) -> PlainSource | IndexedSource | ShardedSource:
-        """The source in a folder that was found. It takes over the folder, or that is closed."""
+        self, located: Located, map_location: Any, verify: Verify, *, alone: bool
+    ) -> PlainSource | CheckpointSource:
+        """The source in a folder that was found. The source closes the folder when it is closed."""
         manifest = located.manifest
         if manifest is None:
             source = PlainSource(self._open_plain(located), map_location)
@@ -237,19 +237,14 @@ class CheckpointReader:
         rank = self._rank_info.global_rank % manifest.world_size
         if rank != self._rank_info.global_rank:
             logger.warning(
-                "%s was saved by %d ranks: what is each rank's own, rank %d takes from rank %d",
+                "%s was saved by %d ranks; rank %d loads per-rank values from rank %d",
                 *(located.path, manifest.world_size, self._rank_info.global_rank, rank),
             )
-        if manifest.shards is None and not _has_dtensor(template):
-            with gc_paused():
-                index, file = _open_rank(located, rank)
-            located.folder.close()
-            return IndexedSource(index, file, map_location, verify)
         with gc_paused():
             shards = read_shard_map(located.folder, manifest)
             if shards is None:
                 shards = ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
-            return ShardedSource(
+            return CheckpointSource(
                 rank,
                 shards,
                 partial(_open_rank, located),
@@ -314,17 +309,6 @@ def _open_data(located: Located, index: Index) -> OpenFile:
             path=file.path,
         )
     return file
-
-
-def _has_dtensor(value: Any) -> bool:
-    """Whether there is a DTensor in a template (not without torch's module of it, which is not imported)."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    if isinstance(value, dict):
-        return any(map(_has_dtensor, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_has_dtensor, value))
-    return is_dtensor(value)
 
 
 def _tell(path: str, found: Match) -> None:

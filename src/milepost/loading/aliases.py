@@ -11,9 +11,10 @@ import torch
 
 from milepost.format.index import Tensors
 from milepost.format.tree import Node, paths_of
-from milepost.loading.template import Fill, is_dense
+from milepost.loading.template import Fill, copy_into, is_dense
+from milepost.state.memory import reach
 
-__all__ = ["raw_bytes", "sharing_misfits"]
+__all__ = ["hold_together", "raw_bytes", "sharing_misfits"]
 
 
 def sharing_misfits(
@@ -21,7 +22,7 @@ def sharing_misfits(
     tensors: Tensors,
     tree: Node,
     same_bytes: Callable[[int, int], bool],
-    fit_together: Callable[[Fill, Fill], bool] = lambda *_: False,
+    fit_together: Callable[..., bool] = lambda *_: False,
 ) -> list[str]:
     """A sentence for each tensor that would overwrite what another one is filled with.
 
@@ -112,3 +113,34 @@ def _has_steps(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor's values, in the order of its elements."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
+def hold_together(fills: Sequence[Fill], load: Callable[[Sequence[Fill]], None]) -> bool:
+    """Whether targets that share memory, with each other or in themselves, can hold their saved values.
+
+    The values are loaded aside, copied into such memory one after the other, and compared afterwards.
+
+    Args:
+        fills: The targets, which stay as they are.
+        load: Fills targets with what was saved.
+    """
+    targets = [fill.target for fill in fills]
+    start = min(target.data_ptr() for target in targets)
+    end = max(target.data_ptr() + reach(target) * target.element_size() for target in targets)
+    memory = torch.zeros(end - start, dtype=torch.uint8, device="cpu").untyped_storage()
+    values, views = [], []
+    for target in targets:
+        offset, rest = divmod(target.data_ptr() - start, target.element_size())
+        if rest:
+            return False
+        values.append(torch.empty(target.shape, dtype=target.dtype, device="cpu"))
+        view = torch.empty(0, dtype=target.dtype, device="cpu")
+        view.set_(memory, offset, target.shape, target.stride())
+        view = view.conj() if target.is_conj() else view
+        views.append(torch._neg_view(view) if target.is_neg() else view)  # noqa: SLF001 - not public
+    load([Fill(value, fill.number, fill.parts()) for value, fill in zip(values, fills, strict=True)])
+    for view, value in zip(views, values, strict=True):
+        copy_into(view, value)
+    return all(
+        torch.equal(raw_bytes(view), raw_bytes(value)) for view, value in zip(views, values, strict=True)
+    )

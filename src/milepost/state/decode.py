@@ -7,7 +7,7 @@ import io
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "finished",
     "first_line",
     "numpy_dtype",
+    "tensor_over",
 ]
 
 
@@ -67,6 +68,34 @@ def finished(tensor: torch.Tensor, kind: str, requires_grad: bool) -> Any:  # no
     if kind == "parameter":
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
     return tensor.requires_grad_() if requires_grad else tensor
+
+
+def tensor_over(
+    storage: torch.UntypedStorage,
+    byte_offset: int,
+    dtype: str,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    *,
+    conj: bool = False,
+    neg: bool = False,
+) -> torch.Tensor:
+    """A tensor over the memory of a storage, as an index describes it.
+
+    Raises:
+        CorruptCheckpointError: torch cannot make such a tensor.
+    """
+    tensor = torch.empty(0, dtype=dtype_of(dtype), device=storage.device)
+    try:
+        tensor.set_(storage, byte_offset // dtype_bytes(dtype), shape, stride)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CorruptCheckpointError(
+            f"torch cannot make a tensor of shape {str(shape)[:80]}: {first_line(error)}"
+        ) from error
+    if conj or neg:
+        set_metadata: Any = torch._utils.set_tensor_metadata  # noqa: SLF001 - as torch.load does
+        set_metadata(tensor, {name: True for name, on in (("conj", conj), ("neg", neg)) if on})
+    return tensor
 
 
 class TensorBuilder:
@@ -137,25 +166,15 @@ class TensorBuilder:
     def tensor(self, number: int) -> torch.Tensor:
         """The plain tensor of this number, over its record's storage, without gradient."""
         columns = self._tensors
-        dtype = dtype_of(columns.dtype[number])
-        storage = self._storage_of(columns.record[number])
-        tensor = torch.empty(0, dtype=dtype, device=storage.device)
-        offset = columns.byte_offset[number] // dtype_bytes(columns.dtype[number])
-        try:
-            tensor.set_(storage, offset, columns.shape[number], columns.stride[number])
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise CorruptCheckpointError(
-                f"torch cannot make a tensor of shape {str(columns.shape[number])[:80]}: {first_line(error)}"
-            ) from error
-        if number in self._conjugates or number in self._negatives:
-            bits = {
-                name: True
-                for name, numbers in (("conj", self._conjugates), ("neg", self._negatives))
-                if number in numbers
-            }
-            set_metadata: Any = torch._utils.set_tensor_metadata  # noqa: SLF001 - as torch.load does
-            set_metadata(tensor, bits)
-        return tensor
+        return tensor_over(
+            self._storage_of(columns.record[number]),
+            columns.byte_offset[number],
+            columns.dtype[number],
+            columns.shape[number],
+            columns.stride[number],
+            conj=number in self._conjugates,
+            neg=number in self._negatives,
+        )
 
     def _build(self, number: int) -> Any:
         return finished(self.tensor(number), self._tensors.kind[number], number in self._gradients)
