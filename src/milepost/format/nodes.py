@@ -107,11 +107,9 @@ class _TreeCheck:
         self.inner: dict[str, Callable[[Node, int, bool], None]] = {
             **dict.fromkeys(("list", "tuple"), self._items),
             "set": self._set,
-            **dict.fromkeys(("dict", "default"), self._entries),
-            "ordered": self._ordered,
+            **dict.fromkeys(("dict", "ordered", "default"), self._entries),
             "tensor": self._tensor,
-            "array": self._array,
-            **dict.fromkeys(("blob", "object"), self._record),
+            **dict.fromkeys(("array", "blob", "object"), self._record),
         }
         self._tensors, self._records = tensors, records
         self._named: set[int] = set()
@@ -140,10 +138,7 @@ class _TreeCheck:
             if not _is_fine(child):
                 self.stack.append((child, depth + 1, False))
         _check_keys(node, texts, others)
-
-    def _ordered(self, node: Node, depth: int, key: bool) -> None:  # noqa: FBT001 - as above
-        self._entries(node, depth, key)
-        if node[2] is not None:
+        if node[0] == "ordered" and node[2] is not None:
             if not _has_text_keys(node[2]):
                 raise ValueError("the attributes of an OrderedDict are no dictionary of names")
             self.stack.append((node[2], depth + 1, False))
@@ -159,11 +154,8 @@ class _TreeCheck:
         if record in self._named:  # each would be one more copy in memory
             raise ValueError(f"record {record} is that of two values")
         self._named.add(record)
-
-    def _array(self, node: Node, *_: object) -> None:
-        self._record(node)
-        length = self._records[node[1]]
-        if not is_array(node[2], node[3], length):
+        length = self._records[record]
+        if tag == "array" and not is_array(node[2], node[3], length):
             raise ValueError(f"a numpy array is not what its record of {length} bytes is: {_excerpt(node)}")
 
 

@@ -22,7 +22,7 @@ import builtins
 import reprlib
 import struct
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, TypeVar
 
 import msgspec
@@ -300,8 +300,7 @@ def scalar_value(node: Node) -> int | float | bytes:
     if kind[:1] in ("i", "u"):
         return int.from_bytes(data, "big" if is_big else "little", signed=kind[0] == "i")
     if kind in _FLOATS:
-        value: float = struct.unpack(f"{'>' if is_big else '<'}{_FLOATS[kind]}", data)[0]
-        return value
+        return float(struct.unpack(f"{'>' if is_big else '<'}{_FLOATS[kind]}", data)[0])
     return data
 
 
@@ -317,15 +316,15 @@ def key_value(step: Any) -> Any:
     return step if type(step) is Item else _plain_keys.decode(step)
 
 
-def children(node: Node) -> Iterable[tuple[Any, Node]]:
+def children(node: Node) -> Iterator[tuple[Any, Node]]:
     """The values in a container of a checked tree, each after the step to it: its key's node, or an `Item`.
 
     An OrderedDict's attributes are not among them. Other nodes have no children.
     """
     if node[0] in ("dict", "ordered", "default"):
-        pairs: Iterable[tuple[Any, Node]] = node[1]
-        return pairs
-    return ((Item(n), item) for n, item in enumerate(node[1])) if node[0] in ("list", "tuple", "set") else ()
+        return iter(node[1])
+    items = node[1] if node[0] in ("list", "tuple", "set") else ()
+    return ((Item(position), item) for position, item in enumerate(items))
 
 
 _Trail = tuple[Any, Any]

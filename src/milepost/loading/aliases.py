@@ -12,6 +12,7 @@ import torch
 from milepost.format.index import Tensors
 from milepost.format.tree import Node, paths_of
 from milepost.loading.template import Fill, copy_into, is_dense
+from milepost.state.decode import tensor_over
 from milepost.state.memory import reach
 
 __all__ = ["hold_together", "raw_bytes", "sharing_misfits"]
@@ -130,14 +131,11 @@ def hold_together(fills: Sequence[Fill], load: Callable[[Sequence[Fill]], None])
     memory = torch.zeros(end - start, dtype=torch.uint8, device="cpu").untyped_storage()
     values, views = [], []
     for target in targets:
-        offset, rest = divmod(target.data_ptr() - start, target.element_size())
-        if rest:
+        offset, bits = target.data_ptr() - start, (target.is_conj(), target.is_neg())
+        if offset % target.element_size():
             return False
         values.append(torch.empty(target.shape, dtype=target.dtype, device="cpu"))
-        view = torch.empty(0, dtype=target.dtype, device="cpu")
-        view.set_(memory, offset, target.shape, target.stride())
-        view = view.conj() if target.is_conj() else view
-        views.append(torch._neg_view(view) if target.is_neg() else view)  # noqa: SLF001 - not public
+        views.append(tensor_over(memory, offset, target.dtype, target.shape, target.stride(), bits))
     load([Fill(value, fill.number, fill.parts()) for value, fill in zip(values, fills, strict=True)])
     for view, value in zip(views, values, strict=True):
         copy_into(view, value)

@@ -16,8 +16,7 @@ from operator import attrgetter
 import torch
 
 from milepost.format.boxes import Box, is_run, span, split_for_reading, whole
-from milepost.format.index import CHUNK_BYTES, Index
-from milepost.format.shards import dtype_bytes
+from milepost.format.index import CHUNK_BYTES
 from milepost.loading.rank_file import RankFile
 from milepost.loading.template import copy_into, is_dense
 from milepost.state.decode import tensor_over
@@ -30,6 +29,7 @@ __all__ = ["Gather", "shifted"]
 _SMALL_BYTES = 2 * CHUNK_BYTES
 _LARGE_BYTES = 16 << 20
 _BATCH_BYTES = 64 << 20
+_ALIGNED_BYTES = 64
 
 Put = Callable[[torch.UntypedStorage, int], None]
 """Copies bytes into place; gets the scratch memory, and where in it the first of them is."""
@@ -47,12 +47,13 @@ class _Wanted:
 
 @dataclass(slots=True)
 class _Span:
-    """Whole chunks of a record, and the wanted bytes in them."""
+    """Whole chunks of a record, the wanted bytes in them, and their place in the scratch memory."""
 
     record: int
     start: int
     end: int
     wanted: list[_Wanted]
+    place: int = 0
 
 
 class Gather:
@@ -72,10 +73,9 @@ class Gather:
         self._aside: list[_Wanted] = []
 
     def request(self, number: int, target: torch.Tensor, box: Box | None = None) -> None:
-        """Ask for a tensor of the file, or for a box of it, to be read into a target of that shape."""
+        """Ask for a tensor of the file, or a box of it, to be read into a target of its shape and dtype."""
         tensors, bits = self._file.index.tensors, (number in self._conj, number in self._neg)
-        dtype, stride, record = tensors.dtype[number], tensors.stride[number], tensors.record[number]
-        size = dtype_bytes(dtype)
+        stride, record, size = tensors.stride[number], tensors.record[number], target.element_size()
         as_saved = target.is_cpu and (target.is_conj(), target.is_neg()) == bits
         if as_saved and (box is None or list(box.size) == tensors.shape[number]):
             # Nearly always: a whole record, whose bytes become the target's memory.
@@ -98,7 +98,7 @@ class Gather:
         for part in split_for_reading(box, stride, small=_SMALL_BYTES // size, large=_LARGE_BYTES // size):
             start, end = (base + place * size for place in span(part.start, part.size, stride))
             into = narrowed(target, Box(shifted(part.start, box.start, origin), part.size))
-            self._aside.append(_Wanted(record, start, end, partial(_copy_box, into, dtype, stride, bits)))
+            self._aside.append(_Wanted(record, start, end, partial(_copy_box, into, stride, bits)))
 
     def _request_run(self, record: int, start: int, end: int, address: int) -> None:
         length = self._file.index.records.length[record]
@@ -114,44 +114,53 @@ class Gather:
 
     def check(self) -> None:
         """Read and verify everything without touching a target."""
-        self._read(
-            [*self._direct_parts(check_only=True), *map(self._part, _spans(self._aside, self._file.index))]
-        )
+        parts = self._direct()
+        parts += [self._file.part(item.record, item.start, item.end, None) for item in self._spans()]
+        for part in parts:
+            part.address = None
+        self._read(parts)
 
     def carry_out(self) -> None:
         """Read everything into place, verified."""
-        parts = self._direct_parts()
-        for batch in _batches(_spans(self._aside, self._file.index)):
-            total = sum(_aligned(item.end - item.start) for item in batch)
-            scratch = torch.empty(total, dtype=torch.uint8, device="cpu")
-            places, position = [], 0
-            for item in batch:
-                places.append(position)
-                position += _aligned(item.end - item.start)
+        parts = self._direct()
+        for batch, size in _batches(self._spans()):
+            scratch = torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
             base = scratch.data_ptr()
             self._read(
-                [*parts, *(self._part(item, base + place) for item, place in zip(batch, places, strict=True))]
+                parts
+                + [self._file.part(item.record, item.start, item.end, base + item.place) for item in batch]
             )
-            for item, place in zip(batch, places, strict=True):
+            for item in batch:
                 for want in item.wanted:
-                    want.put(scratch.untyped_storage(), place + want.start - item.start)
+                    want.put(scratch, item.place + want.start - item.start)
             parts = []
         self._read(parts)
         for target, source, length in self._copies:
             ctypes.memmove(target, source, length)
 
     @gc_paused()  # very many small objects, none of which is garbage
-    def _direct_parts(self, *, check_only: bool = False) -> list[Part]:
-        records, runs = self._records.items(), self._runs
-        parts = [self._file.record(record, None if check_only else address) for record, address in records]
-        parts += [
-            self._file.part(record, start, end, None if check_only else address)
-            for record, start, end, address in runs
-        ]
-        return parts
+    def _direct(self) -> list[Part]:
+        parts = [self._file.record(record, address) for record, address in self._records.items()]
+        return parts + [self._file.part(*run) for run in self._runs]
 
-    def _part(self, item: _Span, address: int | None = None) -> Part:
-        return self._file.part(item.record, item.start, item.end, address)
+    def _spans(self) -> Iterator[_Span]:
+        """The chunks that hold wanted bytes, each once (except where a span would become too large)."""
+        offsets, lengths = self._file.index.records.offset, self._file.index.records.length
+        current: _Span | None = None
+        for want in sorted(self._aside, key=lambda want: (offsets[want.record], want.record, want.start)):
+            start = want.start // CHUNK_BYTES * CHUNK_BYTES
+            end = min(-(-want.end // CHUNK_BYTES) * CHUNK_BYTES, lengths[want.record])
+            if current is not None and current.record == want.record and start <= current.end:
+                reach = max(end, current.end)
+                if reach == current.end or reach - current.start <= _LARGE_BYTES:
+                    current.end = reach
+                    current.wanted.append(want)
+                    continue
+            if current is not None:
+                yield current
+            current = _Span(want.record, start, end, [want])
+        if current is not None:
+            yield current
 
     def _read(self, parts: list[Part]) -> None:
         self._file.read(sorted(parts, key=attrgetter("offset")))
@@ -162,54 +171,30 @@ def shifted(position: Sequence[int], before: Sequence[int], after: Sequence[int]
     return tuple(p - a + b for p, a, b in zip(position, before, after, strict=True))
 
 
-def _aligned(length: int) -> int:
-    return -(-length // 64) * 64
-
-
 def _copy_bytes(target: int, size: int, scratch: torch.UntypedStorage, place: int) -> None:
     ctypes.memmove(target, scratch.data_ptr() + place, size)
 
 
 def _copy_box(
     target: torch.Tensor,
-    dtype: str,
     stride: Sequence[int],
     bits: tuple[bool, bool],
     scratch: torch.UntypedStorage,
     place: int,
 ) -> None:
-    conj, neg = bits
-    copy_into(target, tensor_over(scratch, place, dtype, target.shape, stride, conj=conj, neg=neg))
+    copy_into(target, tensor_over(scratch, place, target.dtype, target.shape, stride, bits))
 
 
-def _spans(wanted: Sequence[_Wanted], index: Index) -> Iterator[_Span]:
-    """The chunks that hold wanted bytes, each once (except where a span would become too large)."""
-    offsets, lengths = index.records.offset, index.records.length
-    current: _Span | None = None
-    for want in sorted(wanted, key=lambda want: (offsets[want.record], want.record, want.start)):
-        start = want.start // CHUNK_BYTES * CHUNK_BYTES
-        end = min(-(-want.end // CHUNK_BYTES) * CHUNK_BYTES, lengths[want.record])
-        if current is not None and current.record == want.record and start <= current.end:
-            reach = max(end, current.end)
-            if reach == current.end or reach - current.start <= _LARGE_BYTES:
-                current.end = reach
-                current.wanted.append(want)
-                continue
-        if current is not None:
-            yield current
-        current = _Span(want.record, start, end, [want])
-    if current is not None:
-        yield current
-
-
-def _batches(spans: Iterator[_Span]) -> Iterator[list[_Span]]:
+def _batches(spans: Iterator[_Span]) -> Iterator[tuple[list[_Span], int]]:
+    """Spans that are read at once, each with its place in the scratch memory, and the bytes that they need."""
     batch: list[_Span] = []
     size = 0
     for item in spans:
         if batch and size + item.end - item.start > _BATCH_BYTES:
-            yield batch
+            yield batch, size
             batch, size = [], 0
+        item.place = size
         batch.append(item)
-        size += item.end - item.start
+        size += -(-(item.end - item.start) // _ALIGNED_BYTES) * _ALIGNED_BYTES
     if batch:
-        yield batch
+        yield batch, size

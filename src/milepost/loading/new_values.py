@@ -94,10 +94,8 @@ class NewValues:
     def _storage_of(self, record: int) -> torch.UntypedStorage:
         if record not in self._storages:
             length = self._file.index.records.length[record]
-            if self._map is None:
+            if self._map is None or not length:
                 self._read_records([record])
-            elif length == 0:
-                self._storages[record] = _memory(0)
             else:
                 start = self._file.index.records.offset[record]
                 data = torch.frombuffer(self._map[start : start + length], dtype=torch.uint8)

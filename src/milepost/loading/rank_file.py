@@ -64,14 +64,15 @@ class RankFile:
             self._refuse(check_mapped(memory, parts, chunk_bytes=CHUNK_BYTES))
         return memory
 
-    def checksums(self, number: int) -> tuple[int, list[int], list[int]]:
-        """Values that two tensors of one dtype and shape share only if they have the same bytes."""
-        tensors, crcs = self.index.tensors, self.index.records.crcs
+    def checksums(self, number: int) -> object:
+        """A value that two tensors of one dtype and shape share only if they have the same bytes."""
+        tensors, records = self.index.tensors, self.index.records
         record = tensors.record[number]
         return (
-            tensors.byte_offset[number],
-            tensors.stride[number],
-            crcs[self._chunks[record] : self._chunks[record + 1]],
+            records.length[record],
+            records.crcs[self._chunks[record] : self._chunks[record + 1]],
+            (tensors.byte_offset[number], tensors.stride[number]),
+            (number in tensors.conj, number in tensors.neg),
         )
 
     def _refuse(self, damaged: Sequence[Damage]) -> None:

@@ -21,17 +21,19 @@ class ReadPlan:
 
     Args:
         lookup: The files.
+        fills: The first tensors to fill.
 
     Attributes:
         filling: Whether targets have been written to.
     """
 
-    def __init__(self, lookup: ShardLookup) -> None:
+    def __init__(self, lookup: ShardLookup, fills: Sequence[Fill] = ()) -> None:
         self.filling = False
         self._lookup = lookup
         self._gathers: dict[int, Gather] = {}
         self._own = self._gathers[lookup.own.file.index.rank] = Gather(lookup.own.file)
         self._seen: set[Any] = set()
+        self.add(fills)
 
     def add(self, fills: Sequence[Fill]) -> None:
         """Plan the reads of these tensors; opens every file that is read from."""

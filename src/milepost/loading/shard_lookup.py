@@ -165,7 +165,7 @@ class ShardLookup:
     def same_bytes(self, first: int, second: int) -> bool:
         """Whether two tensors of one dtype, shape and stride have the same bytes, as their checksums tell."""
         if first < self.first and second < self.first:
-            return self._own_checksums(first) == self._own_checksums(second)
+            return self.own.file.checksums(first) == self.own.file.checksums(second)
         if min(first, second) < self.first:
             return False
         a, b = first - self.first, second - self.first
@@ -180,12 +180,6 @@ class ShardLookup:
         if entry is None or shards is None:
             return "cpu"
         return self.own.file.index.tensors.device[shards.tensor[entry]]
-
-    def _own_checksums(self, number: int) -> object:
-        tensors = self.own.file.index.tensors
-        bits = (number in tensors.conj, number in tensors.neg)
-        length = self.own.file.index.records.length[tensors.record[number]]
-        return bits, length, self.own.file.checksums(number)
 
     def _checksums(self, rank: int, number: int) -> object:
         held = self.rank(rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 from milepost.errors import CorruptCheckpointError
@@ -115,10 +115,4 @@ class CheckpointSource:
         """
         if all(fill.number < self._lookup.first and fill.pieces is None for fill in fills):
             return False
-
-        def load(aside: Sequence[Fill]) -> None:
-            plan = ReadPlan(self._lookup)
-            plan.add(aside)
-            plan.carry_out()
-
-        return hold_together(fills, load)
+        return hold_together(fills, lambda aside: ReadPlan(self._lookup, aside).carry_out())

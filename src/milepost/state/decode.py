@@ -73,28 +73,26 @@ def finished(tensor: torch.Tensor, kind: str, requires_grad: bool) -> Any:  # no
 def tensor_over(
     storage: torch.UntypedStorage,
     byte_offset: int,
-    dtype: str,
+    dtype: torch.dtype,
     shape: Sequence[int],
     stride: Sequence[int],
-    *,
-    conj: bool = False,
-    neg: bool = False,
+    bits: tuple[bool, bool],
 ) -> torch.Tensor:
-    """A tensor over the memory of a storage, as an index describes it.
+    """A tensor over the memory of a storage; `bits` say whether it is conjugate, and negative.
 
     Raises:
         CorruptCheckpointError: torch cannot make such a tensor.
     """
-    tensor = torch.empty(0, dtype=dtype_of(dtype), device=storage.device)
+    tensor = torch.empty(0, dtype=dtype, device=storage.device)
     try:
-        tensor.set_(storage, byte_offset // dtype_bytes(dtype), shape, stride)
+        tensor.set_(storage, byte_offset // dtype.itemsize, shape, stride)
     except (RuntimeError, ValueError, TypeError) as error:
         raise CorruptCheckpointError(
             f"torch cannot make a tensor of shape {str(shape)[:80]}: {first_line(error)}"
         ) from error
-    if conj or neg:
+    if any(bits):
         set_metadata: Any = torch._utils.set_tensor_metadata  # noqa: SLF001 - as torch.load does
-        set_metadata(tensor, {name: True for name, on in (("conj", conj), ("neg", neg)) if on})
+        set_metadata(tensor, {name: True for name, on in zip(("conj", "neg"), bits, strict=True) if on})
     return tensor
 
 
@@ -169,11 +167,10 @@ class TensorBuilder:
         return tensor_over(
             self._storage_of(columns.record[number]),
             columns.byte_offset[number],
-            columns.dtype[number],
+            dtype_of(columns.dtype[number]),
             columns.shape[number],
             columns.stride[number],
-            conj=number in self._conjugates,
-            neg=number in self._negatives,
+            (number in self._conjugates, number in self._negatives),
         )
 
     def _build(self, number: int) -> Any:

@@ -174,27 +174,17 @@ def check_mapped(memory: memoryview, parts: Sequence[Part], *, chunk_bytes: int)
 
     Parts without CRCs are left out.
     """
-    jobs = deque(
-        (part, first) for part in parts if part.crcs for first in range(0, len(part.crcs), _CHECKED_CHUNKS)
+    size = _CHECKED_CHUNKS * chunk_bytes
+    todo = deque(
+        (part.offset + start, min(size, part.length - start), None, start // chunk_bytes, part)
+        for part in parts
+        for start in range(0, part.length if part.crcs else 0, size)
     )
     damaged: list[Damage] = []
-
-    def check() -> None:
-        while True:
-            try:
-                part, first = jobs.popleft()
-            except IndexError:
-                return
-            assert part.crcs is not None
-            end = part.offset + part.length
-            for chunk, expected in enumerate(part.crcs[first : first + _CHECKED_CHUNKS], first):
-                start = part.offset + chunk * chunk_bytes
-                found = crc32(memory[start : min(start + chunk_bytes, end)])
-                if found != expected:
-                    damaged.append(Damage(part.tag, chunk, start, expected, found))
-
-    few = _is_little(sum(part.length for part in parts), len(jobs))
-    run_workers([check] * (1 if few else default_threads()), jobs.clear)
+    targets = _Targets((), chunk_bytes, damaged)
+    few = _is_little(sum(part.length for part in parts), len(todo))
+    check = partial(targets.check_mapped, memory, todo)
+    run_workers([check] * (1 if few else default_threads()), todo.clear)
     return sorted(damaged, key=lambda damage: damage.offset)
 
 
@@ -255,7 +245,7 @@ def scan_file(
             f"the file is too long: {end} bytes expected, {file.size} found: {file.path}", path=file.path
         )
     alone = end <= _INLINE_BYTES
-    window_bytes = min(_WINDOW_BYTES, _SCAN_BYTES) if alone else _WINDOW_BYTES
+    window_bytes = _SCAN_BYTES if alone else _WINDOW_BYTES
     crcs = array("L", bytes(array("L").itemsize * len(ends)))
     split: list[tuple[int, int, int, int]] = []
 
@@ -425,6 +415,15 @@ class _Targets:
                 if part.crcs is not None:
                     self._compare(part, chunk + number, crc32(view[start + done : start + done + count]))
 
+    def check_mapped(self, memory: memoryview, todo: deque[_Piece]) -> None:
+        """Check pieces of `todo`, which are in the memory of the whole file, until none is left."""
+        while True:
+            try:
+                piece = todo.popleft()
+            except IndexError:
+                return
+            self._check(piece, memory[piece[0] : piece[0] + piece[1]])
+
     def _at(self, address: int, length: int) -> memoryview:
         return self._memory[address - self._lowest : address - self._lowest + length]
 
@@ -432,9 +431,6 @@ class _Targets:
         _, length, _, chunk, part = piece
         size = self._chunk_bytes
         if part.crcs is None:
-            return
-        if length <= size:
-            self._compare(part, chunk, crc32(view))
             return
         for number, start in enumerate(range(0, length, size)):
             self._compare(part, chunk + number, crc32(view[start : start + size]))
