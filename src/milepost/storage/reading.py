@@ -175,7 +175,7 @@ def check_mapped(memory: memoryview, parts: Sequence[Part], *, chunk_bytes: int)
     Parts without CRCs are left out.
     """
     size = _CHECKED_CHUNKS * chunk_bytes
-    todo = deque(
+    todo: deque[_Piece] = deque(
         (part.offset + start, min(size, part.length - start), None, start // chunk_bytes, part)
         for part in parts
         for start in range(0, part.length if part.crcs else 0, size)
