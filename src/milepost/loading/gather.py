@@ -19,7 +19,7 @@ from milepost.format.boxes import Box, is_run, span, split_for_reading, whole
 from milepost.format.index import CHUNK_BYTES
 from milepost.loading.rank_file import RankFile
 from milepost.loading.template import copy_into, is_dense
-from milepost.state.decode import tensor_over
+from milepost.state.decode import dtype_of, tensor_over
 from milepost.state.placements import narrowed
 from milepost.storage.reading import Part
 from milepost.utils import gc_paused
@@ -73,10 +73,11 @@ class Gather:
         self._aside: list[_Wanted] = []
 
     def request(self, number: int, target: torch.Tensor, box: Box | None = None) -> None:
-        """Ask for a tensor of the file, or a box of it, to be read into a target of its shape and dtype."""
+        """Ask for a tensor of the file, or for a box of it, to be read into a target of that shape."""
         tensors, bits = self._file.index.tensors, (number in self._conj, number in self._neg)
-        stride, record, size = tensors.stride[number], tensors.record[number], target.element_size()
-        as_saved = target.is_cpu and (target.is_conj(), target.is_neg()) == bits
+        dtype, stride, record = dtype_of(tensors.dtype[number]), tensors.stride[number], tensors.record[number]
+        size = dtype.itemsize
+        as_saved = target.is_cpu and (target.dtype, target.is_conj(), target.is_neg()) == (dtype, *bits)
         if as_saved and (box is None or list(box.size) == tensors.shape[number]):
             # Nearly always: a whole record, whose bytes become the target's memory.
             length = self._file.index.records.length[record]
@@ -98,7 +99,7 @@ class Gather:
         for part in split_for_reading(box, stride, small=_SMALL_BYTES // size, large=_LARGE_BYTES // size):
             start, end = (base + place * size for place in span(part.start, part.size, stride))
             into = narrowed(target, Box(shifted(part.start, box.start, origin), part.size))
-            self._aside.append(_Wanted(record, start, end, partial(_copy_box, into, stride, bits)))
+            self._aside.append(_Wanted(record, start, end, partial(_copy_box, into, dtype, stride, bits)))
 
     def _request_run(self, record: int, start: int, end: int, address: int) -> None:
         length = self._file.index.records.length[record]
@@ -177,12 +178,13 @@ def _copy_bytes(target: int, size: int, scratch: torch.UntypedStorage, place: in
 
 def _copy_box(
     target: torch.Tensor,
+    dtype: torch.dtype,
     stride: Sequence[int],
     bits: tuple[bool, bool],
     scratch: torch.UntypedStorage,
     place: int,
 ) -> None:
-    copy_into(target, tensor_over(scratch, place, target.dtype, target.shape, stride, bits))
+    copy_into(target, tensor_over(scratch, place, dtype, target.shape, stride, bits))
 
 
 def _batches(spans: Iterator[_Span]) -> Iterator[tuple[list[_Span], int]]:
