@@ -75,7 +75,8 @@ class Gather:
     def request(self, number: int, target: torch.Tensor, box: Box | None = None) -> None:
         """Ask for a tensor of the file, or for a box of it, to be read into a target of that shape."""
         tensors, bits = self._file.index.tensors, (number in self._conj, number in self._neg)
-        dtype, stride, record = dtype_of(tensors.dtype[number]), tensors.stride[number], tensors.record[number]
+        stride, record = tensors.stride[number], tensors.record[number]
+        dtype = dtype_of(tensors.dtype[number])
         size = dtype.itemsize
         as_saved = target.is_cpu and (target.dtype, target.is_conj(), target.is_neg()) == (dtype, *bits)
         if as_saved and (box is None or list(box.size) == tensors.shape[number]):
@@ -188,7 +189,7 @@ def _copy_box(
 
 
 def _batches(spans: Iterator[_Span]) -> Iterator[tuple[list[_Span], int]]:
-    """Spans that are read at once, each with its place in the scratch memory, and the bytes that they need."""
+    """Spans that are read at once, with their places in the scratch memory, and the size of that."""
     batch: list[_Span] = []
     size = 0
     for item in spans:
