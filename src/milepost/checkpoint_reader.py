@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -139,7 +139,9 @@ class CheckpointReader:
                 report = Report(str(path), identity, strict=strict, first=verify == "first")
                 first = self._judge(path, found or Match(), report, meeting)
                 loaded: list[STATE_DICT] = []
-                work = [(partial(self._load, source, state_dict, found, loaded), True)]
+                work: list[tuple[Callable[[], None], bool]] = [
+                    (partial(self._load, source, state_dict, found, loaded), True)
+                ]
                 if first:
                     work.insert(0, (source.check, False))
                 for part, modifies in work:

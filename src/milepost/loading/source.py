@@ -79,7 +79,7 @@ class CheckpointSource:
 
     def whole(self) -> STATE_DICT:
         """The whole state: this rank's own values, and every global tensor as a plain one."""
-        state: STATE_DICT = self._new.whole(self._tree)
+        state = self._new.whole(self._tree)
         if not isinstance(state, dict):
             path = self._lookup.own.file.file.path
             raise CorruptCheckpointError(f"the index holds no state dict: {path}", path=path)

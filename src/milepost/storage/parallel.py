@@ -79,8 +79,8 @@ def through_ring(
         for block in blocks:
             for start in range(0, len(block) - window_bytes + 1, window_bytes):
                 flow.free.put(block[start : start + window_bytes])
-        users = [*[flow.use] * (_USERS - 1), partial(flow.use, progress)]
-        run_workers([*[flow.read] * _READERS, *users], flow.stop)
+        workers: list[Callable[[], None]] = [flow.read] * _READERS + [flow.use] * (_USERS - 1)
+        run_workers([*workers, partial(flow.use, progress)], flow.stop)
     flow.report(progress)
 
 
