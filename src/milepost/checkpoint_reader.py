@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -139,11 +139,8 @@ class CheckpointReader:
                 report = Report(str(path), identity, strict=strict, first=verify == "first")
                 first = self._judge(path, found or Match(), report, meeting)
                 loaded: list[STATE_DICT] = []
-                work: list[tuple[Callable[[], None], bool]] = [
-                    (partial(self._load, source, state_dict, found, loaded), True)
-                ]
-                if first:
-                    work.insert(0, (source.check, False))
+                work = [(source.check, False)] if first else []
+                work.append((partial(self._load, source, state_dict, found, loaded), True))
                 for part, modifies in work:
                     if meeting is None:
                         part()

@@ -137,8 +137,7 @@ def hold_together(fills: Sequence[Fill], load: Callable[[Sequence[Fill]], None])
         values.append(torch.empty(target.shape, dtype=target.dtype, device="cpu"))
         views.append(tensor_over(memory, offset, target.dtype, target.shape, target.stride(), bits))
     load([Fill(value, fill.number, fill.parts()) for value, fill in zip(values, fills, strict=True)])
-    for view, value in zip(views, values, strict=True):
+    pairs = list(zip(views, values, strict=True))
+    for view, value in pairs:
         copy_into(view, value)
-    return all(
-        torch.equal(raw_bytes(view), raw_bytes(value)) for view, value in zip(views, values, strict=True)
-    )
+    return all(torch.equal(raw_bytes(view), raw_bytes(value)) for view, value in pairs)

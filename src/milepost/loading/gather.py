@@ -11,7 +11,6 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 
 import torch
 
@@ -120,7 +119,7 @@ class Gather:
         parts += [self._file.part(item.record, item.start, item.end, None) for item in self._spans()]
         for part in parts:
             part.address = None
-        self._read(parts)
+        self._file.read(parts)
 
     def carry_out(self) -> None:
         """Read everything into place, verified."""
@@ -128,7 +127,7 @@ class Gather:
         for batch, size in _batches(self._spans()):
             scratch = torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
             base = scratch.data_ptr()
-            self._read(
+            self._file.read(
                 parts
                 + [self._file.part(item.record, item.start, item.end, base + item.place) for item in batch]
             )
@@ -136,7 +135,7 @@ class Gather:
                 for want in item.wanted:
                     want.put(scratch, item.place + want.start - item.start)
             parts = []
-        self._read(parts)
+        self._file.read(parts)
         for target, source, length in self._copies:
             ctypes.memmove(target, source, length)
 
@@ -163,9 +162,6 @@ class Gather:
             current = _Span(want.record, start, end, [want])
         if current is not None:
             yield current
-
-    def _read(self, parts: list[Part]) -> None:
-        self._file.read(sorted(parts, key=attrgetter("offset")))
 
 
 def shifted(position: Sequence[int], before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:

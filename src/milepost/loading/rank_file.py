@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Literal
 
 from milepost.errors import CorruptCheckpointError
@@ -48,12 +49,13 @@ class RankFile:
         return Part(records.offset[record], address, records.length[record], crcs, record)
 
     def read(self, parts: Sequence[Part]) -> None:
-        """Read parts, sorted by offset, to their addresses.
+        """Read parts to their addresses, in the order of the file.
 
         Raises:
             CorruptCheckpointError: Chunks are damaged; names them and their keys.
         """
         if parts:
+            parts = sorted(parts, key=attrgetter("offset"))
             self._refuse(read_parts(self.file, parts, chunk_bytes=CHUNK_BYTES).damaged)
 
     def map(self) -> memoryview | None:

@@ -245,7 +245,9 @@ def scan_file(
             f"the file is too long: {end} bytes expected, {file.size} found: {file.path}", path=file.path
         )
     alone = end <= _INLINE_BYTES
-    window_bytes = _SCAN_BYTES if alone else _WINDOW_BYTES
+    cached = cached_regions(file, _REGION_BYTES)
+    # One read from the disk; from the page cache windows that stay in the processor's cache.
+    window_bytes = _SCAN_BYTES if alone and cached(0) else _WINDOW_BYTES
     crcs = array("L", bytes(array("L").itemsize * len(ends)))
     split: list[tuple[int, int, int, int]] = []
 
@@ -265,7 +267,6 @@ def scan_file(
             piece += 1
 
     extents = [(start, min(start + window_bytes, end)) for start in range(0, end, window_bytes)]
-    cached = cached_regions(file, _REGION_BYTES)
     through_ring(file, extents, window_bytes, ring, check, alone=alone, cached=cached, progress=progress)
     for piece, _, length, crc in sorted(split):
         crcs[piece] = crc32_combine(crcs[piece], crc, length)
