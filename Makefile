@@ -17,8 +17,8 @@ GAZETTEER := $(MAKE) -C gazetteer VENV=$(GAZETTEER_VENV) PYTHON=$(PYTHON)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-slow test-filesystems test-chaos test-storm cov check \
-	lint types docs docs-site dist bench bench-full fmt fmt-check size gazetteer gazetteer-demo clean
+.PHONY: help setup demo demo-distributed test test-slow test-filesystems test-chaos test-storm test-gazetteer cov \
+	check lint types docs docs-site dist bench bench-full fmt fmt-check size gazetteer gazetteer-demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -38,7 +38,7 @@ demo-distributed: $(STAMP) ## train on 4 ranks, kill them, go on on 2, kill them
 test: $(STAMP) ## what proves the promises, but for the long runs (test-slow, test-filesystems)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not filesystems" $(PYTEST_ARGS)
 ifneq ($(HAVE_GAZETTEER),)
-	$(GAZETTEER) test self NAME=Milepost
+	@if bash tools/touched.sh test-gazetteer gazetteer; then $(MAKE) test-gazetteer; fi
 endif
 
 test-slow: $(STAMP) ## soaks and long property runs only
@@ -86,7 +86,7 @@ docs: $(STAMP) ## run the code in the documents, and compare what is generated i
 	$(BIN)/python benchmarks/report.py --check
 
 docs-site: $(STAMP) $(VENV)/docs.stamp ## the documents and the API reference as a web site, in build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: $(STAMP) $(VENV)/dist.stamp ## build wheel and sdist, check them, run README's example with the wheel
 	rm -rf dist
@@ -123,6 +123,9 @@ size: $(STAMP) ## lines per module against the budget
 	$(BIN)/python tools/size.py
 
 ifneq ($(HAVE_GAZETTEER),)
+test-gazetteer: ## the tests of gazetteer/, and this repository documented by it
+	$(GAZETTEER) test self NAME=Milepost
+
 gazetteer: ## document this repository with the documentation system in gazetteer/, and follow every link
 	$(GAZETTEER) self NAME=Milepost
 

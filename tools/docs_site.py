@@ -45,7 +45,7 @@ def _pages(nav):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Point links at pages of the site. A link to a file that is not in the site becomes its text."""
+    """Point links at pages of the site. A link to a file outside the site becomes its text."""
     source = page.file.abs_src_path
     if source is None:
         return markdown
@@ -58,7 +58,7 @@ def on_page_markdown(markdown, page, config, files):
         path = (Path(source).parent / target).resolve()
         uri = known.get(path) or known.get(path / "README.md")
         if uri is None:
-            return text
+            return text if path.exists() else link[0]  # MkDocs reports a link that leads nowhere
         return f"[{text}]({posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))}{anchor})"
 
     return LINK.sub(pointed, markdown)
