@@ -9,7 +9,7 @@ import os
 import threading
 import zlib
 
-from milepost.commit import Attempt, Clock, check_target, locate, new_attempt_id
+from milepost.commit import Attempt, Clock, begin, check_target, locate, new_attempt_id
 from milepost.errors import CheckpointNotFoundError, EntryNotFoundError, StorageError
 from milepost.format.index import DataFile, Index, Records, Tensors, encode_index
 from milepost.format.names import MANIFEST_NAME, data_name, is_own
@@ -75,7 +75,7 @@ def arrive(
 ) -> Attempt:
     """One rank's part of a save, up to its mark."""
     target = check_target(storage, path)
-    begun = Attempt.begin(
+    begun = begin(
         storage, target.path, attempt=attempt or new_attempt_id(), rank=rank, world_size=world_size, **kwargs
     )
     try:
@@ -228,6 +228,13 @@ class MortalStorage:
     def sync_folder(self, path):
         self.step("sync_folder", path)
         self.inner.sync_folder(path)
+
+    def sync_file(self, path):
+        self.step("sync_file", path)
+        self.inner.sync_file(path)
+
+    def is_network(self, path):
+        return self.inner.is_network(path)
 
     def lock(self, path, *, exclusive=False):
         self.step("lock", path)

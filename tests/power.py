@@ -19,6 +19,7 @@ from typing import Literal
 from memory_storage import MemoryStorage
 
 from milepost.storage import Folder, Lock, NewFile, RenameMode, Stat, Storage
+from milepost.storage.writing import publish_bytes
 
 __all__ = ["Event", "RecordingStorage", "copy_out", "disk_states"]
 
@@ -88,6 +89,19 @@ class RecordingStorage:
         """See `Storage.sync_folder`."""
         self.inner.sync_folder(path)
         self.log.append(Event("sync_folder", path))
+
+    def sync_file(self, path: str) -> None:
+        """Write the file anew, so that the events say what is durable."""
+        folder = self.inner.open_folder(os.path.dirname(path))
+        try:
+            data = folder.read(os.path.basename(path), 1 << 30)
+        finally:
+            folder.close()
+        publish_bytes(self, path, data, "replace")
+
+    def is_network(self, path: str) -> bool:
+        """See `Storage.is_network`."""
+        return self.inner.is_network(path)
 
     def make_public(self, path: str) -> None:
         """See `Storage.make_public`."""

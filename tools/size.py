@@ -14,7 +14,7 @@ from pathlib import Path
 
 WARN_LINES = 400
 MAX_LINES = 480
-MAX_TOTAL_CODE_LINES = 15_250
+MAX_TOTAL_CODE_LINES = 15_340
 
 REASONS: dict[str, str] = {}
 """Modules that may be longer than MAX_LINES, each with the reason."""

@@ -11,9 +11,7 @@ Names are imported when they are first used: ``import milepost`` alone loads nei
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
     raise ImportError(
@@ -25,7 +23,11 @@ if sys.byteorder != "little":
 
 from milepost._version import __version__
 
+TYPE_CHECKING = False  # importing `typing` takes longer than all else here
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from milepost.builder import make_async_checkpointer, make_sync_checkpointer
     from milepost.config import AsyncConfig, CheckpointerConfig
     from milepost.errors import (
@@ -76,6 +78,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'milepost' has no attribute {name!r}")
+    import importlib  # noqa: PLC0415 - beside its only use
+
     value = getattr(importlib.import_module(f"milepost.{_HOMES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value

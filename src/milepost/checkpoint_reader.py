@@ -8,20 +8,15 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from milepost.commit import Located, locate
-from milepost.commit.marks import read_shard_map
+from milepost.commit import Checkpoint, locate
 from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
-    CorruptCheckpointError,
     EntryNotFoundError,
     MilepostError,
     MismatchError,
     error_context,
 )
-from milepost.format.index import Index, decode_index, digest
-from milepost.format.limits import MAX_INDEX_BYTES
-from milepost.format.names import data_name
 from milepost.format.shards import ShardMap
 from milepost.loading.plain_file import PlainSource
 from milepost.loading.rank_file import Verify
@@ -29,7 +24,7 @@ from milepost.loading.renames import Names
 from milepost.loading.source import CheckpointSource
 from milepost.loading.template import Match
 from milepost.ranks.load_meeting import Meeting, Report, default_meeting, refuse
-from milepost.storage import OpenFile, Storage, default_storage
+from milepost.storage import Storage, default_storage
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused
 
@@ -169,18 +164,18 @@ class CheckpointReader:
         A save that replaces it may take a file away meanwhile: then look again.
         """
         for final in (*[False] * _TRIES, True):
-            located, source = locate(self._storage, path), None
+            checkpoint, source = locate(self._storage, path), None
             try:
-                source = self._opened(located, map_location, verify, alone=alone)
+                source = self._opened(checkpoint, map_location, verify, alone=alone)
                 with gc_paused():
                     found = None if state_dict is None else source.match(state_dict, names)
                     if found is None:
                         source.open_all()
-                return source, found, located.identity
+                return source, found, checkpoint.identity
             except BaseException as error:
                 if source is not None:
                     source.__exit__(None, None, None)
-                located.folder.close()
+                checkpoint.close()
                 if final or not isinstance(error, EntryNotFoundError | CheckpointNotFoundError):
                     raise
         raise AssertionError("unreachable")
@@ -225,46 +220,33 @@ class CheckpointReader:
         loaded.append(state_dict)
 
     def _opened(
-        self, located: Located, map_location: Any, verify: Verify, *, alone: bool
+        self, checkpoint: Checkpoint, map_location: Any, verify: Verify, *, alone: bool
     ) -> PlainSource | CheckpointSource:
-        """The source in a folder that was found. The source closes the folder when it is closed."""
-        manifest = located.manifest
+        """The source of a checkpoint, which is closed with its source at the latest."""
+        manifest = checkpoint.manifest
         if manifest is None:
-            source = PlainSource(self._open_plain(located), map_location)
-            located.folder.close()
-            return source
+            with checkpoint:
+                return PlainSource(checkpoint.data(self._rank_info.global_rank), map_location)
         rank = self._rank_info.global_rank % manifest.world_size
         if rank != self._rank_info.global_rank:
             logger.warning(
                 "%s was saved by %d ranks; rank %d loads per-rank values from rank %d",
-                *(located.path, manifest.world_size, self._rank_info.global_rank, rank),
+                *(checkpoint.path, manifest.world_size, self._rank_info.global_rank, rank),
             )
         with gc_paused():
-            shards = read_shard_map(located.folder, manifest)
+            shards = checkpoint.shards()
             if shards is None:
                 shards = ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
             return CheckpointSource(
                 rank,
                 shards,
-                partial(_open_rank, located),
-                partial(_open_data, located),
+                lambda rank: (checkpoint.index(rank), checkpoint.data(rank)),
+                lambda index: checkpoint.data(index.rank),
                 map_location,
                 verify,
                 own_only=alone and manifest.world_size == self._rank_info.global_world_size,
-                close=located.folder.close,
+                close=checkpoint.close,
             )
-
-    def _open_plain(self, located: Located) -> OpenFile:
-        name = data_name(self._rank_info.global_rank)
-        try:
-            file: OpenFile = located.folder.open(name)
-        except FileNotFoundError:
-            raise CheckpointNotFoundError(
-                f"there is no {name} in {located.path}",
-                path=located.path,
-                hint=f"it holds {', '.join(located.folder.names()[:5]) or 'nothing'}",
-            ) from None
-        return file
 
 
 def _checked(template: object, verify: object, rename: Any, allow_missing: Sequence[str]) -> Names:
@@ -277,37 +259,6 @@ def _checked(template: object, verify: object, rename: Any, allow_missing: Seque
     if template is None and names.renames:
         raise ConfigError("rename needs a template: pass the state dict to load into")
     return names
-
-
-def _open_rank(located: Located, rank: int) -> tuple[Index, OpenFile]:
-    """A rank's index, checked, and its data file."""
-    manifest = located.manifest
-    assert manifest is not None
-    listed = manifest.indexes[rank]
-    name = f"{located.path}/{listed.name}"
-    data = located.folder.read(listed.name, MAX_INDEX_BYTES)
-    if digest(listed.name, data) != listed:
-        raise CorruptCheckpointError(
-            f"the index does not have the SHA-256 of the manifest: {name}", path=name
-        )
-    index = decode_index(data, name)
-    if (index.attempt, index.rank, index.world_size) != (manifest.attempt, rank, manifest.world_size):
-        raise CorruptCheckpointError(f"the index belongs to another checkpoint: {name}", path=name)
-    if len(index.files) != 1 or index.files[0] not in manifest.files:
-        raise CorruptCheckpointError(f"the index lists other files than the manifest: {name}", path=name)
-    return index, _open_data(located, index)
-
-
-def _open_data(located: Located, index: Index) -> OpenFile:
-    """The data file of an index, of the size that was written."""
-    file: OpenFile = located.folder.open(index.files[0].name)
-    if file.size != index.files[0].size:
-        file.close()
-        raise CorruptCheckpointError(
-            f"the file has {file.size} bytes, {index.files[0].size} were written: {file.path}",
-            path=file.path,
-        )
-    return file
 
 
 def _tell(path: str, found: Match) -> None:

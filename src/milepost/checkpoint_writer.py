@@ -12,10 +12,11 @@ import torch
 
 from milepost.barriers import Barrier, barrier_store
 from milepost.commit import absolute_path, check_target
-from milepost.commit.save import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
+from milepost.commit.save import Copied, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
 from milepost.format.names import data_name
+from milepost.format.snapshot import Labels
 from milepost.ranks.save_meeting import Ranks
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
@@ -81,24 +82,23 @@ class CheckpointWriter:
         meets: bool = False,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self._config = config
         self._rank_info = rank_info
-        self._barrier = barrier
-        self._commit_hook = commit_hook
         self._storage = default_storage() if storage is None else storage
         self._encoder = StateEncoder(rank_info, config.replicated)
         self._ring = Ring()
         self._lock = threading.RLock()  # a hook may write, too
         self._closed = False
         self._observers = list(observers)
-        self._ranks = Ranks(
-            rank_info,
-            config.start_id,
-            config.write_barrier_timeout_secs,
+        options = SaveOptions(
             self._storage,
-            store=barrier_store(barrier),
-            meets=meets and barrier is None,
+            rank_info.global_rank,
+            rank_info.global_world_size,
+            config.write_barrier_timeout_secs,
+            barrier=None if barrier is None else barrier.execute_barrier,
+            hook=commit_hook,
         )
+        meets = meets and barrier is None
+        self._ranks = Ranks(options, config.start_id, store=barrier_store(barrier), meets=meets)
 
     def write(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
         """Write a state dict to ``<path>/checkpoint_<rank>.pt`` and commit the checkpoint.
@@ -135,38 +135,27 @@ class CheckpointWriter:
             if self._closed:
                 raise ClosedError("the writer is closed", hint="make a new one")
             target = absolute_path(path)
-            name = self._ranks.next(target)
-            options = SaveOptions(
-                storage=self._storage,
-                target=target,
-                rank=self._rank_info.global_rank,
-                world_size=self._rank_info.global_world_size,
-                attempt=name.attempt,
-                private=name.private,
-                timeout_seconds=self._config.write_barrier_timeout_secs,
-                ring=self._ring,
-                barrier=None if self._barrier is None else self._barrier.execute_barrier,
-                meeting=name.meeting,
-                hook=self._commit_hook,
-                writer={"torch": str(torch.__version__)},
-            )
+            options, meeting = self._ranks.next(target)
             try:
                 # From here on this save counts: if this rank fails, the others are told.
                 with telling_others(path, options):
                     check_target(self._storage, target)
-                    labels = Labels.of(arguments)
+                    labels = Labels.of(arguments, {"torch": str(torch.__version__)})
                     with gc_paused():
-                        snapshot = self._encoder.encode(state_dict)
-                outcome = save_snapshot(path, snapshot, options, labels, arguments)
+                        parts = self._encoder.take_apart(state_dict)
+                parts.snapshot.labels = labels
+                crcs = parts.crcs if parts.division is not None else None
+                records = Copied(parts.copier(), self._ring, crcs)
+                outcome = save_snapshot(path, parts.snapshot, records, options, arguments)
             except BaseException as error:
-                if name.meeting is not None and not isinstance(error, PostCommitError):
-                    name.meeting.close(None, error)
+                if meeting is not None and not isinstance(error, PostCommitError):
+                    meeting.close(None, error)
                 raise
             finally:
-                if name.meeting is not None:
-                    name.meeting.join(_LAST_WORD_SECONDS)
+                if meeting is not None:
+                    meeting.join(_LAST_WORD_SECONDS)
             if not outcome.committed:
-                self._ranks.wrote(target, name.attempt)
+                self._ranks.wrote(target, options.attempt)
         logger.debug("wrote %s of %s", data_name(self._rank_info.global_rank), path)
         return outcome.committed
 

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
-from milepost.background.futures import raise_unseen
+from milepost.background.futures import Failures
 from milepost.background.saves import GUARD_ADVICE, Save, SaveFuture, drain, finish_abandoned, guard_steps
 from milepost.background.staged import staged_bytes
 from milepost.checkpoint_process import CheckpointProcess, WriteFuture
@@ -23,6 +23,7 @@ from milepost.errors import AbortedError, ClosedError, ConfigError, LostWriterEr
 from milepost.staging import CheckpointStager, StagingPlan
 from milepost.telemetry import Event, Kind, notify
 from milepost.types import STATE_DICT
+from milepost.utils import OwnedByProcess
 
 __all__ = ["AsyncCheckpointer", "Checkpointer", "SaveFuture", "SyncCheckpointer"]
 
@@ -124,7 +125,7 @@ class SyncCheckpointer(Checkpointer):
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 
 
-class AsyncCheckpointer(Checkpointer):
+class AsyncCheckpointer(OwnedByProcess, Checkpointer):
     """Saves beside the training, in a process of their own. Usable as a context manager.
 
     Args:
@@ -152,18 +153,17 @@ class AsyncCheckpointer(Checkpointer):
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._saves: list[Save] = []
-        self._unseen: list[SaveFuture] = []
+        self._failures = Failures()
         self._guards: list[Any] = []
         self._warned = False
         self._closed = False
-        self._owner = os.getpid()
         self._finalizer = weakref.finalize(
             self,
             finish_abandoned,
             checkpoint_process,
             checkpoint_stager,
             self._saves,
-            self._unseen,
+            self._failures,
             self._owner,
         )
 
@@ -252,7 +252,7 @@ class AsyncCheckpointer(Checkpointer):
             logger.error("%s was not committed: %s", error.path, error)
             future = SaveFuture(error.path or "", None, time.monotonic())
             future.set_exception(error)
-            self._unseen.append(future)
+            self._failures.add(future)
 
     def _wait_for_turn(self) -> bool:
         """Wait until another save may begin; False where it is to be skipped."""
@@ -279,7 +279,7 @@ class AsyncCheckpointer(Checkpointer):
     def _write(self, save: Save, lost: Future[Any] | None = None) -> None:
         path = save.write_future.path
         if isinstance(lost, WriteFuture):
-            written = self._process.write_again(lost, path, **save.arguments)
+            written = self._process.write_again(lost)
         else:
             written = self._process.write(save.staged, path, **save.arguments)
         written.add_done_callback(lambda done: self._written(save, done))
@@ -298,7 +298,7 @@ class AsyncCheckpointer(Checkpointer):
             else:
                 return
         if isinstance(done, WriteFuture) and error is not None:
-            self._process.abandon(done, save.write_future.path, error)
+            self._process.abandon(done, error)
         self._finish(save, error, committed=getattr(done, "committed", error is None or None))
 
     def _finish(self, save: Save, error: BaseException | None, *, committed: bool | None = None) -> None:
@@ -310,8 +310,7 @@ class AsyncCheckpointer(Checkpointer):
         if warn:
             future.seen = True
         elif error is not None:
-            with self._lock:
-                self._unseen.append(future)
+            self._failures.add(future)
         done: Kind = "committed" if committed else "written"
         self._tell(done if error is None else "failed", future, error)
         self._forget(save)  # before the future is done: what is called then may save again
@@ -450,7 +449,7 @@ class AsyncCheckpointer(Checkpointer):
         Raises:
             Exception: A save failed and nobody has looked at that.
         """
-        if self._closed or self._owner != os.getpid():
+        if self._closed or not self.is_owned:
             return
         self._closed = True
         self._finalizer.detach()
@@ -466,15 +465,10 @@ class AsyncCheckpointer(Checkpointer):
         self._raise_unseen()
 
     def _check_open(self) -> None:
-        if self._owner != os.getpid():
-            raise ClosedError(
-                f"the checkpointer belongs to process {self._owner}, from which this one was forked",
-                hint="make one in this process",
-            )
+        self.check_owner("checkpointer")
         if self._closed:
             raise ClosedError("the checkpointer is closed", hint="make a new one")
 
     def _raise_unseen(self, *, aborted: bool = True) -> None:
         """Raise what failed and nobody has looked at; what failed on another rank only if asked for."""
-        with self._lock:
-            raise_unseen(self._unseen, () if aborted else AbortedError)
+        self._failures.raise_oldest(() if aborted else AbortedError)

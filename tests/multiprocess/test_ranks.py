@@ -56,16 +56,11 @@ def ranks(monkeypatch):
     """Makes the writers of all ranks, with hooks; they are closed at the end."""
     made = []
 
-    def make(barrier=None, timeout=60, **hooks):
-        made.extend(
-            CheckpointWriter(
-                CheckpointWriterConfig(write_barrier_timeout_secs=timeout),
-                RankInfo(rank, WORLD),
-                barrier,
-                hooks.get(f"rank{rank}") or Log(),
-            )
-            for rank in range(WORLD)
-        )
+    def make(barrier=None, timeout=60):
+        for rank in range(WORLD):
+            config, log = CheckpointWriterConfig(write_barrier_timeout_secs=timeout), Log()
+            made.append(CheckpointWriter(config, RankInfo(rank, WORLD), barrier, log))
+            made[-1].log = log
         return made
 
     yield make
@@ -103,7 +98,7 @@ def test_without_a_barrier_the_last_rank_commits(tmp_path, ranks):
     for rank in range(WORLD):
         assert_same(state_of(rank), load(path, rank))
         assert_same(state_of(rank), torch.load(path / f"checkpoint_{rank}.pt"))
-    hooks = [writer._commit_hook.calls for writer in writers]
+    hooks = [writer.log.calls for writer in writers]
     assert hooks == [["pre"], ["pre", "post"], ["pre"]]
     assert manifest_of(path).world_size == WORLD
     assert sorted(os.listdir(path)) == sorted(
@@ -121,9 +116,9 @@ def test_without_a_barrier_in_threads(tmp_path, ranks):
         assert all_at_once(writers, tmp_path / "c", step) == [None] * WORLD
         for rank in range(WORLD):
             assert_same(state_of(rank, step), load(tmp_path / "c", rank))
-    posts = sum(writer._commit_hook.calls.count("post") for writer in writers)
+    posts = sum(writer.log.calls.count("post") for writer in writers)
     assert posts == 5
-    assert all("post too early" not in writer._commit_hook.calls for writer in writers)
+    assert all("post too early" not in writer.log.calls for writer in writers)
 
 
 def test_with_a_barrier_all_see_the_commit(tmp_path, ranks):
@@ -134,7 +129,7 @@ def test_with_a_barrier_all_see_the_commit(tmp_path, ranks):
         assert all_at_once(writers, tmp_path / "c", step) == [None] * WORLD
         for rank in range(WORLD):
             assert_same(state_of(rank, step), load(tmp_path / "c", rank))
-    assert [writer._commit_hook.calls for writer in writers] == [["pre", "post"] * 3] * WORLD
+    assert [writer.log.calls for writer in writers] == [["pre", "post"] * 3] * WORLD
     assert barrier.calls == 3 * WORLD
 
 
@@ -142,7 +137,7 @@ def test_a_rank_that_fails_stops_the_others(tmp_path, ranks):
     """When one rank fails the others stop at once with its error, and the old checkpoint still loads."""
     writers = ranks(Meeting())
     assert all_at_once(writers, tmp_path / "c", 0) == [None] * WORLD
-    writers[1]._commit_hook.fail = True
+    writers[1].log.fail = True
     errors = all_at_once(writers, tmp_path / "c", 1)
     assert type(errors[1]) is OSError
     for error in (errors[0], errors[2]):
@@ -151,7 +146,7 @@ def test_a_rank_that_fails_stops_the_others(tmp_path, ranks):
         assert "rank 1" in str(error)
     for rank in range(WORLD):
         assert_same(state_of(rank, 0), load(tmp_path / "c", rank))
-    writers[1]._commit_hook.fail = False
+    writers[1].log.fail = False
     assert all_at_once(writers, tmp_path / "c", 2) == [None] * WORLD
     assert_same(state_of(1, 2), load(tmp_path / "c", 1))
 

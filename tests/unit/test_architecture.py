@@ -62,6 +62,12 @@ PLANTED = [
     ("stowaway", "", LAYERS, "- milepost.stowaway"),
     ("format/tree", "import milepost.format.index", INSIDE, "milepost.format.tree -> milepost.format.index"),
     ("format/stowaway", "", INSIDE, "- milepost.format.stowaway"),
+    (
+        "commit/merge",
+        "import milepost.commit.by_rename.claim",
+        "Inside commit",
+        "milepost.commit.merge -> milepost.commit.by_rename.claim",
+    ),
     ("format/boxes", "import torch", TORCH_FREE, "milepost.format.boxes -> torch"),
     ("utils", "import numpy", TORCH_FREE, "milepost.utils -> numpy"),
     (
@@ -123,13 +129,15 @@ print(sorted(name for name, kind in kinds.items() if kind == "module"), len(kind
     assert run.stdout.split() == ["[]", str(len(milepost.__all__))]
 
 
-def test_import_milepost_loads_neither_torch_nor_numpy():
-    """`import milepost` loads no module of torch or numpy, nor any other third-party package."""
-    code = "import sys; before = set(sys.modules); import milepost; print(*set(sys.modules) - before)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    packages = {name.partition(".")[0] for name in loaded.split()}
-    assert "milepost" in packages
-    assert packages - sys.stdlib_module_names == {"milepost"}
+@pytest.mark.parametrize("module", ["milepost", "milepost.background.writer_main"])
+def test_what_starts_first_imports_little(module):
+    """`import milepost` and the writer process's first step load no third-party package, nor slow modules."""
+    code = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert module in loaded
+    assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names == {"milepost"}
+    assert not loaded & {"typing", "dataclasses", "inspect", "logging", "subprocess"}
 
 
 def test_all_is_sorted_and_exactly_what_can_be_imported():

@@ -144,7 +144,7 @@ def test_the_builder_needs_nothing():
     """make_sync_checkpointer() without arguments is rank 0 of 1, without a barrier."""
     checkpointer = make_sync_checkpointer()
     assert checkpointer._writer._rank_info == RankInfo(0, 1)
-    assert checkpointer._writer._barrier is None
+    assert checkpointer._writer._ranks._options.barrier is None
     checkpointer.close()
 
 

@@ -23,8 +23,8 @@ from commit_steps import (
 )
 from memory_storage import MemoryStorage
 
-from milepost.commit import Attempt, clean_up, roll_forward
-from milepost.commit.removal import remove_tree
+from milepost.commit import begin, clean_up, roll_forward
+from milepost.commit.by_rename.removal import remove_tree
 from milepost.errors import StorageError
 from milepost.format.names import join_hidden
 from milepost.storage.local import LocalStorage
@@ -282,7 +282,7 @@ def test_a_save_goes_on_when_old_leftovers_cannot_be_cleared(storage):
 
 def test_a_folder_that_is_just_being_cleared_is_begun_again(storage):
     """A begin that meets a cleaner waits until the folder is gone, and then makes its own."""
-    dead = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
+    dead = begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
     dead._release()
     lock = storage.lock(f"{dead.folder}/attempt.json", exclusive=True)
 
@@ -290,7 +290,7 @@ def test_a_folder_that_is_just_being_cleared_is_begun_again(storage):
         remove_tree(storage, dead.folder, lock)
 
     clock = StepClock(clear)
-    attempt = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2, clock=clock.clock)
+    attempt = begin(storage, PATH, attempt="job-1", rank=1, world_size=2, clock=clock.clock)
     assert "attempt.json" in tree(storage, attempt.folder)
     assert clean_up(storage, PATH) == []
     attempt.close()
@@ -303,7 +303,7 @@ def test_a_begin_that_fails_leaves_nothing(storage):
         faulty = FaultyStorage(storage, counts=MUTATIONS | {"lock", "open_folder", "names"})
         faulty.fail_at(number, OSError(28, "No space left on device"))
         try:
-            attempt = Attempt.begin(faulty, PATH, attempt="one", rank=0, world_size=1)
+            attempt = begin(faulty, PATH, attempt="one", rank=0, world_size=1)
         except StorageError as error:
             seen.append((error.path is not None, error.phase, hidden(storage, PATH)))
             continue

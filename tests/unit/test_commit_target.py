@@ -9,7 +9,7 @@ from commit_steps import Wrapper, assert_clean, content, hidden, loaded_step, ma
 from memory_storage import MemoryStorage
 
 from milepost.commit import check_target
-from milepost.commit.folders import siblings
+from milepost.commit.by_rename.folders import siblings
 from milepost.errors import StorageError, TargetError
 from milepost.format.names import data_name, join_hidden
 from milepost.storage import Stat

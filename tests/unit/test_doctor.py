@@ -15,14 +15,15 @@ from commit_steps import StepClock, arrive, save, tree
 from typer.testing import CliRunner
 
 import milepost
+from milepost import commit
 from milepost.cli import app
-from milepost.cli.doctor import advice, is_wrong, repair, words
-from milepost.commit import Attempt
+from milepost.cli.doctor import advice, words
 from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
 from milepost.format.index import digest
 from milepost.format.manifest import decode_manifest, encode_manifest
 from milepost.format.names import join_hidden
 from milepost.health.diagnosis import diagnose
+from milepost.health.repair import repair
 from milepost.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
@@ -42,7 +43,7 @@ def invoke(*arguments):
 
 
 def begin(path, rank, world_size, attempt="job-1", **kwargs):
-    return Attempt.begin(STORAGE, path, attempt=attempt, rank=rank, world_size=world_size, **kwargs)
+    return commit.begin(STORAGE, path, attempt=attempt, rank=rank, world_size=world_size, **kwargs)
 
 
 def die(*attempts):
@@ -114,7 +115,7 @@ def test_a_missing_rank_is_told_with_its_last_words(run):
     late.progress("write", 1_258_291)
     die(*arrived, late)
     finding = only(path)
-    assert (finding.state, finding.alive, is_wrong(finding)) == ("incomplete", False, True)
+    assert (finding.state, finding.alive, finding.is_wrong) == ("incomplete", False, True)
     assert words(finding, clock.now + 200) == (
         "incomplete: rank 3 never arrived (last seen writing, 1.2 MiB, 3 minutes ago); "
         "rank 2 never began; arrived: 0, 1"
@@ -355,14 +356,14 @@ def test_an_index_that_cannot_be_read_is_damage(run, monkeypatch):
     """An index that fails to be read is told with the reason, and does not end the look at the others."""
     save(STORAGE, f"{run}/step-4", 4)
     save(STORAGE, f"{run}/step-5", 5)
-    real = milepost.health.diagnosis.file_digest
+    real = milepost.commit.checkpoint.file_digest
 
     def fails(folder, name):
         if folder.path.endswith("5"):
             raise StorageError("Input/output error", path=name)
         return real(folder, name)
 
-    monkeypatch.setattr("milepost.health.diagnosis.file_digest", fails)
+    monkeypatch.setattr("milepost.commit.checkpoint.file_digest", fails)
     found = diagnose(STORAGE, run)
     assert [finding.state for finding in found.findings] == ["whole", "damaged"]
     assert words(found.findings[1], 0) == (
@@ -631,7 +632,7 @@ def test_left_overs_of_an_exchange(run):
     os.rename(path, aside)
     found = diagnose(STORAGE, path)
     assert found.newest.step == 1
-    assert "puts it back" in advice(found.findings[0], found)
+    assert "restores it" in advice(found.findings[0], found)
     assert [action.what for action in repair(STORAGE, found)] == ["published"]
     assert only(path).step == 1
     shutil.move(path, slot)
@@ -666,7 +667,7 @@ def test_what_was_replaced_and_is_empty_already_is_left_over(run, attempt, suffi
     assert result.exit_code == 0
     assert "step: left over: a former checkpoint, replaced by a later save (it is empty)\n" in result.stdout
     os.truncate(f"{path}/checkpoint_0.pt", 1)
-    assert "puts this one back" not in invoke(run).stdout
+    assert "restores this" not in invoke(run).stdout
     assert f"removed {slot}" in invoke(run, "--repair").stdout
     assert os.listdir(run) == ["step"]
 
@@ -721,7 +722,7 @@ def test_what_a_damaged_checkpoint_replaced_is_kept(run):
     result = invoke(path, "--repair")
     assert result.exit_code == 1
     assert f"not repaired {path}: the checkpoint there cannot be read whole" in result.stdout
-    assert "move that away, and `milepost doctor --repair` puts this one back" in result.stdout
+    assert "move that away; `milepost doctor --repair` restores this" in result.stdout
     assert invoke(slot, "--repair").exit_code == 1
     assert len(os.listdir(run)) == 2
     shutil.move(path, f"{run}-aside")
@@ -775,14 +776,14 @@ def test_a_repair_that_fails_goes_on_with_the_next(run, monkeypatch):
     """A failure at one path is told, with exit code 1, and the other paths are repaired all the same."""
     attempts = partial(f"{run}/step-5", (0,), 2) + partial(f"{run}/step-6", (0,), 2)
     die(*attempts)
-    broken = milepost.cli.doctor.roll_forward
+    broken = milepost.health.repair.roll_forward
 
     def fails(storage, path):
         if path.endswith("5"):
             raise StorageError("no permission", path=path)
         return broken(storage, path)
 
-    monkeypatch.setattr("milepost.cli.doctor.roll_forward", fails)
+    monkeypatch.setattr("milepost.health.repair.roll_forward", fails)
     result = invoke(run, "--repair")
     assert result.exit_code == 1
     assert f"not repaired {run}/step-5: no permission" in result.stdout
@@ -885,3 +886,20 @@ def test_a_committed_attempt_whose_file_is_gone(run):
         1,
         "checkpoint_0.pt is missing",
     )
+    result = invoke(path, "--repair")
+    assert "it is committed and stays until a later one is" in result.stdout
+    assert os.listdir(run) == [os.path.basename(attempt.folder)]
+    assert "committed, but files of it seem to be missing" in CliRunner().invoke(app, ["ls", run]).stdout
+
+
+def test_what_does_not_say_whose_it_is_is_called_so(run):
+    """A hidden folder whose attempt.json is lost, with nothing else that names its attempt, is left alone."""
+    folder = join_hidden(f"{run}/step-5", "lost")
+    os.mkdir(folder)
+    for name in ("attempt.json", "checkpoint_0.pt"):
+        with open(f"{folder}/{name}", "wb"):
+            pass
+    finding = only(f"{run}/step-5")
+    assert finding.state == "foreign"
+    assert "it is left alone" in advice(finding, diagnose(STORAGE, run))
+    assert repair(STORAGE, diagnose(STORAGE, run)) == []

@@ -20,6 +20,7 @@ from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.commit import Outcome, expect
 from milepost.commit import locate as locate_now
 from milepost.commit.locate import _expected
+from milepost.commit.save import SaveOptions
 from milepost.errors import AbortedError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from milepost.format.manifest import identity_of
 from milepost.ranks.save_meeting import Ranks, SaveMeeting
@@ -80,7 +81,8 @@ def writers(store, world=2, seconds=60):
     for rank in range(world):
         info = RankInfo(rank, world)
         writer = CheckpointWriter(CheckpointWriterConfig(write_barrier_timeout_secs=seconds), info)
-        writer._ranks = Ranks(info, None, seconds, default_storage(), store=store, meets=True)
+        options = SaveOptions(default_storage(), rank, world, seconds)
+        writer._ranks = Ranks(options, None, store=store, meets=True)
         made.append(writer)
     return made
 

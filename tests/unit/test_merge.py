@@ -23,10 +23,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from milepost import checkpoint_reader
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
-from milepost.commit import merge
+from milepost.commit import Checkpoint, merge
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import CommitError, CorruptCheckpointError, MismatchError
 from milepost.format.shards import decode_shard_map
@@ -848,7 +847,7 @@ def test_a_branch_that_the_template_leaves_open_is_read_in_one_go(monkeypatch, o
     assert all(torch.equal(part["w"], torch.full((3,), float(k))) for k, part in template["model"].items())
 
 
-@pytest.mark.parametrize("moment", ["_opened", "_open_rank", "_judge"])
+@pytest.mark.parametrize("moment", ["_opened", "data", "_judge"])
 @pytest.mark.parametrize("with_template", [True, False])
 def test_a_save_may_replace_what_is_being_loaded(tmp_path, monkeypatch, moment, with_template):
     """All of the old one is loaded, if its files were open by then, or else all of the new one."""
@@ -857,12 +856,12 @@ def test_a_save_may_replace_what_is_being_loaded(tmp_path, monkeypatch, moment, 
         return save(2, lambda _: {"b": values}, ["b"], storage=LocalStorage(), path=str(tmp_path / "c"))
 
     load = write(BIG)
-    owner = checkpoint_reader if moment == "_open_rank" else CheckpointReader
+    owner = Checkpoint if moment == "data" else CheckpointReader
     original, calls = getattr(owner, moment), []
 
     def replaced_before(*args, **arguments):
         calls.append(args)
-        if len(calls) == (2 if moment == "_open_rank" else 1):  # the first file is this rank's own
+        if len(calls) == (2 if moment == "data" else 1):  # the first file is this rank's own
             write(-BIG)
         return original(*args, **arguments)
 

@@ -8,19 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import msgspec
 import torch
 
 from milepost.background.arena import Arena
 from milepost.background.messages import Write, decode_path
-from milepost.format.image import Layout
-from milepost.format.index import Tensors
-from milepost.format.snapshot import Packed
+from milepost.format.snapshot import Snapshot
 from milepost.state.decode import TensorBuilder
 
 __all__ = ["start"]
 
-Serve = Callable[[Write, Packed, Arena, list[int]], None]
+Serve = Callable[[Write, Snapshot, Arena, list[int]], None]
 
 
 def start(setup: bytes) -> tuple[Serve, Callable[[], None]]:
@@ -34,9 +31,9 @@ def start(setup: bytes) -> tuple[Serve, Callable[[], None]]:
         init(*init_arguments)
     writer = make_writer(**writer_arguments)
 
-    def serve(request: Write, packed: Packed, arena: Arena, attached: list[int]) -> None:
-        arguments = pickle.loads(packed.arguments)  # noqa: S301 - our trainer's
-        state = state_dict(packed, arena, attached)
+    def serve(request: Write, snapshot: Snapshot, arena: Arena, attached: list[int]) -> None:
+        arguments = pickle.loads(snapshot.arguments)  # noqa: S301 - our trainer's
+        state = state_dict(snapshot, arena, attached)
         result = writer.write(path=decode_path(request.path), state_dict=state, **arguments)
         if isinstance(result, Future):  # it may work in the background: its outcome counts
             result.result()
@@ -44,14 +41,13 @@ def start(setup: bytes) -> tuple[Serve, Callable[[], None]]:
     return serve, getattr(writer, "close", lambda: None)
 
 
-def state_dict(packed: Packed, arena: Arena, attached: list[int]) -> Any:
+def state_dict(snapshot: Snapshot, arena: Arena, attached: list[int]) -> Any:
     """The state dict whose tensors are views of the arena, or lie in shared memory of their own."""
     from_descriptor: Any = torch.UntypedStorage._new_shared_fd_cpu  # type: ignore[attr-defined]  # noqa: SLF001
     sizes = [os.fstat(descriptor).st_size for descriptor in attached]
     wholes = [from_descriptor(descriptor, size) for descriptor, size in zip(attached, sizes, strict=True)]
-    shared = {record: (wholes[which], offset) for record, which, offset in packed.shared}
-    layout, tensors = Layout(packed.lengths), msgspec.msgpack.decode(packed.tensors, type=Tensors)
-    memory = arena.view
+    shared = {record: (wholes[which], offset) for record, which, offset in snapshot.shared}
+    layout, memory = snapshot.plan.layout, arena.view
 
     def storage_of(record: int) -> torch.UntypedStorage:
         if record in shared:
@@ -70,7 +66,5 @@ def state_dict(packed: Packed, arena: Arena, attached: list[int]) -> Any:
         return storages[record]
 
     storages: dict[int, torch.UntypedStorage] = {}
-    first = len(layout.lengths)
-    return TensorBuilder(tensors, storage_of, lambda record: packed.objects[record - first]).decode(
-        packed.tree
-    )
+    builder = TensorBuilder(snapshot.plan.tensors, storage_of, snapshot.record_bytes)
+    return builder.decode(snapshot.tree)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-__all__ = ["TrackedFuture", "raise_unseen"]
+__all__ = ["Failures", "TrackedFuture"]
 
 T = TypeVar("T")
 
@@ -34,20 +35,32 @@ class TrackedFuture(Future[T]):
         return super().exception() if self.done() and not self.cancelled() else None
 
 
-_Future = TypeVar("_Future", bound=TrackedFuture[Any])
+class Failures:
+    """The futures that failed, and whose outcome nobody has looked at. Thread-safe."""
 
+    def __init__(self) -> None:
+        self._futures: list[TrackedFuture[Any]] = []
+        self._lock = threading.RLock()
 
-def raise_unseen(
-    futures: list[_Future], keep: type[BaseException] | tuple[type[BaseException], ...] = ()
-) -> None:
-    """Raise the oldest failure that nobody has looked at; each is raised once.
+    def add(self, future: TrackedFuture[Any]) -> None:
+        """Add a future that failed, or is about to be done with a failure."""
+        with self._lock:
+            self._futures.append(future)
 
-    Args:
-        futures: Those that failed, or are about to be done with that; what was raised or seen is removed.
-        keep: Which failures are not to be raised now.
-    """
-    for future in [*futures]:
-        if future.done() and (future.seen or not isinstance(future.failure(), keep)):
-            futures.remove(future)
-            if not future.seen:
-                future.result()
+    def unseen(self) -> list[TrackedFuture[Any]]:
+        """Those that nobody has looked at, the oldest first."""
+        with self._lock:
+            return [future for future in self._futures if not future.seen]
+
+    def raise_oldest(self, keep: type[BaseException] | tuple[type[BaseException], ...] = ()) -> None:
+        """Raise the oldest failure that nobody has looked at; each is raised once.
+
+        Args:
+            keep: Failures that are not to be raised now.
+        """
+        with self._lock:
+            for future in [*self._futures]:
+                if future.done() and (future.seen or not isinstance(future.failure(), keep)):
+                    self._futures.remove(future)
+                    if not future.seen:
+                        future.result()

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from milepost.background.futures import TrackedFuture
+from milepost.background.futures import Failures, TrackedFuture
 
 __all__ = ["GUARD_ADVICE", "Save", "SaveFuture", "drain", "finish_abandoned", "guard_steps"]
 
@@ -95,14 +95,12 @@ def drain(process: Any, saves: list[Save]) -> None:
         wait([save.write_future for save in saves], 0.05)
 
 
-def finish_abandoned(
-    process: Any, stager: Any, saves: list[Save], unseen: list[SaveFuture], owner: int
-) -> None:
+def finish_abandoned(process: Any, stager: Any, saves: list[Save], failures: Failures, owner: int) -> None:
     """An unclosed checkpointer was collected, or the interpreter ends: finish what was accepted."""
     if owner != os.getpid():
         return
     with ExitStack() as stack:  # the warning may be an error, and nothing may be left open
-        stack.callback(_log_unseen, unseen)
+        stack.callback(_log_unseen, failures)
         stack.callback(_close, stager)
         stack.callback(_close, process)
         stack.callback(drain, process, saves)
@@ -120,7 +118,7 @@ def _close(part: Any) -> None:
         logger.exception("a checkpointer that was not closed could not be closed either")
 
 
-def _log_unseen(futures: list[SaveFuture]) -> None:
-    for future in futures:
-        if not future.seen:
-            logger.error("%s was not saved, and nobody has looked: %s", future.path, future.exception())
+def _log_unseen(failures: Failures) -> None:
+    for future in failures.unseen():
+        path = getattr(future, "path", "")
+        logger.error("%s was not saved, and nobody has looked: %s", path, future.exception())

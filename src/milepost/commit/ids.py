@@ -5,21 +5,20 @@ from __future__ import annotations
 # Paths are str, here as in the storage package.
 import hashlib
 import os
-import secrets
 import threading
 
 __all__ = ["attempt_id", "count_save", "environment_start_id", "new_attempt_id", "process_id"]
 
 _lock = threading.Lock()
-_process_id = secrets.token_hex(8)
-_private_start_id = secrets.token_hex(8)
+_process_id = os.urandom(8).hex()
+_private_start_id = os.urandom(8).hex()
 _counts: dict[tuple[str, str, int], int] = {}
 
 
 def _renew_ids() -> None:
     global _lock, _process_id, _private_start_id  # noqa: PLW0603 - they belong to the process, as its pid does
     _lock = threading.Lock()
-    _process_id, _private_start_id = secrets.token_hex(8), secrets.token_hex(8)
+    _process_id, _private_start_id = os.urandom(8).hex(), os.urandom(8).hex()
     _counts.clear()
 
 
@@ -33,7 +32,7 @@ def process_id() -> str:
 
 def new_attempt_id() -> str:
     """A random attempt id, for the only rank."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def environment_start_id() -> str | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from math import prod
 
 import msgspec
 
-from milepost.commit.folders import numbers
+from milepost.commit.contents import numbers
 from milepost.errors import CommitError, CorruptCheckpointError
 from milepost.format.global_tree import key_trie
 from milepost.format.keys import Key, decode_key
@@ -61,8 +60,7 @@ class _Described(msgspec.Struct):
     requires_grad: list[int]
 
 
-@dataclass
-class _Group:
+class _Group(msgspec.Struct):
     """Ranks whose columns describe the same tensors, and where these are in the merged columns.
 
     `of_parts` are the entries that several meshes may hold, `ties` the rows whose memory each entry shares.
@@ -71,8 +69,8 @@ class _Group:
     described: _Described
     rows: list[int]
     names: list[bytes]
-    of_parts: set[int] = field(default_factory=set)
-    ties: list[int] = field(default_factory=list)
+    of_parts: set[int] = set()
+    ties: list[int] = []
 
 
 class Merger:

@@ -13,29 +13,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
 
 from milepost._version import __version__
 from milepost.commit.attempt import Attempt
+from milepost.commit.by_rename.place import begin
 from milepost.commit.waiting import Meeting, Outcome
-from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
+from milepost.errors import AbortedError, CommitError, PostCommitError, error_context
 from milepost.format.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image
 from milepost.format.index import DataFile, Index, Records, encode_index
-from milepost.format.limits import MAX_METADATA_BYTES
 from milepost.format.names import data_name
-from milepost.format.paths import path_text
 from milepost.format.shards import SHARDS_FEATURE
 from milepost.format.snapshot import Snapshot
-from milepost.format.tree import Node, TreeEncoder, UnencodableError, encode_tree
-from milepost.storage import Storage
+from milepost.format.tree import encode_tree
+from milepost.storage import NewFile, Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
 from milepost.utils import beside
 
 __all__ = [
-    "Labels",
+    "Copied",
+    "InPlace",
     "SaveOptions",
     "partial_directory",
     "save_snapshot",
@@ -62,47 +61,49 @@ def partial_directory() -> str:
         raise RuntimeError("partial_directory() is only known during a hook's pre_commit") from None
 
 
-def _in_place(record: int, position: int, size: int, address: int) -> None:
-    """The copy of a snapshot whose records are where they belong: nothing to do."""
+Progress = Callable[[int], None]
 
 
-@dataclass
-class Labels:
-    """What a save records beside the state: its step and the user's metadata, checked and encoded."""
+class Copied(msgspec.Struct):
+    """The bytes of a snapshot's records, where a function copies them, block by block.
 
-    step: int | None = None
-    metadata: Node | None = None
+    Attributes:
+        copy: Copies a piece of a record: ``copy(record, position, bytes, address)``.
+        ring: Memory for the blocks.
+        crcs: Computes the CRCs of the snapshot's shares; it runs while the disk is at work.
+    """
 
-    @classmethod
-    def of(cls, arguments: dict[str, Any]) -> Labels:
-        """The labels among `save`'s keyword arguments (``step`` and ``metadata``).
+    copy: Callable[[int, int, int, int], None]
+    ring: Ring
+    crcs: Callable[[], list[list[int]]] | None = None
 
-        Raises:
-            StateError: The step is no integer, or the metadata hold more than plain values.
-        """
-        step, metadata = arguments.get("step"), arguments.get("metadata")
-        if step is not None:
-            try:
-                step = step.__index__()
-            except (AttributeError, TypeError):
-                raise StateError(f"step must be an integer, not {step!r}") from None
-            if not -(1 << 63) <= step < 1 << 63:
-                raise StateError(f"step must fit 64 bits: {step}")
-        if metadata is None:
-            return cls(step)
+    def write(self, file: NewFile, image: Image, report: Progress) -> None:
+        """Write the data file."""
+        block_bytes = self.ring.block_bytes
 
-        def refuse(value: Any, path: tuple[Any, ...]) -> Node:
-            raise UnencodableError(f"metadata cannot hold a {type(value).__name__}", path)
+        def fill(view: memoryview, offset: int) -> None:
+            image.fill(view, offset, block_bytes, self.copy)
 
-        try:
-            node = TreeEncoder(refuse).encode(metadata)
-            encode_tree(node, MAX_METADATA_BYTES)
-            return cls(step, node)
-        except UnencodableError as error:
-            raise StateError(
-                f"{error}: metadata{f' at {path_text(error.path)}' if error.path else ''}",
-                hint="metadata are plain values in dicts and lists; save tensors in the state dict",
-            ) from None
+        write_stream(file, image.size, fill, self.ring, report)
+
+
+class InPlace(msgspec.Struct):
+    """The bytes of a snapshot's records, where memory holds them at their places in the file.
+
+    Attributes:
+        memory: Returns that memory, page-aligned and at least as large as it is asked for.
+    """
+
+    memory: Callable[[int], memoryview]
+    crcs: None = None
+
+    def write(self, file: NewFile, image: Image, report: Progress) -> None:
+        """Write the data file."""
+
+        def fill(view: memoryview, offset: int) -> None:
+            image.fill(view, offset, WRITE_BYTES, lambda *_: None)
+
+        write_memory(file, self.memory(image.size), fill, report)
 
 
 class Hook(Protocol):
@@ -115,45 +116,44 @@ class Hook(Protocol):
         """Called when the checkpoint is committed."""
 
 
-@dataclass
-class SaveOptions:
-    """How a save is carried out.
+class SaveOptions(msgspec.Struct):
+    """How a save is carried out. What all saves of a writer have in common comes first.
 
     Attributes:
         storage: Where to.
         rank: This rank.
         world_size: How many ranks save together.
+        timeout_seconds: How long to wait for other ranks.
         attempt: The attempt's id.
         private: The attempt's id is known to this process alone.
-        timeout_seconds: How long to wait for other ranks.
-        ring: Memory for the bytes on their way.
         target: The checkpoint's absolute path, where the path that hooks get is not to be resolved here.
         process: Random id of the process that the save belongs to, if it is not this one.
         barrier: Called once when all ranks have arrived; None if there is no barrier.
         meeting: Where the ranks meet without a barrier; None if they do not.
         hook: The user's commit hook.
-        writer: Further facts about who writes, for the index.
         report: Called with the phase, the bytes written and the size of the file, as they change.
     """
 
     storage: Storage
     rank: int
     world_size: int
-    attempt: str
     timeout_seconds: float
-    ring: Ring
+    attempt: str = ""
     private: bool = False
     target: str | None = None
     process: str | None = None
     barrier: Callable[[], None] | None = None
     meeting: Meeting | None = None
     hook: Hook | None = None
-    writer: dict[str, str] = field(default_factory=dict)
     report: Callable[[str, int, int], None] = lambda *_: None
 
 
 def save_snapshot(
-    path: str, snapshot: Snapshot, options: SaveOptions, labels: Labels, arguments: dict[str, Any]
+    path: str,
+    snapshot: Snapshot,
+    records: Copied | InPlace,
+    options: SaveOptions,
+    arguments: dict[str, Any],
 ) -> Outcome:
     """Save one rank's part and commit the checkpoint as soon as all ranks' parts are there.
 
@@ -165,8 +165,8 @@ def save_snapshot(
     Args:
         path: The checkpoint's folder, as the user gave it; hooks get it like that.
         snapshot: What to save.
+        records: The bytes of the snapshot's records.
         options: How.
-        labels: The step and metadata to record.
         arguments: All keyword arguments of the save, for the hooks.
     """
     hook, meeting = options.hook, options.meeting
@@ -176,14 +176,13 @@ def save_snapshot(
         committed_before = attempt.committed
         if not attempt.marked:
             with _phase(attempt, "write", options):
-                index = _write_data(attempt, snapshot, options)
+                index = _write_data(attempt, snapshot, records, options)
             if hook is not None:
                 with _phase(attempt, "pre_commit", options), _directory(attempt.folder):
                     hook.pre_commit(path, **arguments)
             with _phase(attempt, "commit", options):
                 if hook is not None:  # or else a listing of what all ranks have put there, for nothing
                     index.attachments = attempt.attachments()
-                index.step, index.metadata = labels.step, labels.metadata
                 index.sequence = attempt.sequence()
                 attempt.mark(encode_index(index))
         if options.barrier is not None:
@@ -256,7 +255,7 @@ def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
 @contextmanager
 def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
     """An attempt that is aborted if anything in the context raises, and closed in any case."""
-    attempt = Attempt.begin(
+    attempt = begin(
         options.storage,
         options.target or path,
         attempt=options.attempt,
@@ -291,12 +290,14 @@ def _directory(folder: str) -> Iterator[None]:
         _partial.reset(token)
 
 
-def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> Index:
-    """Write the data file; it is durable on return. The index describes it, without labels."""
+def _write_data(
+    attempt: Attempt, snapshot: Snapshot, records: Copied | InPlace, options: SaveOptions
+) -> Index:
+    """Write the data file; it is durable on return. The index describes it."""
     tree = encode_tree(snapshot.tree)
     identity = {"format": "milepost", "version": [1, 0], "attempt": options.attempt, "rank": options.rank}
     image = Image(
-        snapshot.layout,
+        snapshot.plan.layout,
         [
             *((f"objects/{number}", data) for number, data in enumerate(snapshot.objects)),
             (PICKLE_ENTRY, snapshot.pickle()),
@@ -313,10 +314,15 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         attempt.progress("write", written)
         options.report("write", written, image.size)
 
-    shares = snapshot.shares
-    # Replicas are compared by checksums, which are computed while the disk is at work.
-    with beside(shares.crcs if shares is not None else None) as crcs:
-        _write_image(attempt, snapshot, options, image, report)
+    shares, labels = snapshot.shares, snapshot.labels
+    with beside(records.crcs) as crcs:
+        file = attempt.create_data()
+        try:
+            records.write(file, image, report)
+        except BaseException:
+            file.discard()
+            raise
+        file.finish(image.size)
     index = Index(
         attempt=options.attempt,
         process=attempt.process,
@@ -324,53 +330,23 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         world_size=options.world_size,
         time=time.time(),
         files=[DataFile(data_name(options.rank), image.size, image.file_crc)],
-        writer=_writer_facts() | options.writer,
+        writer=_writer_facts() | labels.writer,
         records=_records(snapshot, image),
-        tensors=snapshot.tensors,
+        tensors=snapshot.plan.tensors,
         tree=tree,
+        step=labels.step,
+        metadata=labels.metadata,
     )
     if shares is not None:
         index.requires = [SHARDS_FEATURE]
         index.agreement = shares.agreement
         index.shards = shares.decoded()
-        index.shards.crcs = crcs[0]
+        index.shards.crcs = shares.crcs if crcs[0] is None else crcs[0]
     return index
 
 
-def _write_image(
-    attempt: Attempt,
-    snapshot: Snapshot,
-    options: SaveOptions,
-    image: Image,
-    report: Callable[[int], None],
-) -> None:
-    """Write the data file from the ring, or from where its records lie already."""
-    ring = options.ring
-    file = options.storage.create(attempt.data_path, direct=True)
-    try:
-        if snapshot.memory is None:
-            write_stream(
-                file,
-                image.size,
-                lambda view, offset: image.fill(view, offset, ring.block_bytes, snapshot.copy),
-                ring,
-                report,
-            )
-        else:
-            write_memory(
-                file,
-                snapshot.memory(image.size),
-                lambda view, offset: image.fill(view, offset, WRITE_BYTES, _in_place),
-                report,
-            )
-    except BaseException:
-        file.discard()
-        raise
-    file.finish(image.size)
-
-
 def _records(snapshot: Snapshot, image: Image) -> Records:
-    layout, objects = snapshot.layout, snapshot.objects
+    layout, objects = snapshot.plan.layout, snapshot.objects
     crcs = list(image.chunk_crcs)
     for number in range(len(objects)):
         crcs += image.entry_crcs(number)

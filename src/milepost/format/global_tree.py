@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -101,8 +100,7 @@ def _conflict(key: Key, what: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"the key {path_text(decode_key(key))} {what}")
 
 
-@dataclass
-class _Merge:
+class _Merge(msgspec.Struct):
     first: int
     own: Container[int]
     others: list[Node]

@@ -1,4 +1,4 @@
-"""What an index says, flattened for people: one line per value, with its path, type and size."""
+"""The values that an index describes, for people: one line each, with path, type and size."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import msgspec
+
+from milepost.format.global_tree import with_global_columns, with_shards
 from milepost.format.index import Index
-from milepost.format.shards import dtype_bytes
+from milepost.format.shards import ShardMap, Shards, dtype_bytes
 from milepost.format.tree import Node, TreeDecoder
 
-__all__ = ["Line", "outline", "plain_value", "text_of"]
+__all__ = ["Line", "outline", "outline_sharded", "plain_value", "text_of"]
 
 _CONTAINERS = {
     "dict": "dict",
@@ -112,9 +115,10 @@ class Line:
 _LONGEST = 1000
 
 MOST_LINES = 1 << 17
-"""So many values are described by default, and of the plain ones in one container MOST_PLAIN."""
+"""How many values are described by default."""
 
 MOST_PLAIN = 1000
+"""How many plain values of one container are described."""
 
 
 def outline(index: Index, most: float = MOST_LINES) -> list[Line]:
@@ -146,6 +150,39 @@ def outline(index: Index, most: float = MOST_LINES) -> list[Line]:
         if line.above is not None:
             line.above.size_bytes += line.size_bytes
     return lines
+
+
+def outline_sharded(index: Index, shards: ShardMap) -> tuple[Index, list[Line]]:
+    """As `outline`, with the global tensors as whole ones.
+
+    Args:
+        index: A rank's index.
+        shards: The checkpoint's shard map.
+
+    Returns:
+        The index with the global tensors behind its own, and its lines.
+    """
+    own = set(index.shards.tensor) if isinstance(index.shards, Shards) else set()
+    tree, _ = with_shards(index.tree, shards.key, len(index.tensors.record), own)
+    columns = with_global_columns(index.tensors, shards)
+    index = msgspec.structs.replace(index, tree=tree, tensors=columns)
+    lines = outline(index)
+    for line in lines:
+        if line.kind in ("tensor", "parameter", "ndarray") and line.record < 0:
+            number = -1 - line.record  # see with_global_columns
+            table, dims = shards.where(number), len(shards.shape[number])
+            count = len(table.rank)
+            line.text += f", {shards.placement[number]}, {count} shard{'s' if count != 1 else ''}"
+            line.facts["placement"] = shards.placement[number]
+            line.facts["shards"] = [
+                {
+                    "rank": rank,
+                    "start": table.start[n * dims : (n + 1) * dims],
+                    "size": table.size[n * dims : (n + 1) * dims],
+                }
+                for n, rank in enumerate(table.rank)
+            ]
+    return index, lines
 
 
 def _children(node: Node, number: int, line: Line) -> list[tuple[Any, Node, int]]:

@@ -11,9 +11,9 @@ import torch
 
 from milepost.format.index import Tensors
 from milepost.format.tree import Node, paths_of
-from milepost.loading.template import Fill, copy_into, is_dense
+from milepost.loading.template import Fill, copy_into
 from milepost.state.decode import tensor_over
-from milepost.state.memory import reach
+from milepost.state.memory import is_dense, reach
 
 __all__ = ["hold_together", "raw_bytes", "sharing_misfits"]
 

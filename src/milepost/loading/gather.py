@@ -17,8 +17,9 @@ import torch
 from milepost.format.boxes import Box, is_run, span, split_for_reading, whole
 from milepost.format.index import CHUNK_BYTES
 from milepost.loading.rank_file import RankFile
-from milepost.loading.template import copy_into, is_dense
+from milepost.loading.template import copy_into
 from milepost.state.decode import dtype_of, tensor_over
+from milepost.state.memory import is_dense
 from milepost.state.placements import narrowed
 from milepost.storage.reading import Part
 from milepost.utils import gc_paused

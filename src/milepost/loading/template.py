@@ -25,7 +25,7 @@ from milepost.state.memory import end_of, reach
 from milepost.state.placements import local_of, placed
 from milepost.utils import is_dtensor
 
-__all__ = ["Fill", "Match", "Put", "copy_into", "is_dense", "match"]
+__all__ = ["Fill", "Match", "Put", "copy_into", "match"]
 
 _WRITEABLE = "a numpy array that can be written to"
 _LISTS = {"list": list, "tuple": tuple}
@@ -379,13 +379,6 @@ def _names_tensor(node: Node) -> bool:
 
 
 # -- geometry --------------------------------------------------------------------------------------
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill a run of memory without gaps and without sharing any of it."""
-    if tensor.numel() == 0 or tensor.is_contiguous():
-        return tensor.numel() > 0
-    return not _overlaps(tensor) and reach(tensor) == tensor.numel()
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:

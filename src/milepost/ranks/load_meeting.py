@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from milepost.commit.contents import numbers
 from milepost.errors import MilepostError, PeerLoadError, text_of
 from milepost.ranks.start import Start, StoreGoneError, group_store, start_at
 
@@ -42,7 +43,7 @@ class Report(msgspec.Struct):
 
     Attributes:
         path: Where it loads from.
-        identity: What no other checkpoint has (`Located.identity`); "" if that is not known.
+        identity: What no other checkpoint has (`Checkpoint.identity`); "" if that is not known.
         missing: See `Match`.
         unexpected: See `Match`.
         misfits: See `Match`.
@@ -102,7 +103,7 @@ class Verdict(msgspec.Struct):
         verdict.misfits = [
             misfit
             if len(ranks) == len(reports)
-            else f"{misfit} (on rank{'s' * (len(ranks) > 1)} {_some(ranks)})"
+            else f"{misfit} (on rank{'s' * (len(ranks) > 1)} {numbers(ranks)})"
             for misfit, ranks in by_misfit.items()
         ]
         return verdict
@@ -300,7 +301,7 @@ def refuse(verdict: Verdict, *, modified: bool) -> None:
     if not others:
         return
     rank, reason = others[0]
-    more = f" (nor could ranks {_some([other for other, _ in others[1:]])})" if others[1:] else ""
+    more = f" (nor could ranks {numbers([other for other, _ in others[1:]])})" if others[1:] else ""
     error = PeerLoadError(
         f"rank {rank} could not load: {reason}{more}",
         rank=rank,
@@ -340,10 +341,6 @@ def describe(error: BaseException) -> str:
     """An error in one line."""
     text = error.brief if isinstance(error, MilepostError) else text_of(error)
     return f"{type(error).__name__}: {text}"
-
-
-def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:10])) + (f" and {len(ranks) - 10} more" if ranks[10:] else "")
 
 
 def default_meeting(rank: int, world_size: int, store: Any, timeout_seconds: float) -> Meeting | None:

@@ -22,8 +22,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from milepost.commit import (
     News,
@@ -36,12 +37,12 @@ from milepost.commit import (
     process_id,
     sees_rank,
 )
+from milepost.commit.save import SaveOptions
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, MilepostError, text_of
 from milepost.ranks.start import Start, StoreGoneError, background, ending, group_store, start_at
 from milepost.storage import Storage
-from milepost.types import RankInfo
 
-__all__ = ["Ranks", "SaveMeeting", "SaveName"]
+__all__ = ["Ranks", "SaveMeeting"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,46 +57,22 @@ _REMEMBERED = 100
 """So many saves that were not known to be committed are looked at again."""
 
 
-@dataclass
-class SaveName:
-    """How one save of this rank is known to the others.
-
-    Attributes:
-        attempt: The attempt's id.
-        private: It is known to this process alone.
-        meeting: Where the ranks meet, if they do.
-    """
-
-    attempt: str
-    private: bool = False
-    meeting: SaveMeeting | None = None
-
-
 class Ranks:
-    """How the saves of one checkpointer find those of the other ranks.
+    """The attempts of one checkpointer: it counts them, and names each one as the other ranks name theirs.
 
     Args:
-        rank_info: This rank.
+        options: What all its saves have in common.
         start_id: The user's; by default that of the environment, else the ranks agree on one at a store.
         store: The store of a barrier; by default that of the default process group, whichever that is when
             a save begins.
         meets: Whether saves meet at the default group's store.
-        timeout_seconds: How long to wait for other ranks.
-        storage: Where checkpoints live.
     """
 
     def __init__(
-        self,
-        rank_info: RankInfo,
-        start_id: str | None,
-        timeout_seconds: float,
-        storage: Storage,
-        *,
-        store: Any = None,
-        meets: bool = False,
+        self, options: SaveOptions, start_id: str | None, *, store: Any = None, meets: bool = False
     ) -> None:
-        self._rank, self._world_size = rank_info.global_rank, rank_info.global_world_size
-        self._start_id, self._seconds, self._storage = start_id, timeout_seconds, storage
+        self._options, self._rank, self._world_size = options, options.rank, options.world_size
+        self._start_id, self._seconds = start_id, options.timeout_seconds
         self._store, self.meets = store, meets
         self._start: Start | None = None
         self._open: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
@@ -109,26 +86,31 @@ class Ranks:
                 self._start = start_at(store, self._rank, self._world_size) or self._start
         return self._start
 
-    def next(self, target: str) -> SaveName:
+    def next(self, target: str) -> tuple[SaveOptions, SaveMeeting | None]:
         """Count a save to a path. A save that fails counts too, so that all ranks count alike.
+
+        Returns:
+            The options of the save, and where the ranks meet, if they do.
 
         Raises:
             CommitTimeoutError: The ranks have not agreed on a start id within the time.
         """
         if self._world_size == 1:
-            return SaveName(attempt_id(target, self._rank, 1))
+            attempt = attempt_id(target, self._rank, 1)
+            return replace(self._options, target=target, attempt=attempt), None
         start, given = self.start(), self._start_id or environment_start_id()
         scope = given or (start.token if start is not None else "")
         number = count_save(scope, target, self._rank)
         if not given and start is not None:
             self._agree(start, target)
-        name = SaveName(
-            attempt_id(target, self._rank, self._world_size, given or (start.id if start else None), number),
-            private=not given and start is None,
-        )
+        common = given or (start.id if start else None)
+        attempt = attempt_id(target, self._rank, self._world_size, common, number)
+        meeting = None
         if start is not None and self.meets:
-            name.meeting = SaveMeeting(start, self._storage, target, name.attempt, number)
-        return name
+            meeting = SaveMeeting(start, self._options.storage, target, attempt, number)
+        private = not given and start is None
+        options = replace(self._options, target=target, attempt=attempt, private=private, meeting=meeting)
+        return options, meeting
 
     def wrote(self, target: str, attempt: str) -> None:
         """This rank's part of an attempt is written, and nobody knows yet what becomes of it."""
@@ -140,7 +122,7 @@ class Ranks:
         for _ in range(len(self._open)):
             target, attempt = self._open.popleft()
             try:
-                if is_undecided(self._storage, target, attempt):
+                if is_undecided(self._options.storage, target, attempt):
                     self._open.append((target, attempt))
             except CommitError as error:
                 found.append(error.located(path=target))

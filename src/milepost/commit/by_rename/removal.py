@@ -1,4 +1,4 @@
-"""Removing what is ours: passing files, and the folders of attempts."""
+"""Remove our temporary files and the folders of attempts."""
 
 # Paths are str, here as in the storage package.
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 
-from milepost.commit.folders import names_of
+from milepost.commit.by_rename.folders import names_of
 from milepost.errors import EntryNotFoundError, StorageError
 from milepost.format.names import MANIFEST_NAME, NOTE_NAME, index_rank, is_aborted, is_own
 from milepost.storage import Lock, Storage
@@ -19,7 +19,7 @@ _GONE_SOON = frozenset({errno.ENOENT, errno.EBUSY})
 
 
 def sweep(storage: Storage, path: str) -> None:
-    """Remove our passing files (attempt.json, beacons, abort marks) from a published checkpoint."""
+    """Remove our temporary files (attempt.json, beacons, abort marks) from a published checkpoint."""
     names = names_of(storage, path) or []
     if MANIFEST_NAME not in names:
         return
@@ -31,13 +31,13 @@ def sweep(storage: Storage, path: str) -> None:
 def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) -> None:
     """Remove an attempt's folder with everything in it, and release the lock on its ``attempt.json``.
 
-    With `word` the folder stays, with what says that the attempt was aborted.
+    With `word` the folder and the abort marks stay.
 
-    The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's. When
-    ``attempt.json`` is gone the folder's name is free: what is in it then is another's, and stays.
+    The order matters: at no moment does the rest look like a whole checkpoint, or like nobody's folder. When
+    ``attempt.json`` is gone, another saver may use the folder's name: its files stay.
 
     Raises:
-        StorageError: Something could not be removed; it is left with the ``attempt.json``.
+        StorageError: Something could not be removed. It stays, with the ``attempt.json``.
     """
     for _ in range(_ROUNDS):
         names = [name for name in names_of(storage, path) or () if name != NOTE_NAME]
