@@ -16,17 +16,17 @@ from pathlib import Path
 
 TOP = "top level"
 BUDGETS = {
-    "background": 1_400,
-    "cli": 750,
-    "commit": 2_900,
-    "format": 2_350,
-    "health": 1_050,
-    "loading": 1_350,
-    "ranks": 700,
-    "state": 1_200,
-    "storage": 1_100,
-    "testing": 500,
-    TOP: 2_250,
+    "background": 1_360,
+    "cli": 725,
+    "commit": 2_885,
+    "format": 2_355,
+    "health": 1_010,
+    "loading": 1_270,
+    "ranks": 680,
+    "state": 1_170,
+    "storage": 1_160,
+    "testing": 490,
+    TOP: 2_230,
 }
 """The lines of code that each package may have. Their sum is the budget of all."""
 
@@ -39,8 +39,6 @@ MAX_LINES = {ast.ClassDef: 300, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
 REASONS: dict[str, str] = {
     "builder.py:make_async_checkpointer": "not taken apart yet",
     "checkpointer.py:AsyncCheckpointer": "not taken apart yet",
-    "loading/sharded.py:ShardedSource": "not taken apart yet",
-    "storage/parallel.py:through_ring": "not taken apart yet",
     "testing/contract.py:StorageContract": "a class of tests, one for each promise of a storage",
 }
 """Classes and functions that may be longer, as "package/module.py:Class.method", each with the reason."""
