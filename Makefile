@@ -119,7 +119,7 @@ bench-full: $(VENV)/bench.stamp ## all of them, into docs/benchmarks and README;
 docs/benchmarks: $(STAMP) FORCE ## write the tables and charts of docs/benchmarks/results.json
 	$(BIN)/python benchmarks/report.py
 
-size: $(STAMP) ## lines per module against the budget
+size: $(STAMP) ## lines of code per package against the budget
 	$(BIN)/python tools/size.py
 
 ifneq ($(HAVE_GAZETTEER),)

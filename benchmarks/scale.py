@@ -168,7 +168,7 @@ def planning(path: str, size: int, rank: int, template: dict) -> Callable[[], ob
         assert not found.misfits
         assert not found.missing
         assert len(found.fills) == TENSORS
-        assert {*source._ranks} == {rank, 2 * rank, 2 * rank + 1}
+        assert {*source._lookup._ranks} == {rank, 2 * rank, 2 * rank + 1}
         return source, found
 
     return work

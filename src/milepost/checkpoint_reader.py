@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,14 +18,15 @@ from milepost.errors import (
     error_context,
 )
 from milepost.format.shards import ShardMap
-from milepost.loading.rank_file import IndexedSource, PlainSource, Verify
+from milepost.loading.plain_file import PlainSource
+from milepost.loading.rank_file import Verify
 from milepost.loading.renames import Names
-from milepost.loading.sharded import ShardedSource
+from milepost.loading.source import CheckpointSource
 from milepost.loading.template import Match
 from milepost.ranks.load_meeting import Meeting, Report, default_meeting, refuse
 from milepost.storage import Storage, default_storage
 from milepost.types import STATE_DICT, RankInfo, StrPath
-from milepost.utils import gc_paused, is_dtensor
+from milepost.utils import gc_paused
 
 __all__ = ["CheckpointReader", "load_with"]
 
@@ -140,9 +140,8 @@ class CheckpointReader:
                 report = Report(path, identity, strict=strict, first=verify == "first")
                 first = self._judge(path, found or Match(), report, meeting)
                 loaded: list[STATE_DICT] = []
-                work = [(partial(self._load, source, state_dict, found, loaded), True)]
-                if first:
-                    work.insert(0, (partial(source.check, found.fills if found else ()), False))
+                work = [(source.check, False)] if first else []
+                work.append((partial(self._load, source, state_dict, found, loaded), True))
                 for part, modifies in work:
                     if meeting is None:
                         part()
@@ -165,7 +164,7 @@ class CheckpointReader:
         names: Names,
         *,
         alone: bool,
-    ) -> tuple[PlainSource | IndexedSource | ShardedSource, Match | None, str]:
+    ) -> tuple[PlainSource | CheckpointSource, Match | None, str]:
         """Open what is to be read, and compare it with the template; also the checkpoint's identity.
 
         A save that replaces it may take a file away meanwhile: then look again.
@@ -173,10 +172,10 @@ class CheckpointReader:
         for final in (*[False] * _TRIES, True):
             checkpoint, source = locate(self._storage, path), None
             try:
-                source = self._opened(checkpoint, state_dict, map_location, verify, alone=alone)
+                source = self._opened(checkpoint, map_location, verify, alone=alone)
                 with gc_paused():
-                    found = source.match(state_dict, names) if state_dict is not None else None
-                    if found is None and isinstance(source, ShardedSource):
+                    found = None if state_dict is None else source.match(state_dict, names)
+                    if found is None:
                         source.open_all()
                 return source, found, checkpoint.identity
             except BaseException as error:
@@ -213,7 +212,7 @@ class CheckpointReader:
 
     def _load(
         self,
-        source: PlainSource | IndexedSource | ShardedSource,
+        source: PlainSource | CheckpointSource,
         state_dict: STATE_DICT | None,
         found: Match | None,
         loaded: list[STATE_DICT],
@@ -222,7 +221,7 @@ class CheckpointReader:
             loaded.append(source.whole())
             return
         try:
-            source.fill(found.fills)
+            source.fill()
             found.finish()
         except MilepostError as error:
             error.targets_modified = source.filling
@@ -230,15 +229,9 @@ class CheckpointReader:
         loaded.append(state_dict)
 
     def _opened(
-        self,
-        checkpoint: Checkpoint,
-        template: STATE_DICT | None,
-        map_location: Any,
-        verify: Verify,
-        *,
-        alone: bool,
-    ) -> PlainSource | IndexedSource | ShardedSource:
-        """The source of a checkpoint. It takes over the checkpoint, or closes it."""
+        self, checkpoint: Checkpoint, map_location: Any, verify: Verify, *, alone: bool
+    ) -> PlainSource | CheckpointSource:
+        """The source of a checkpoint, which is closed with its source at the latest."""
         manifest = checkpoint.manifest
         if manifest is None:
             with checkpoint:
@@ -246,17 +239,14 @@ class CheckpointReader:
         rank = self._rank_info.global_rank % manifest.world_size
         if rank != self._rank_info.global_rank:
             logger.warning(
-                "%s was saved by %d ranks: what is each rank's own, rank %d takes from rank %d",
+                "%s was saved by %d ranks; rank %d loads per-rank values from rank %d",
                 *(checkpoint.path, manifest.world_size, self._rank_info.global_rank, rank),
             )
-        if manifest.shards is None and not _has_dtensor(template):
-            with checkpoint, gc_paused():
-                return IndexedSource(checkpoint.index(rank), checkpoint.data(rank), map_location, verify)
         with gc_paused():
             shards = checkpoint.shards()
             if shards is None:
                 shards = ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
-            return ShardedSource(
+            return CheckpointSource(
                 rank,
                 shards,
                 lambda rank: (checkpoint.index(rank), checkpoint.data(rank)),
@@ -283,17 +273,6 @@ def _checked(
         option = "rename" if names.renames else "cast"
         raise ConfigError(f"{option} needs a template: pass the state dict to load into")
     return names
-
-
-def _has_dtensor(value: Any) -> bool:
-    """Whether there is a DTensor in a template (not without torch's module of it, which is not imported)."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    if isinstance(value, dict):
-        return any(map(_has_dtensor, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_has_dtensor, value))
-    return is_dtensor(value)
 
 
 def _tell(path: str, found: Match, *, strict: bool) -> None:

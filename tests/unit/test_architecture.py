@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -217,33 +218,52 @@ def test_every_pin_is_exact_and_none_is_missing():
         assert requirement.split(">=")[0] in pinned
 
 
-def test_the_size_budget_counts_every_module(tmp_path):
-    """tools/size.py passes modules of 560 lines, and fails for a longer one and for too much code in all."""
-    (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools" / "size.py", tmp_path / "tools")
-    package = tmp_path / "src" / "milepost" / "storage"
-    package.mkdir(parents=True)
+SIZE = runpy.run_path(str(ROOT / "tools" / "size.py"))
 
-    def verdict() -> tuple[int, str]:
-        run = [sys.executable, str(tmp_path / "tools" / "size.py")]
-        result = subprocess.run(run, capture_output=True, text=True, check=False)
-        return result.returncode, result.stdout
 
-    (package / "fits.py").write_text("pass\n" * 560)
-    assert verdict()[0] == 0
-    (package / "bursts.py").write_text("pass\n" * 561)
-    code, table = verdict()
-    assert code == 1
-    assert "TOO LONG" in next(line for line in table.splitlines() if "storage/bursts.py" in line)
-    (package / "bursts.py").unlink()
-    (package / "prose.py").write_text('"""Not code."""\n\n# Nor this.\n' * 100 + "pass\n")
-    assert verdict()[1].splitlines()[-1].split()[:2] == ["861", "561"]
-    assert verdict()[0] == 0
-    for number in range(32):
-        (package / f"part{number}.py").write_text("pass\n" * 560)
-    code, table = verdict()
-    assert code == 1
-    assert table.splitlines()[-1].split()[:2] == ["18781", "18481"]
+def size_problems(texts, budgets=None, reasons=None):
+    return SIZE["problems"](texts, budgets or {"storage": 1000, SIZE["TOP"]: 1000}, reasons or {})
+
+
+def test_the_size_budget_counts_the_code_of_every_package():
+    """tools/size.py counts no prose, and names a package that has too much code, or no budget."""
+    texts = {
+        "storage/one.py": "pass\n" * 600,
+        "storage/two.py": '"""Not code."""\n\n# Nor this.\n' + "pass\n" * 400,
+    }
+    assert size_problems(texts) == []
+    texts["storage/three.py"] = "pass\n"
+    assert size_problems(texts) == ["storage: 1001 lines of code (at most 1000)"]
+    assert size_problems({"new/one.py": "pass\n"}) == ["new: 1 lines of code (at most 0)"]
+
+
+def test_the_size_budget_counts_rooms():
+    """At most 18 files at the top level, and 32 packages and top-level modules."""
+    top = {f"m{number}.py": "" for number in range(18)}
+    packages = {f"p{number}/{name}.py": "" for number in range(14) for name in "ab"}
+    assert size_problems(top | packages) == []
+    assert size_problems(top | packages | {"p14/a.py": ""}) == [
+        "33 packages and top-level modules (at most 32)"
+    ]
+    assert size_problems(top | {"m18.py": ""}) == ["19 files at the top level (at most 18)"]
+
+
+def test_the_size_budget_holds_classes_and_functions():
+    """Classes have at most 300 lines and functions 60, without docstrings, if there is no reason for more."""
+    body = '        """Not\n        counted."""\n' + "        pass\n" * 59
+    fits = f"class A:\n    def f(self):\n{body}" + "    x = 1\n" * 237
+    assert size_problems({"storage/a.py": fits}) == []
+    long = fits.replace("        pass\n    x", "        pass\n        pass\n    x")
+    expected = ["storage/a.py:A.f: 61 lines (at most 60)", "storage/a.py:A: 301 lines (at most 300)"]
+    assert size_problems({"storage/a.py": long}) == expected
+    reasons = {"storage/a.py:A.f": "one table", "storage/a.py:A": "one job"}
+    assert size_problems({"storage/a.py": long}, reasons=reasons) == []
+    assert len(size_problems({"storage/a.py": fits}, reasons=reasons)) == 2
+
+
+def test_the_package_is_within_its_budget():
+    """Every package of src/milepost, and its classes and functions, are within their limits."""
+    assert SIZE["problems"](SIZE["read"](PACKAGE), SIZE["BUDGETS"], SIZE["REASONS"]) == []
 
 
 def test_config_files_hold_what_they_promise():

@@ -24,6 +24,7 @@ from milepost.cli import app
 from milepost.commit.by_rename.discard import discard
 from milepost.config import CheckpointWriterConfig
 from milepost.health.listing import scan
+from milepost.health.outline import plain_value, text_of
 from milepost.storage import default_storage
 from milepost.types import RankInfo
 
@@ -174,6 +175,20 @@ def test_show_as_json_has_every_value(run):
     assert data["size_bytes"] == sum(
         file.stat().st_size for file in (run / "step-5").iterdir() if file.name != "manifest.json"
     )
+
+
+@pytest.mark.parametrize(
+    ("descr", "data", "text"),
+    [
+        ("|b1", "01", "True"),
+        (">i2", "0102", "258"),
+        ("<f4", "0000c03f", "1.5"),
+        ("<c8", "0000c03f00000000", "numpy(<c8, 0x0000c03f00000000)"),
+    ],
+)
+def test_numpy_scalars_show_as_numbers(descr, data, text):
+    """A numpy bool, integer or float shows as its value, any other scalar as its dtype and bytes."""
+    assert text_of(plain_value(["scalar", descr, data])) == text
 
 
 def test_show_depth_and_filter(run):

@@ -236,7 +236,7 @@ def test_too_many_values_are_refused(tmp_path, monkeypatch):
             with pytest.raises(StateError, match="tensors or numpy arrays") as caught:
                 save(tmp_path / "c", state)
             assert caught.value.key == key
-    monkeypatch.setattr("milepost.commit.save.MAX_METADATA_BYTES", 100)
+    monkeypatch.setattr("milepost.format.snapshot.MAX_METADATA_BYTES", 100)
     with pytest.raises(StateError, match="too many"), milepost.make_sync_checkpointer() as checkpointer:
         checkpointer.save(str(tmp_path / "c"), {}, metadata={"log": "x" * 100})
     assert os.listdir(tmp_path) == ["checkpoint"]

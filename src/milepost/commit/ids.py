@@ -60,8 +60,14 @@ def attempt_id(path: str, rank: int, world_size: int, start_id: str | None = Non
     start = start_id or environment_start_id() or _private_start_id
     number = number or count_save(start, path, rank)
     if len(start) > 48 or not all(c.isascii() and (c.isalnum() or c in "-_") for c in start):
-        start = hashlib.sha256(start.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    return f"{start}-{number}"
+        start = _digest(start)[:32]
+    # A copy of a checkpoint keeps its attempt's id. The first save to the copy's path must not have that one.
+    name = os.path.basename(os.path.abspath(path))
+    return f"{start}-{_digest(name)[:6]}-{number}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def count_save(start: str, path: str, rank: int) -> int:

@@ -56,6 +56,8 @@ def with_shards(
         The tree, and the topmost nodes in it that the rank's own tree does not have.
     """
     others: list[Node] = []
+    if not keys:
+        return tree, others
     return _Merge(first, own, others).merged(tree, key_trie(keys)), others
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -12,7 +11,7 @@ import msgspec
 from milepost.format.global_tree import with_global_columns, with_shards
 from milepost.format.index import Index
 from milepost.format.shards import ShardMap, Shards, dtype_bytes
-from milepost.format.tree import Node, TreeDecoder
+from milepost.format.tree import Node, TreeDecoder, children, scalar_value
 
 __all__ = ["Line", "outline", "outline_sharded", "plain_value", "text_of"]
 
@@ -25,17 +24,11 @@ _CONTAINERS = {
     "set": "set",
 }
 _PLAIN = {"none", "bool", "int", "float", "complex", "str", "bytes", "size", "dtype", "device", "scalar"}
-_NUMBERS = dict(
-    zip(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"), "efdbhiqBHIQ", strict=True)
-)
 
 
 def _numpy_scalar(node: Node) -> str:
-    descr, data = str(node[1]), bytes.fromhex(node[2])
-    code = _NUMBERS.get(descr[1:])
-    if code is None or len(data) != struct.calcsize(code):
-        return f"numpy({descr}, 0x{node[2]})"
-    return str(struct.unpack(f"{'>' if descr[0] == '>' else '<'}{code}", data)[0])
+    value = scalar_value(node)
+    return f"numpy({node[1]}, 0x{node[2]})" if isinstance(value, bytes) else str(value)
 
 
 class _Literal:
@@ -187,17 +180,15 @@ def outline_sharded(index: Index, shards: ShardMap) -> tuple[Index, list[Line]]:
 
 def _children(node: Node, number: int, line: Line) -> list[tuple[Any, Node, int]]:
     """What a container holds, with the steps to it; most plain values are only counted."""
-    children: list[tuple[Any, Node, int]] = []
-    in_list, plain = node[0] in ("list", "tuple", "set"), 0
-    for position, entry in enumerate(node[1]):
-        child = entry if in_list else entry[1]
+    kept, plain = [], 0
+    for step, child in children(node):
         if child[0] in _PLAIN:
             plain += 1
             if plain > MOST_PLAIN:
                 line.left_out += 1
                 continue
-        children.append((position if in_list else entry[0], child, number))
-    return children
+        kept.append((step, child, number))
+    return kept
 
 
 def _label(step: Any) -> str:

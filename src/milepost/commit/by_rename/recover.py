@@ -61,14 +61,16 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
             if folder is None:
                 continue
             verdict = classify(folder, hidden.attempt, deep=True)
-            free = verdict.state == "replaced" and storage.stat(path) is None
-            if verdict.state == "complete" or (free and is_whole(folder, verdict)):
+            whole = verdict.state == "complete"
+            with suppress(StorageError):
+                whole = whole or (verdict.state == "replaced" and is_whole(folder, verdict))
+            if whole:
                 assert verdict.manifest is not None
                 found[verdict.state].append((verdict.manifest.order, hidden.attempt, hidden))
     if found["complete"]:
         hidden = max(found["complete"], key=lambda one: one[:2])[2]
         return [hidden.path] if _finish(storage, path, hidden) else []
-    if found["replaced"]:
+    if found["replaced"] and storage.stat(path) is None:
         hidden = max(found["replaced"], key=lambda one: one[:2])[2]
         with suppress(EntryExistsError, EntryNotFoundError):
             storage.rename(hidden.path, path, "create")
