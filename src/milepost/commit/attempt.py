@@ -145,7 +145,7 @@ class Attempt(View):
     def mark(self, index_bytes: bytes) -> None:
         """Write this rank's index: on return it has arrived, and everything it wrote is durable.
 
-        The caller has filled in the mark but for its files: process, rank, step, time, `sequence` and so on.
+        The caller has filled in the mark, except its files: process, rank, step, time, `sequence` and so on.
 
         Raises:
             AbortedError: Another rank has failed.

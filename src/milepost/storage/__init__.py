@@ -184,7 +184,7 @@ class Storage(Protocol):
         """Returns when the names in this folder are durable."""
 
     def sync_file(self, path: str) -> None:
-        """Returns when the bytes of an existing file are durable, whoever wrote them."""
+        """Returns when the bytes of an existing file are durable, even if another process wrote them."""
 
     def is_network(self, path: str) -> bool:
         """Whether locks that other hosts hold in this folder may not show here.

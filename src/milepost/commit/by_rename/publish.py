@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from milepost.commit.by_rename.folders import absolute_path, names_of, published_manifest
-from milepost.commit.by_rename.removal import NOT_EMPTY, remove_file, sweep
+from milepost.commit.by_rename.removal import remove_file, remove_if_empty, sweep
 from milepost.commit.contents import list_names, read_manifest
 from milepost.errors import (
     CorruptCheckpointError,
@@ -224,7 +224,7 @@ def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
                 continue  # the path is empty for a moment, as the later one is moved in
             free = storage.stat(path) is None
             # Where no rename refuses a taken name, one that ended halfway leaves an empty folder.
-            if free or (_what_is_at(storage, path) == "empty" and _remove_if_empty(storage, path)):
+            if free or (_what_is_at(storage, path) == "empty" and remove_if_empty(storage, path)):
                 storage.rename(source, path, "create")
                 return True
             if source == partial:
@@ -254,7 +254,7 @@ def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
         # Until the last rename nothing is at the path, but `locate` finds the new checkpoint.
         # Each must be durable before the next: else a power cut could give a folder the name of another.
         parent = os.path.dirname(path)
-        _remove_if_empty(storage, partial)  # of a rename that ended halfway
+        remove_if_empty(storage, partial)  # of a rename that ended halfway
         storage.rename(slot, partial, "create")
         storage.sync_folder(parent)
         storage.rename(path, slot, "create")
@@ -307,15 +307,8 @@ def retire(storage: Storage, path: str, hidden: str, attempt: str | None) -> boo
             continue
         finally:
             folder.close()
-        try:
-            storage.remove(hidden)
-        except EntryNotFoundError:
+        if remove_if_empty(storage, hidden):
             return True
-        except StorageError as error:
-            if error.errno not in NOT_EMPTY:
-                raise
-            continue
-        return True
     return False
 
 
@@ -361,7 +354,7 @@ def _move_beside(storage: Storage, old: str, folder: str, name: str) -> None:
         new = os.path.join(folder, f"{name}.{number}" if number else name)
         try:
             if _is_folder(storage, old) and _is_folder(storage, new):
-                _remove_if_empty(storage, new)  # as a rename that ended halfway leaves it
+                remove_if_empty(storage, new)  # as a rename that ended halfway leaves it
             storage.rename(old, new, "create")
         except EntryExistsError:
             continue
@@ -386,23 +379,10 @@ def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str])
             found = folder.stat(name)
             if found is not None and found.kind == "folder":
                 # If this fails, the manifest is there still: the folder is known to be ours.
-                _remove_if_empty(storage, os.path.join(path, name))
+                remove_if_empty(storage, os.path.join(path, name))
     remove_file(storage, os.path.join(path, MANIFEST_NAME))
 
 
 def _is_folder(storage: Storage, path: str) -> bool:
     found = storage.stat(path)
     return found is not None and found.kind == "folder"
-
-
-def _remove_if_empty(storage: Storage, path: str) -> bool:
-    """Whether this folder is gone."""
-    try:
-        storage.remove(path)
-    except EntryNotFoundError:
-        return True
-    except StorageError as error:
-        if error.errno not in NOT_EMPTY:
-            raise
-        return False
-    return True

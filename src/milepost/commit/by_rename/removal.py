@@ -11,10 +11,10 @@ from milepost.errors import EntryNotFoundError, StorageError
 from milepost.format.names import MANIFEST_NAME, NOTE_NAME, index_rank, is_aborted, is_own
 from milepost.storage import Lock, Storage
 
-__all__ = ["NOT_EMPTY", "remove_entry", "remove_file", "remove_tree", "sweep"]
+__all__ = ["remove_entry", "remove_file", "remove_if_empty", "remove_tree", "sweep"]
 
 _ROUNDS = 5
-NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 _GONE_SOON = frozenset({errno.ENOENT, errno.EBUSY})
 
 
@@ -57,11 +57,7 @@ def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) 
         return
     remove_entry(storage, os.path.join(path, NOTE_NAME))
     lock.release()  # before the folder goes: NFS and FUSE keep a removed file that is open in it
-    try:
-        storage.remove(path)
-    except StorageError as error:
-        if not isinstance(error, EntryNotFoundError) and error.errno not in NOT_EMPTY:
-            raise
+    remove_if_empty(storage, path)
 
 
 def _removal_order(name: str) -> int:
@@ -81,6 +77,19 @@ def remove_entry(storage: Storage, path: str) -> None:
         for name in names_of(storage, path) or ():
             remove_entry(storage, os.path.join(path, name))
     remove_file(storage, path)
+
+
+def remove_if_empty(storage: Storage, path: str) -> bool:
+    """Remove a folder that holds nothing; True if it is gone."""
+    try:
+        storage.remove(path)
+    except EntryNotFoundError:
+        return True
+    except StorageError as error:
+        if error.errno not in _NOT_EMPTY:
+            raise
+        return False
+    return True
 
 
 def remove_file(storage: Storage, path: str) -> None:
