@@ -47,7 +47,17 @@ logger = logging.getLogger(__name__)
 
 
 class Barrier(abc.ABC):
-    """Holds every rank until all ranks have arrived."""
+    """Holds every rank until all ranks have arrived.
+
+    Example:
+        >>> from milepost import Barrier
+        >>> class Alone(Barrier):
+        ...     def __init__(self):
+        ...         self.calls = 0
+        ...     def execute_barrier(self):
+        ...         self.calls += 1
+        >>> Alone().execute_barrier()
+    """
 
     @abc.abstractmethod
     def __init__(self, **kwargs: Any) -> None:
@@ -67,7 +77,17 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def register_barrier(barrier_class: _Class) -> _Class:
-    """Class decorator: register a barrier by its ``barrier_type``. A class without one stays unregistered."""
+    """Class decorator: register a barrier by its ``barrier_type``. A class without one stays unregistered.
+
+    Example:
+        >>> from milepost.barriers import BARRIER_REGISTRY, register_barrier
+        >>> @register_barrier
+        ... class Alone:
+        ...     barrier_type = "alone"
+        ...     def execute_barrier(self): ...
+        >>> BARRIER_REGISTRY["alone"] is Alone
+        True
+    """
     name = getattr(barrier_class, "barrier_type", None)
     if name is not None:
         BARRIER_REGISTRY[name] = barrier_class
@@ -80,6 +100,11 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
     Raises:
         ConfigError: No barrier of this type is registered (the message lists the known types), or the
             barrier could not be made. The cause is what its class raised.
+
+    Example:
+        >>> from milepost import BarrierConfig, create_barrier_from_config
+        >>> create_barrier_from_config(BarrierConfig()) is None
+        True
     """
     name = barrier_config.barrier_type
     if name is None:
@@ -134,14 +159,28 @@ def _group_arguments() -> dict[str, Any]:
 
 
 def barrier_store(barrier: object) -> Any:
-    """The store of a barrier, if it has one like torch's. A barrier's ``store`` may be something else."""
+    """The store of a barrier, if it has one like torch's. A barrier's ``store`` may be something else.
+
+    Example:
+        >>> from milepost.barriers import barrier_store
+        >>> barrier_store(object()) is None
+        True
+    """
     store = getattr(barrier, "store", None)
     return store if callable(getattr(store, "compare_set", None)) else None
 
 
 @register_barrier
 class DistBarrier(Barrier):
-    """The barrier of the default process group. Its timeout is the group's."""
+    """The barrier of the default process group. Its timeout is the group's.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from milepost.barriers import DistBarrier
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> DistBarrier().execute_barrier()
+        >>> dist.destroy_process_group()
+    """
 
     barrier_type = "dist_barrier"
 
@@ -164,7 +203,17 @@ class DistBarrier(Barrier):
 
 @register_barrier
 class TCPStoreBarrier(Barrier):
-    """A barrier at a TCP store that rank 0 serves. It needs no process group."""
+    """A barrier at a TCP store that rank 0 serves. It needs no process group.
+
+    Example:
+        >>> from milepost import TCPStoreBarrier
+        >>> barrier = TCPStoreBarrier(
+        ...     global_rank=0, global_world_size=1, barrier_prefix="milepost",
+        ...     timeout_barrier_init_secs=60, use_checkpoint_barrier_tcpstore_libuv=True,
+        ...     tcpstore_port=0, master_address="localhost", timeout_secs=60,
+        ... )
+        >>> barrier.execute_barrier()
+    """
 
     barrier_type = "tcp_store"
 

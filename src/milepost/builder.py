@@ -46,6 +46,11 @@ def make_sync_checkpointer(
 
     Raises:
         ConfigError: An option is not right, or the barrier cannot be made; says which and why.
+
+    Example:
+        >>> import milepost, torch
+        >>> with milepost.make_sync_checkpointer() as checkpointer:
+        ...     checkpointer.save("run/step-1", {"w": torch.ones(2)}, step=1)
     """
     config = CheckpointerConfig() if config is None else config
     validate(config)
@@ -61,11 +66,22 @@ def make_sync_checkpointer(
 
 
 def default_subprocess_init_fn(*args: Any) -> None:
-    """What the checkpoint process calls first unless you say otherwise: nothing."""
+    """What the checkpoint process calls first unless you say otherwise: nothing.
+
+    Example:
+        >>> from milepost.builder import default_subprocess_init_fn
+        >>> default_subprocess_init_fn()
+    """
 
 
 def default_writer_init_fn(rank_info: RankInfo) -> CheckpointWriter:
-    """The writer that the checkpoint process uses unless you say otherwise."""
+    """The writer that the checkpoint process uses unless you say otherwise.
+
+    Example:
+        >>> from milepost import RankInfo
+        >>> from milepost.builder import default_writer_init_fn
+        >>> default_writer_init_fn(RankInfo(0, 1)).close()
+    """
     return CheckpointWriter(CheckpointWriterConfig(), rank_info)
 
 
@@ -94,6 +110,13 @@ def make_async_checkpointer(
     Raises:
         ConfigError: An option is not right, or the barrier cannot be made; says which and why.
         UnavailableError: ``use_non_blocking_copy=True`` without an accelerator.
+
+    Example:
+        >>> import milepost, torch
+        >>> config = milepost.CheckpointerConfig()
+        >>> config.process_config.nice = 10
+        >>> with milepost.make_async_checkpointer(config) as checkpointer:
+        ...     staged, written = checkpointer.save("run/step-1", {"w": torch.ones(2)}, step=1)
     """
     config = CheckpointerConfig() if config is None else config
     validate(config)

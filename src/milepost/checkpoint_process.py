@@ -65,7 +65,13 @@ _STALL_SECONDS = 60
 
 
 class RequestType(Enum):
-    """What a checkpoint process can be asked for."""
+    """What a checkpoint process can be asked for.
+
+    Example:
+        >>> from milepost.checkpoint_process import RequestType
+        >>> RequestType("ping")
+        <RequestType.PING: 'ping'>
+    """
 
     PING = "ping"
     WRITE_CHECKPOINT = "write_checkpoint"
@@ -74,7 +80,13 @@ class RequestType(Enum):
 
 @dataclass
 class WorkerRequest:
-    """A request to a checkpoint process."""
+    """A request to a checkpoint process.
+
+    Example:
+        >>> from milepost.checkpoint_process import RequestType, WorkerRequest
+        >>> WorkerRequest(RequestType.PING, {}).payload
+        {}
+    """
 
     request_type: RequestType
     payload: dict[str, Any]
@@ -82,7 +94,13 @@ class WorkerRequest:
 
 @dataclass
 class WorkerResponse:
-    """The answer to a `WorkerRequest`."""
+    """The answer to a `WorkerRequest`.
+
+    Example:
+        >>> from milepost.checkpoint_process import RequestType, WorkerResponse
+        >>> WorkerResponse(RequestType.PING, success=True).error_msg is None
+        True
+    """
 
     request_type: RequestType
     success: bool
@@ -100,6 +118,12 @@ class LeanWriter:
         commit_hook: Called in the child.
         storage: Where checkpoints live.
         meets: Meet the other ranks at the store of the default process group, where there is no barrier.
+
+    Example:
+        >>> from milepost.checkpoint_process import LeanWriter
+        >>> from milepost.config import CheckpointWriterConfig
+        >>> LeanWriter(CheckpointWriterConfig(write_barrier_timeout_secs=60)).stall_seconds
+        180
     """
 
     config: CheckpointWriterConfig = field(default_factory=CheckpointWriterConfig)
@@ -188,6 +212,13 @@ class CheckpointProcess(OwnedByProcess):
 
     Raises:
         ConfigError: A function cannot be handed to another process, or there is no interpreter to start.
+
+    Example:
+        >>> from milepost.checkpoint_process import CheckpointProcess, CheckpointProcessConfig, LeanWriter
+        >>> from milepost.types import RankInfo
+        >>> process = CheckpointProcess(RankInfo(0, 1), CheckpointProcessConfig(), lean=LeanWriter())
+        >>> process.write({"epoch": 3}, "run/step-1", step=1).result()
+        >>> process.close()
     """
 
     def __init__(

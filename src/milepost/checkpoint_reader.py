@@ -45,6 +45,13 @@ class CheckpointReader:
         store: A ``torch.distributed`` store at which the ranks agree on each load; by default that of the
             default process group, if there is one of this size.
         timeout_seconds: How long to wait there for the other ranks.
+
+    Example:
+        >>> import milepost
+        >>> with milepost.make_sync_checkpointer() as checkpointer:
+        ...     checkpointer.save("run/step-1", {"epoch": 3})
+        >>> milepost.CheckpointReader(milepost.RankInfo(0, 1)).read("run/step-1")
+        ({'epoch': 3}, [])
     """
 
     def __init__(
@@ -122,6 +129,14 @@ class CheckpointReader:
             MismatchError: The template does not fit, or (if strict) keys are missing; lists them all.
             PeerLoadError: Another rank could not load, or did not come.
             UnsupportedFormatError: A later version of Milepost wrote it.
+
+        Example:
+            >>> import milepost
+            >>> with milepost.make_sync_checkpointer() as checkpointer:
+            ...     checkpointer.save("run/step-1", {"epoch": 3})
+            >>> reader = milepost.CheckpointReader(milepost.RankInfo(0, 1))
+            >>> reader.read("run/step-1", {"epoch": 0, "lr": 0.1})
+            ({'epoch': 3, 'lr': 0.1}, ['lr'])
         """
         unknown = kwargs.keys() - {"weights_only", "mmap"}
         if unknown:
@@ -316,6 +331,15 @@ def load_with(
     """Load through a reader, ours or one that only has ``read``.
 
     Ours refuses missing keys before it changes anything; from any other they are known only afterwards.
+
+    Example:
+        >>> import milepost
+        >>> from milepost.checkpoint_reader import load_with
+        >>> with milepost.make_sync_checkpointer() as checkpointer:
+        ...     checkpointer.save("run/step-1", {"epoch": 3})
+        >>> reader = milepost.CheckpointReader(milepost.RankInfo(0, 1))
+        >>> load_with(reader, "run/step-1", None, map_location="cpu", strict=True, options={})
+        {'epoch': 3}
     """
     if strict and type(reader).read is CheckpointReader.read:
         options = {**options, "strict": True}

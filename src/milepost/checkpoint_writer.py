@@ -34,7 +34,18 @@ _LAST_WORD_SECONDS = 5
 
 
 class WriterHook(abc.ABC):
-    """Your code around the commit of a checkpoint."""
+    """Your code around the commit of a checkpoint.
+
+    Example:
+        >>> import milepost
+        >>> class Announce(milepost.WriterHook):
+        ...     def pre_commit(self, path, **kwargs): ...
+        ...     def post_commit(self, path, **kwargs):
+        ...         print("committed", path)
+        >>> with milepost.make_sync_checkpointer(commit_hook=Announce()) as checkpointer:
+        ...     checkpointer.save("run/step-1", {"epoch": 3})
+        committed run/step-1
+    """
 
     @abc.abstractmethod
     def pre_commit(self, path: str, **kwargs: Any) -> None:
@@ -69,6 +80,12 @@ class CheckpointWriter:
         storage: Where checkpoints live; the local file system by default.
         meets: Meet the other ranks at the store of the default process group, where there is no barrier.
         observers: Get an event for each write that is not known to be committed.
+
+    Example:
+        >>> from milepost import CheckpointWriter, CheckpointWriterConfig, RankInfo
+        >>> writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1))
+        >>> writer.write("run/step-1", {"epoch": 3})
+        >>> writer.close()
     """
 
     def __init__(
@@ -127,6 +144,12 @@ class CheckpointWriter:
             CommitError: Another rank failed or did not come; or `PostCommitError`, see there; or it is found
                 only now that an earlier write has failed on another rank: this one was written all the same.
             ClosedError: The writer was closed.
+
+        Example:
+            >>> from milepost import CheckpointWriter, CheckpointWriterConfig, RankInfo
+            >>> writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1))
+            >>> writer.write("run/step-1", {"epoch": 3}, step=1, metadata={"loss": 0.5})
+            >>> writer.close()
         """
         path = given_path(path)
         earlier = self._ranks.failures()
@@ -173,6 +196,11 @@ class CheckpointWriter:
 
         Raises:
             AbortedError: What was written before has failed on another rank since.
+
+        Example:
+            >>> from milepost import CheckpointWriter, CheckpointWriterConfig, RankInfo
+            >>> writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1))
+            >>> writer.close()
         """
         with self._lock:
             self._closed = True

@@ -48,7 +48,14 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(abc.ABC):
-    """Saves and loads training state. As a context manager, it closes itself at the end of the block."""
+    """Saves and loads training state. As a context manager, it closes itself at the end of the block.
+
+    Example:
+        >>> import milepost
+        >>> with milepost.make_sync_checkpointer() as checkpointer:
+        ...     isinstance(checkpointer, milepost.Checkpointer)
+        True
+    """
 
     def __enter__(self) -> Self:
         """The checkpointer itself."""
@@ -193,6 +200,13 @@ class SyncCheckpointer(_Loading):
     Args:
         writer: Writes this rank's part.
         reader: Reads it.
+
+    Example:
+        >>> import milepost, torch
+        >>> with milepost.make_sync_checkpointer() as checkpointer:
+        ...     checkpointer.save("run/step-1", {"w": torch.ones(2)}, step=1)
+        ...     checkpointer.load("run/step-1")
+        {'w': tensor([1., 1.])}
     """
 
     def __init__(self, writer: CheckpointWriter, reader: CheckpointReader) -> None:
@@ -246,7 +260,13 @@ class SyncCheckpointer(_Loading):
         self._check_open()
 
     def close(self) -> None:
-        """Release the writer; idempotent. Later calls raise `ClosedError`."""
+        """Release the writer; idempotent. Later calls raise `ClosedError`.
+
+        Example:
+            >>> import milepost
+            >>> checkpointer = milepost.make_sync_checkpointer()
+            >>> checkpointer.close()
+        """
         self._closed = True
         self._writer.close()
 
@@ -264,6 +284,16 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         reader: Loads.
         config: How many saves may be under way, and what to do when something fails.
         fallback: Writes while the caller waits, when memory does not suffice for staging; None to raise.
+
+    Example:
+        >>> import milepost, torch
+        >>> weight = torch.ones(2)
+        >>> with milepost.make_async_checkpointer() as checkpointer:
+        ...     for step in (1, 2):
+        ...         weight += 1
+        ...         staged, written = checkpointer.save(f"run/step-{step}", {"w": weight}, step=step)
+        >>> written.committed
+        True
     """
 
     def __init__(
@@ -458,7 +488,12 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
     # -- the state and the training ----------------------------------------------------------------
 
     def prepare(self, state_dict: STATE_DICT) -> None:
-        """Get memory for such a state ready in the background, so that the first save is not slower."""
+        """Get memory for such a state ready in the background, so that the first save is not slower.
+
+        Example:
+            >>> import torch
+            >>> checkpointer.prepare({"w": torch.ones(2)})
+        """
         self._check_open()
         prepare = getattr(self._stager, "prepare", None)
         try:
@@ -474,6 +509,11 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
 
         Raises:
             ConfigError: The stager is not one that can tell.
+
+        Example:
+            >>> import torch
+            >>> checkpointer.plan({"w": torch.ones(2)}).tensor_bytes
+            8
         """
         plan = getattr(self._stager, "plan", None)
         if plan is None:
@@ -485,6 +525,13 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
 
         Raises:
             TimeoutError: Not within the time.
+
+        Example:
+            >>> import torch
+            >>> weight = torch.ones(2)
+            >>> staged, written = checkpointer.save("run/step-1", {"w": weight})
+            >>> checkpointer.wait_staged()
+            >>> weight += 1
         """
         for future in self._under_way.staging():
             if not future.done():
@@ -493,14 +540,29 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
                     raise TimeoutError(f"{future.path} is still being staged")
 
     def wait_committed(self, timeout_seconds: float | None = None) -> None:
-        """Returns when every save is committed; raises the first failure that nobody has looked at."""
+        """Returns when every save is committed; raises the first failure that nobody has looked at.
+
+        Example:
+            >>> import torch
+            >>> staged, written = checkpointer.save("run/step-1", {"w": torch.ones(2)})
+            >>> checkpointer.wait_committed()
+            >>> written.committed
+            True
+        """
         _, late = wait(self._under_way.writing(), timeout_seconds)
         if late:
             raise TimeoutError(f"{len(late)} saves are still under way")
         self._under_way.failures.raise_oldest()
 
     def guard(self, optimizer: Any) -> Any:
-        """Make an optimizer wait, at each step, until nothing is being copied. Returns what removes it."""
+        """Make an optimizer wait, at each step, until nothing is being copied. Returns what removes it.
+
+        Example:
+            >>> import torch
+            >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
+            >>> handle = checkpointer.guard(optimizer)
+            >>> handle.remove()
+        """
         self._guards.append(guard_steps(optimizer, weakref.ref(self)))
         return self._guards[-1]
 
@@ -527,6 +589,11 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
 
         Raises:
             Exception: A save failed and nobody has looked at that.
+
+        Example:
+            >>> import milepost
+            >>> checkpointer = milepost.make_async_checkpointer()
+            >>> checkpointer.close()
         """
         if self._closed or not self.is_owned:
             return

@@ -85,6 +85,11 @@ class CheckpointWriterConfig:
             once. Give patterns for their paths, such as ``"model.*"`` (``*`` stands for any text), or
             DistributedDataParallel modules. Each rank saves its other plain tensors itself. A DTensor
             says how the ranks share it.
+
+    Example:
+        >>> from milepost import CheckpointWriterConfig
+        >>> CheckpointWriterConfig(replicated=["model.*"]).write_barrier_timeout_secs
+        600
     """
 
     write_barrier_timeout_secs: int = field(default=600, metadata=_SECONDS)
@@ -99,6 +104,11 @@ class BarrierConfig:
     Attributes:
         barrier_type: Name of a registered barrier, such as "tcp_store"; None for no barrier.
         barrier_args: Keyword arguments of its constructor.
+
+    Example:
+        >>> from milepost import BarrierConfig
+        >>> BarrierConfig("dist_barrier")
+        BarrierConfig(barrier_type='dist_barrier', barrier_args={})
     """
 
     barrier_type: str | None = field(default=None, metadata=_MAYBE_TEXT)
@@ -114,6 +124,11 @@ class CheckpointStagerConfig:
         use_shared_memory: Stage into memory that the checkpoint process shares.
         use_async_staging: Copy while the training goes on (off by default).
         use_non_blocking_copy: Copy from the accelerator without blocking the host.
+
+    Example:
+        >>> from milepost import CheckpointStagerConfig
+        >>> CheckpointStagerConfig(use_async_staging=True).use_async_staging
+        True
     """
 
     use_pinned_memory: bool | None = field(default=None, metadata=_MAYBE_FLAG)
@@ -131,6 +146,11 @@ class CheckpointProcessConfig:
         subprocess_shutdown_timeout_secs: How long it may make no progress when it is closed, in seconds.
         nice: Added to its niceness, 0 to 19. With a higher number the training gets the processors first.
         idle_io: It uses the disk only when nobody else does (if the I/O scheduler supports that).
+
+    Example:
+        >>> from milepost.config import CheckpointProcessConfig
+        >>> CheckpointProcessConfig(nice=10, idle_io=True).subprocess_init_timeout_secs
+        30
     """
 
     subprocess_init_timeout_secs: int = field(default=30, metadata=_SECONDS)
@@ -154,6 +174,11 @@ class AsyncConfig:
             waits ("sync"), or raise ("raise").
         require_guard: Refuse asynchronous staging without a guarded optimizer.
         observers: They get the events of every save; see `milepost.telemetry`.
+
+    Example:
+        >>> from milepost import AsyncConfig
+        >>> AsyncConfig(max_in_flight=2, on_failure="raise").when_busy
+        'wait'
     """
 
     max_in_flight: int = field(default=1, metadata=_integer(1, 1024))
@@ -180,6 +205,12 @@ class CheckpointerConfig:
         meeting: With "auto", several ranks meet in each save at the store of the default process group. A
             save that returned is committed on every rank. With "none" each rank writes its part without
             waiting for the others.
+
+    Example:
+        >>> import milepost
+        >>> options = milepost.AsyncConfig(max_in_flight=2)
+        >>> config = milepost.CheckpointerConfig(async_config=options)
+        >>> config.writer_config.write_barrier_timeout_secs = 120
     """
 
     writer_config: CheckpointWriterConfig = field(
@@ -201,6 +232,12 @@ def validate(config: Any) -> None:
 
     Raises:
         ConfigError: The first field that is wrong, with its value and what it must be.
+
+    Example:
+        >>> from milepost.config import CheckpointerConfig, validate
+        >>> validate(CheckpointerConfig(meeting="never"))
+        Traceback (most recent call last):
+        milepost.errors.ConfigError: meeting must be one of 'auto', 'none', not 'never'
     """
     if not isinstance(config, CheckpointerConfig):
         raise ConfigError(

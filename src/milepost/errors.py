@@ -82,6 +82,15 @@ class MilepostError(Exception):
     Attributes:
         targets_modified: Tensors of a load's template had been written to when it happened.
         alone: The job has one rank only: its number is left out of the text.
+
+    Example:
+        >>> import milepost
+        >>> with milepost.make_sync_checkpointer() as checkpointer:
+        ...     try:
+        ...         checkpointer.load("/missing/step-1")
+        ...     except milepost.MilepostError as error:
+        ...         print(error.path, error.rank, error.phase, error.hint, sep="; ")
+        /missing/step-1; 0; load; the folder above does not exist: /missing; check the path
     """
 
     targets_modified: bool = False
@@ -295,7 +304,17 @@ class PeerLoadError(LoadError, RuntimeError):
 
 @contextmanager
 def error_context(**facts: Any) -> Iterator[None]:
-    """Add facts to any MilepostError that passes, where it lacks them: as `MilepostError.located`."""
+    """Add facts to any MilepostError that passes, where it lacks them: as `MilepostError.located`.
+
+    Example:
+        >>> from milepost.errors import LoadError, error_context
+        >>> try:
+        ...     with error_context(path="run/step-1", rank=3):
+        ...         raise LoadError("the index is cut off")
+        ... except LoadError as error:
+        ...     print(error)
+        the index is cut off (path run/step-1, rank 3)
+    """
     try:
         yield
     except MilepostError as error:
@@ -304,7 +323,13 @@ def error_context(**facts: Any) -> Iterator[None]:
 
 
 def text_of(error: BaseException) -> str:
-    """The error's message, even if the class of a user's error cannot give its own."""
+    """The error's message, even if the class of a user's error cannot give its own.
+
+    Example:
+        >>> from milepost.errors import LoadError, text_of
+        >>> text_of(LoadError("the index is cut off", hint="load another checkpoint"))
+        'the index is cut off'
+    """
     try:
         return error.message if isinstance(error, MilepostError) else str(error)
     except Exception as another:  # noqa: BLE001 - __str__ may raise anything

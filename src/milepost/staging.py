@@ -42,7 +42,18 @@ _LOW_PRIORITY = 10
 
 
 class CheckpointStager(abc.ABC):
-    """What makes a copy of a state dict, so that training may change its own."""
+    """What makes a copy of a state dict, so that training may change its own.
+
+    Example:
+        >>> import copy
+        >>> from milepost import CheckpointStager
+        >>> class DeepCopyStager(CheckpointStager):
+        ...     def stage(self, state_dict, **kwargs):
+        ...         return copy.deepcopy(state_dict)
+        ...     def close(self): ...
+        >>> DeepCopyStager().stage({"epoch": 3})
+        {'epoch': 3}
+    """
 
     @abc.abstractmethod
     def stage(self, state_dict: STATE_DICT, **kwargs: Any) -> STATE_DICT | Future[STATE_DICT]:
@@ -62,6 +73,12 @@ class StagingPlan:
         tensor_bytes: Bytes of the tensors' memory, each shared byte once.
         tensors: How many tensors.
         available_bytes: What this machine and control group have left; None if unknown.
+
+    Example:
+        >>> from milepost.staging import StagingPlan
+        >>> plan = StagingPlan(arena_bytes=2000, tensor_bytes=1600, tensors=2, available_bytes=1000)
+        >>> plan.fits
+        False
     """
 
     arena_bytes: int
@@ -82,6 +99,13 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
         config: Options; the defaults are what this machine can do.
         available: Tells how many bytes of memory are left, None if unknown; for tests.
         encoder: Takes the states apart; it knows which of several ranks this is, and what is replicated.
+
+    Example:
+        >>> import torch
+        >>> from milepost import DefaultStager
+        >>> stager = DefaultStager()
+        >>> staged = stager.stage({"w": torch.ones(2)})
+        >>> stager.close()
     """
 
     def __init__(
@@ -119,6 +143,16 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
             StateError: It cannot be saved; nothing was copied.
             LowMemoryError: A new arena would not fit into memory; nothing was allocated.
             ClosedError: The stager was closed.
+
+        Example:
+            >>> import torch
+            >>> from milepost import DefaultStager
+            >>> stager, weight = DefaultStager(), torch.ones(2)
+            >>> staged = stager.stage({"w": weight})
+            >>> weight += 1
+            >>> staged["w"]
+            tensor([1., 1.])
+            >>> stager.close()
         """
         with self._lock, gc_paused():
             self._check_open()
@@ -162,6 +196,13 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
         """Get an arena for such a state dict ready in the background, so that the first save is not slower.
 
         Returns at once. `wait_prepared` waits for it.
+
+        Example:
+            >>> import torch
+            >>> from milepost import DefaultStager
+            >>> stager = DefaultStager()
+            >>> stager.prepare({"w": torch.ones(2)})
+            >>> stager.close()
         """
         with self._lock:
             self._check_open()
@@ -171,13 +212,32 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
             self._populate(slot.arena)
 
     def wait_prepared(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until what `prepare` began is done; False when the time ran out before."""
+        """Wait until what `prepare` began is done; False when the time ran out before.
+
+        Example:
+            >>> import torch
+            >>> from milepost import DefaultStager
+            >>> stager = DefaultStager()
+            >>> stager.prepare({"w": torch.ones(2)})
+            >>> stager.wait_prepared()
+            True
+            >>> stager.close()
+        """
         for thread in list(self._background):
             thread.join(timeout_seconds)
         return not any(thread.is_alive() for thread in self._background)
 
     def plan(self, state_dict: STATE_DICT) -> StagingPlan:
-        """What staging this state dict takes; nothing is allocated."""
+        """What staging this state dict takes; nothing is allocated.
+
+        Example:
+            >>> import torch
+            >>> from milepost import DefaultStager
+            >>> stager = DefaultStager()
+            >>> stager.plan({"w": torch.ones(2)}).tensor_bytes
+            8
+            >>> stager.close()
+        """
         with self._lock:
             parts = self._encoder.take_apart(state_dict)
         layout = parts.plan.layout
@@ -189,7 +249,13 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
         )
 
     def close(self) -> None:
-        """Wait for copies that are under way and release the arenas; idempotent."""
+        """Wait for copies that are under way and release the arenas; idempotent.
+
+        Example:
+            >>> from milepost import DefaultStager
+            >>> stager = DefaultStager()
+            >>> stager.close()
+        """
         if not self.is_owned:
             return
         self._closed = True

@@ -28,6 +28,12 @@ class Event:
         bytes_done: Bytes written so far; of the staged state for "staged".
         size_bytes: Bytes of the file, 0 while unknown.
         error: Why it failed.
+
+    Example:
+        >>> from milepost.telemetry import Event
+        >>> event = Event("committed", "run/step-100", step=100, seconds=0.5)
+        >>> f"{event.path} {event.kind} after {event.seconds} s"
+        'run/step-100 committed after 0.5 s'
     """
 
     kind: Kind
@@ -40,14 +46,32 @@ class Event:
 
 
 class Observer(Protocol):
-    """Something that wants to know. Called from any thread; must not block for long."""
+    """Something that wants to know. Called from any thread; must not block for long.
+
+    Example:
+        >>> import milepost
+        >>> class Committed:
+        ...     def on_event(self, event):
+        ...         if event.kind == "committed":
+        ...             print("committed", event.step)
+        >>> config = milepost.CheckpointerConfig(async_config=milepost.AsyncConfig(observers=[Committed()]))
+    """
 
     def on_event(self, event: Event) -> None:
         """Called for each event. What it raises is logged and otherwise ignored."""
 
 
 def notify(observers: list[Observer], event: Event) -> None:
-    """Tell every observer; one that fails does not disturb the save or the others."""
+    """Tell every observer; one that fails does not disturb the save or the others.
+
+    Example:
+        >>> from milepost.telemetry import Event, notify
+        >>> class Printer:
+        ...     def on_event(self, event):
+        ...         print(event.kind, event.path)
+        >>> notify([Printer()], Event("committed", "run/step-100"))
+        committed run/step-100
+    """
     for observer in observers:
         try:
             observer.on_event(event)
@@ -60,6 +84,12 @@ class LoggingObserver:
 
     Args:
         logger: Where to; Milepost's own logger by default.
+
+    Example:
+        >>> import milepost
+        >>> from milepost.telemetry import LoggingObserver
+        >>> options = milepost.AsyncConfig(observers=[LoggingObserver()])
+        >>> config = milepost.CheckpointerConfig(async_config=options)
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
@@ -82,7 +112,13 @@ class LoggingObserver:
 
 
 class ProgressObserver:
-    """One progress line for each save in flight, on standard error, by rich. A context manager."""
+    """One progress line for each save in flight, on standard error, by rich. A context manager.
+
+    Example:
+        >>> from milepost.telemetry import Event, ProgressObserver
+        >>> with ProgressObserver() as observer:
+        ...     observer.on_event(Event("committed", "run/step-100"))
+    """
 
     def __init__(self) -> None:
         from rich.console import Console  # noqa: PLC0415 - only who shows progress needs rich

@@ -22,6 +22,11 @@ class RankInfo:
     Attributes:
         global_rank: This process's rank, from 0.
         global_world_size: How many ranks take part in each save.
+
+    Example:
+        >>> from milepost import RankInfo
+        >>> RankInfo(global_rank=0, global_world_size=2)
+        RankInfo(global_rank=0, global_world_size=2)
     """
 
     global_rank: int

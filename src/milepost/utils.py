@@ -16,7 +16,15 @@ __all__ = ["OwnedByProcess", "beside", "gc_paused", "is_dtensor", "wrap_future"]
 
 
 class OwnedByProcess:
-    """An object that belongs to the process that made it. A forked process must not use or release it."""
+    """An object that belongs to the process that made it. A forked process must not use or release it.
+
+    Example:
+        >>> from milepost.utils import OwnedByProcess
+        >>> class Pool(OwnedByProcess):
+        ...     pass
+        >>> Pool().is_owned
+        True
+    """
 
     _owner: int
 
@@ -53,6 +61,14 @@ def wrap_future(original_result: Any) -> Future[None]:
 
     Returns:
         A future whose result is always None.
+
+    Example:
+        >>> from concurrent.futures import Future
+        >>> from milepost import wrap_future
+        >>> failed = Future()
+        >>> failed.set_exception(OSError("disk full"))
+        >>> wrap_future(failed).exception()
+        OSError('disk full')
     """
     wrapped: Future[None] = Future()
     if not isinstance(original_result, Future):
@@ -72,7 +88,14 @@ def wrap_future(original_result: Any) -> Future[None]:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether a value is a DTensor, without importing what defines it."""
+    """Whether a value is a DTensor, without importing what defines it.
+
+    Example:
+        >>> import torch
+        >>> from milepost.utils import is_dtensor
+        >>> is_dtensor(torch.ones(2))
+        False
+    """
     kind = type(value)
     return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
 
@@ -82,6 +105,13 @@ def beside(work: Callable[[], Any] | None) -> Iterator[list[Any]]:
     """Run `work` in a thread during the context; its result is in the list afterwards.
 
     The thread is its own: the pools of `concurrent.futures` take no work while the interpreter ends.
+
+    Example:
+        >>> from milepost.utils import beside
+        >>> with beside(lambda: sum(range(10))) as results:
+        ...     other = max(range(10))
+        >>> results
+        [45]
     """
     if work is None:
         yield [None]
@@ -111,6 +141,13 @@ def gc_paused() -> Iterator[None]:
 
     The collector would walk the whole heap again and again meanwhile: of a checkpoint of 20,000 tensors
     it took two thirds of the time to load it.
+
+    Example:
+        >>> import gc
+        >>> from milepost.utils import gc_paused
+        >>> with gc_paused():
+        ...     gc.isenabled()
+        False
     """
     if not gc.isenabled():
         yield

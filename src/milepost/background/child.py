@@ -84,6 +84,16 @@ class WriteFuture(TrackedFuture[None]):
         number: Its number in the messages to the writer.
         phase: How far the writer is.
         committed: True if the checkpoint is known to be committed; None if it is not, or not yet.
+
+    Example:
+        >>> from milepost.checkpoint_process import CheckpointProcess, CheckpointProcessConfig, LeanWriter
+        >>> from milepost.types import RankInfo
+        >>> process = CheckpointProcess(RankInfo(0, 1), CheckpointProcessConfig(), lean=LeanWriter())
+        >>> written = process.write({"epoch": 3}, "run/step-1", step=1)
+        >>> written.result()
+        >>> written.committed
+        True
+        >>> process.close()
     """
 
     def __init__(self, request: Request, number: int) -> None:

@@ -43,6 +43,13 @@ class SaveFuture(TrackedFuture[None]):
             where several ranks do not meet: this rank's part is written, and others may still fail.
 
     Nobody can cancel it: what was accepted is carried out.
+
+    Example:
+        >>> import torch
+        >>> staged, written = checkpointer.save("run/step-1", {"w": torch.ones(2)}, step=1)
+        >>> written.result()
+        >>> written.step, written.committed
+        (1, True)
     """
 
     def __init__(self, path: str, step: Any, started_at: float) -> None:

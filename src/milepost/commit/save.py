@@ -54,6 +54,19 @@ def partial_directory() -> str:
 
     Raises:
         RuntimeError: Called outside of ``pre_commit``.
+
+    Example:
+        >>> import milepost, os
+        >>> from milepost.checkpoint_writer import partial_directory
+        >>> class WithConfig(milepost.WriterHook):
+        ...     def pre_commit(self, path, **kwargs):
+        ...         with open(f"{partial_directory()}/config.json", "w") as file:
+        ...             file.write("{}")
+        ...     def post_commit(self, path, **kwargs): ...
+        >>> with milepost.make_sync_checkpointer(commit_hook=WithConfig()) as checkpointer:
+        ...     checkpointer.save("run/step-1", {"epoch": 3})
+        >>> sorted(os.listdir("run/step-1"))
+        ['checkpoint_0.pt', 'config.json', 'index_0.json', 'manifest.json']
     """
     try:
         return _partial.get()

@@ -38,6 +38,12 @@ class Stat(msgspec.Struct, frozen=True):
         modified_seconds: Last modification, seconds since the epoch.
         mount_point: Whether a folder is the root of a mounted file system.
         writable: Whether this process may create entries in it (folders) or write to it (files).
+
+    Example:
+        >>> import os
+        >>> from milepost.storage import default_storage
+        >>> default_storage().stat(os.getcwd()).kind
+        'folder'
     """
 
     kind: Literal["file", "folder", "symlink", "other"]
@@ -48,7 +54,15 @@ class Stat(msgspec.Struct, frozen=True):
 
 
 class NewFile(Protocol):
-    """A file being created. Exactly one of `finish` and `discard` must end it."""
+    """A file being created. Exactly one of `finish` and `discard` must end it.
+
+    Example:
+        >>> import os
+        >>> from milepost.storage import default_storage
+        >>> file = default_storage().create(os.path.abspath("file"))
+        >>> file.write(0, memoryview(b"abc"))
+        >>> file.finish(3)
+    """
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` (bytes, contiguous) at `offset`.
@@ -70,7 +84,19 @@ class NewFile(Protocol):
 
 
 class OpenFile(Protocol):
-    """A file open for reading. Stays readable when it is renamed, replaced or removed."""
+    """A file open for reading. Stays readable when it is renamed, replaced or removed.
+
+    Example:
+        >>> import os
+        >>> from milepost.storage import default_storage
+        >>> storage, here = default_storage(), os.getcwd()
+        >>> storage.create(f"{here}/file").finish(3)
+        >>> folder = storage.open_folder(here)
+        >>> file, buffer = folder.open("file"), bytearray(3)
+        >>> file.read_into(0, [memoryview(buffer)])
+        >>> file.close(), folder.close()
+        (None, None)
+    """
 
     path: str
     size: int
@@ -103,7 +129,16 @@ class OpenFile(Protocol):
 
 
 class Folder(Protocol):
-    """An open folder: what is opened through it stays in it, whatever happens to its path."""
+    """An open folder: what is opened through it stays in it, whatever happens to its path.
+
+    Example:
+        >>> import os
+        >>> from milepost.storage import default_storage
+        >>> folder = default_storage().open_folder(os.getcwd())
+        >>> folder.names()
+        []
+        >>> folder.close()
+    """
 
     path: str
 
@@ -134,14 +169,35 @@ class Folder(Protocol):
 
 
 class Lock(Protocol):
-    """Held until `release`, or until the process dies."""
+    """Held until `release`, or until the process dies.
+
+    Example:
+        >>> import os
+        >>> from milepost.storage import default_storage
+        >>> storage, path = default_storage(), os.path.abspath("file")
+        >>> storage.create(path).finish(0)
+        >>> lock = storage.lock(path, exclusive=True)
+        >>> storage.lock(path) is None
+        True
+        >>> lock.release()
+    """
 
     def release(self) -> None:
         """Give the lock up; idempotent."""
 
 
 class Storage(Protocol):
-    """A place where checkpoints live. Instances are cheap, comparable and picklable."""
+    """A place where checkpoints live. Instances are cheap, comparable and picklable.
+
+    Example:
+        >>> import os
+        >>> from milepost.storage import default_storage
+        >>> storage, run = default_storage(), os.path.abspath("run")
+        >>> storage.make_folder(run)
+        >>> storage.rename(run, f"{run}-1", "create")
+        >>> storage.stat(run) is None
+        True
+    """
 
     def create(self, path: str, *, direct: bool = False) -> NewFile:
         """Create a file that does not exist yet (EntryExistsError if it does).
@@ -201,7 +257,13 @@ ALIGNMENT = 4096
 
 
 def default_storage() -> Storage:
-    """The storage that is used where none is given: the local file system."""
+    """The storage that is used where none is given: the local file system.
+
+    Example:
+        >>> from milepost.storage import default_storage
+        >>> default_storage() == default_storage()
+        True
+    """
     from milepost.storage.local import LocalStorage
 
     return LocalStorage()

@@ -49,6 +49,22 @@ class StorageContract:
 
     The fixture ``storage`` is a storage, the fixture ``folder`` the absolute path of an empty folder in it.
     `raw_put` and `raw_get` write and read a file without the code under test.
+
+    Example:
+        >>> import pathlib, pytest
+        >>> from milepost.storage import default_storage
+        >>> from milepost.testing import StorageContract
+        >>> class TestMyStorage(StorageContract):
+        ...     @pytest.fixture
+        ...     def storage(self):
+        ...         return default_storage()
+        ...     @pytest.fixture
+        ...     def folder(self, tmp_path):
+        ...         return str(tmp_path)
+        ...     def raw_put(self, storage, path, data):
+        ...         pathlib.Path(path).write_bytes(data)
+        ...     def raw_get(self, storage, path):
+        ...         return pathlib.Path(path).read_bytes()
     """
 
     picklable = True

@@ -46,6 +46,16 @@ class FaultyStorage:
 
     Attributes:
         operations: What was done, as ``"rename /a/b"``, one for each counted operation.
+
+    Example:
+        >>> import errno
+        >>> from milepost.storage import default_storage
+        >>> from milepost.testing import FaultyStorage
+        >>> storage = FaultyStorage(default_storage()).fail_at(1, OSError(errno.EIO, "broken disk"))
+        >>> storage.remove("/run/step-1")
+        Traceback (most recent call last):
+        milepost.errors.StorageError: remove failed: broken disk: /run/step-1
+        hint: the device reports an error: check the disk before you trust it again
     """
 
     def __init__(
@@ -239,7 +249,15 @@ class _FaultyOpenFile:
 
 @contextmanager
 def short_writes(limit_bytes: int) -> Iterator[None]:
-    """Within it, ``os.pwrite`` writes at most so many bytes per call, as a full or slow disk may do."""
+    """Within it, ``os.pwrite`` writes at most so many bytes per call, as a full or slow disk may do.
+
+    Example:
+        >>> import os
+        >>> from milepost.testing import short_writes
+        >>> with open("file", "wb") as file, short_writes(2):
+        ...     os.pwrite(file.fileno(), b"abcd", 0)
+        2
+    """
     real = os.pwrite
     os.pwrite = lambda descriptor, data, offset: real(descriptor, memoryview(data)[:limit_bytes], offset)
     try:
@@ -250,7 +268,14 @@ def short_writes(limit_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def signal_storm(interval_seconds: float = 0.0005) -> Iterator[None]:
-    """Within it, signals interrupt system calls all the time (``EINTR``). For the main thread."""
+    """Within it, signals interrupt system calls all the time (``EINTR``). For the main thread.
+
+    Example:
+        >>> import milepost
+        >>> from milepost.testing import signal_storm
+        >>> with signal_storm(), milepost.make_sync_checkpointer() as checkpointer:
+        ...     checkpointer.save("run/step-1", {"epoch": 3})
+    """
     before = signal.signal(signal.SIGALRM, lambda *_: None)
     signal.siginterrupt(signal.SIGALRM, True)  # noqa: FBT003 - its only form
     signal.setitimer(signal.ITIMER_REAL, interval_seconds, interval_seconds)
