@@ -146,7 +146,7 @@ class _MemoryFolder:
             if node is None:
                 raise _error(errno.ENOENT, "open", path)
             if node.kind != "file":
-                raise _corrupt("no regular file", path)
+                raise _corrupt("not a regular file", path)
             return _MemoryOpenFile(path, node)
 
     def _find(self, name: str, operation: str) -> _Node | None:
@@ -161,7 +161,7 @@ class _MemoryFolder:
             if node is None:
                 return None
             if node.kind != "folder":
-                raise _corrupt("no regular file, or a link on the way to it", f"{self.path}/{name}")
+                raise _corrupt("not a regular file, or a link leads to it", f"{self.path}/{name}")
             node = node.entries.get(part)
         return node
 

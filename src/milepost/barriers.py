@@ -141,9 +141,9 @@ def _group_arguments() -> dict[str, Any]:
     start = start_at(None, rank, world_size) if found else None
     if start is None:
         raise ConfigError(
-            "a tcp_store barrier takes its arguments from the default process group, and there is none "
-            "with a store",
-            hint="call torch.distributed.init_process_group before, or give barrier_args",
+            "a tcp_store barrier without barrier_args needs a default process group with a store, and "
+            "there is none",
+            hint="call torch.distributed.init_process_group first, or pass barrier_args",
         )
     host, port = start.tell_address(_INIT_SECONDS)
     return {

@@ -1,4 +1,4 @@
-"""The only place that picks parts and wires them together."""
+"""The functions that make a checkpointer: only this module chooses the parts and connects them."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def make_sync_checkpointer(
     rank_info: RankInfo | None = None,
     commit_hook: WriterHook | None = None,
 ) -> SyncCheckpointer:
-    """A checkpointer whose ``save`` returns when the checkpoint is durable.
+    """Make a checkpointer whose ``save`` returns when the checkpoint is durable.
 
     Args:
-        config: Options of all parts; the defaults work anywhere.
-        rank_info: This rank; by default that of the default process group, else rank 0 of 1.
+        config: Options of all parts. The defaults work anywhere.
+        rank_info: This rank. Defaults to the rank in the default process group; without one, rank 0 of 1.
         commit_hook: Called around the commit of each checkpoint.
 
     Raises:
-        ConfigError: An option is not right, or the barrier cannot be made; says which and why.
+        ConfigError: An option is wrong, or the barrier cannot be made. Says which and why.
 
     Example:
         >>> import milepost, torch
@@ -66,7 +66,7 @@ def make_sync_checkpointer(
 
 
 def default_subprocess_init_fn(*args: Any) -> None:
-    """What the checkpoint process calls first unless you say otherwise: nothing.
+    """The default of ``subprocess_init_fn``. It does nothing.
 
     Example:
         >>> from milepost.builder import default_subprocess_init_fn
@@ -75,7 +75,7 @@ def default_subprocess_init_fn(*args: Any) -> None:
 
 
 def default_writer_init_fn(rank_info: RankInfo) -> CheckpointWriter:
-    """The writer that the checkpoint process uses unless you say otherwise.
+    """The default of ``checkpoint_writer_init_fn``. It makes Milepost's writer.
 
     Example:
         >>> from milepost import RankInfo
@@ -95,20 +95,20 @@ def make_async_checkpointer(
     *,
     commit_hook: WriterHook | None = None,
 ) -> AsyncCheckpointer:
-    """A checkpointer whose ``save`` returns as soon as the state is copied.
+    """Make a checkpointer whose ``save`` returns as soon as the state is copied.
 
     Args:
-        config: Options of all parts; the defaults work anywhere.
-        rank_info: This rank; by default that of the default process group, else rank 0 of 1.
+        config: Options of all parts. The defaults work anywhere.
+        rank_info: This rank. Defaults to the rank in the default process group; without one, rank 0 of 1.
         subprocess_init_fn: Called in the checkpoint process first, with `subprocess_init_args`.
         subprocess_init_args: Its arguments.
-        checkpoint_writer_init_fn: Called there with `checkpoint_writer_init_args` by keyword, and
-            ``rank_info``; returns the writer to use instead of Milepost's own.
+        checkpoint_writer_init_fn: Returns a writer that replaces Milepost's. Called there with
+            `checkpoint_writer_init_args` as keywords, and with ``rank_info``.
         checkpoint_writer_init_args: Its arguments.
         commit_hook: Called around the commit of each checkpoint, in the checkpoint process.
 
     Raises:
-        ConfigError: An option is not right, or the barrier cannot be made; says which and why.
+        ConfigError: An option is wrong, or the barrier cannot be made. Says which and why.
         UnavailableError: ``use_non_blocking_copy=True`` without an accelerator.
 
     Example:
@@ -124,7 +124,7 @@ def make_async_checkpointer(
     rank_info = _checked_rank(rank_info)
     options = config.async_config
     if options.when_busy == "skip" and rank_info.global_world_size > 1:
-        raise ConfigError('async_config.when_busy="skip" with several ranks would skip different saves')
+        raise ConfigError('async_config.when_busy="skip" needs one rank: several would skip different saves')
     if config.barrier_config.barrier_type == "dist_barrier":
         raise ConfigError(
             "dist_barrier cannot be used with an async checkpointer: it would use the training's process "
@@ -159,9 +159,7 @@ def make_async_checkpointer(
         fallback = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook, meets=meets)
     else:
         if commit_hook is not None or config.barrier_config.barrier_type is not None:
-            logger.warning(
-                "a writer of your own gets its own arguments only: no barrier_config and no commit_hook"
-            )
+            logger.warning("barrier_config and commit_hook have no effect on a custom writer")
         process = CheckpointProcess(
             rank_info,
             config.process_config,
@@ -178,7 +176,7 @@ def make_async_checkpointer(
 
 
 def _reader(config: CheckpointerConfig, rank_info: RankInfo, barrier: object) -> CheckpointReader:
-    """A reader whose ranks agree at the barrier's store, where there is one."""
+    """A reader. Its ranks agree at the barrier's store, if there is one."""
     return CheckpointReader(
         rank_info,
         store=barrier_store(barrier),
@@ -192,7 +190,7 @@ def _checked_rank(rank_info: RankInfo | None) -> RankInfo:
             return RankInfo(dist.get_rank(), dist.get_world_size())
         own, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
         if own.isdecimal() and world.isdecimal() and int(world) > 1:
-            # As rank 0 of 1, which this would be otherwise, all of them would save over each other.
+            # As rank 0 of 1, each rank would replace the checkpoints of the others.
             raise ConfigError(
                 f"the environment says that this is rank {own} of {world}, but there is no process group",
                 rank=int(own),
@@ -225,15 +223,15 @@ def _meets(config: CheckpointerConfig, rank_info: RankInfo, *, own: bool = True)
         found = (dist.get_rank(), dist.get_world_size())
         if found != (rank, size):
             raise ConfigError(
-                f"{rank_info!r} is not what the default process group says: rank {found[0]} of {found[1]}",
-                hint="for one rank alone RankInfo(0, 1); for a group of some ranks a barrier_config; to have "
-                'each rank write its part and nobody wait, meeting="none"',
+                f"{rank_info!r} differs from the default process group: rank {found[0]} of {found[1]}",
+                hint="for one rank alone, pass RankInfo(0, 1); for a group of some ranks, pass a "
+                'barrier_config; if ranks shall not wait for each other, set meeting="none"',
             )
     if not meets or start_at(None, rank, size) is None:
         logger.warning(
-            "the ranks of this job do not meet when they save%s: a save that is over is written, not known "
-            "to be committed",
-            "" if not meets else ", as there is no default process group with a store",
+            "the ranks of this job do not meet when they save%s: when save returns, this rank's part is "
+            "written, but other ranks may still fail",
+            "" if not meets else ", because there is no default process group with a store",
         )
     return meets
 

@@ -1,4 +1,4 @@
-"""The checkpoint process, seen from the trainer: started, fed, watched, replaced."""
+"""The checkpoint process: the trainer starts it, sends it requests, and replaces it if it is lost."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _PATIENCE_SECONDS = 600
-"""How long a writer of the user's own may go on after the trainer has gone."""
+"""How long a custom writer may continue after the trainer has ended."""
 
 _STALL_SECONDS = 60
-"""How much longer than it may wait for other ranks a writer of ours may show no sign of life."""
+"""Milepost's writer counts as stuck after this time in addition to its time limits for other ranks."""
 
 
 class RequestType(Enum):
-    """What a checkpoint process can be asked for.
+    """The requests to a checkpoint process.
 
     Example:
         >>> from milepost.checkpoint_process import RequestType
@@ -110,14 +110,14 @@ class WorkerResponse:
 
 @dataclass
 class LeanWriter:
-    """Milepost's own writer in the checkpoint process; with it the child imports no torch.
+    """Milepost's writer in the checkpoint process. With it, the child does not import torch.
 
     Attributes:
         config: Options of the writer.
-        barrier: Any object with ``execute_barrier()``; it is executed here, in a thread of its own.
+        barrier: Any object with ``execute_barrier()``. A thread of the trainer calls it.
         commit_hook: Called in the child.
-        storage: Where checkpoints live.
-        meets: Meet the other ranks at the store of the default process group, where there is no barrier.
+        storage: Where checkpoints are stored.
+        meets: Without a barrier, meet the other ranks at the store of the default process group.
 
     Example:
         >>> from milepost.checkpoint_process import LeanWriter
@@ -137,7 +137,7 @@ class LeanWriter:
 
     @property
     def stall_seconds(self) -> float:
-        """How long a save may show no sign of life."""
+        """The writer counts as stuck if a save makes no progress for so many seconds."""
         return 2 * self.config.write_barrier_timeout_secs + _STALL_SECONDS
 
     @property
@@ -146,7 +146,7 @@ class LeanWriter:
         return self.commit_hook is not None
 
     def pickles(self) -> tuple[bytes, bytes]:
-        """The storage and the hook for the child, and no writer of the user's."""
+        """The storage and the hook for the child, and no custom writer."""
         return _pickled((self.storage, self.commit_hook)), b""
 
     def labels(self, request: Request) -> Labels:
@@ -160,7 +160,7 @@ class LeanWriter:
 
 
 class _CustomWriter:
-    """A writer of the user's own in the checkpoint process.
+    """A custom writer in the checkpoint process.
 
     Args:
         functions: The init function, its arguments, the function that makes the writer, its arguments.
@@ -180,14 +180,14 @@ class _CustomWriter:
         return _pickled((None, None)), _pickled(self._functions)
 
     def labels(self, request: Request) -> Labels:  # noqa: ARG002 - the user's writer checks its arguments
-        """The user's writer records what it likes."""
+        """A custom writer records its own labels."""
         return Labels()
 
     def check(self, snapshot: Snapshot) -> None:
         """Refuse a part of a global tensor."""
         if snapshot.shares is not None:
             raise StateError(
-                "a writer of your own would take this rank's part of a DTensor or replica for the whole",
+                "a custom writer would save this rank's part of a DTensor or replica as the whole",
                 key=path_text(decode_key(snapshot.shares.decoded().key[0])),
                 hint="leave out checkpoint_writer_init_fn and subprocess_init_fn, or save full tensors",
             )
@@ -196,22 +196,22 @@ class _CustomWriter:
 class CheckpointProcess(OwnedByProcess):
     """A child process that writes checkpoints, one after the other.
 
-    The constructor does not wait for the child; `process_creation_future` is done when it is ready.
+    The constructor does not wait for the child. `process_creation_future` is done when it is ready.
 
     Args:
         rank_info: Which rank this is, of how many.
         config: Options.
         subprocess_init_fn: Called in the child first, with `subprocess_init_args`.
         subprocess_init_args: Its arguments.
-        checkpoint_writer_init_fn: Called in the child with `checkpoint_writer_init_args` by keyword, and
-            ``rank_info`` added if it is not among them; returns the writer.
+        checkpoint_writer_init_fn: Returns the writer. Called in the child with
+            `checkpoint_writer_init_args` as keywords, and with ``rank_info`` if it is not among them.
         checkpoint_writer_init_args: Its arguments.
-        lean: Use Milepost's own writer instead, without these functions.
+        lean: Use Milepost's writer instead of these functions.
         on_progress: Called with the absolute path of a save, its phase, bytes written and bytes in all.
-        encoder: Makes what takes apart the state dicts that no `DefaultStager` has staged.
+        encoder: Makes the encoder for state dicts that no `DefaultStager` has staged.
 
     Raises:
-        ConfigError: A function cannot be handed to another process, or there is no interpreter to start.
+        ConfigError: A function cannot be sent to another process, or there is no interpreter to start.
 
     Example:
         >>> from milepost.checkpoint_process import CheckpointProcess, CheckpointProcessConfig, LeanWriter
@@ -287,7 +287,7 @@ class CheckpointProcess(OwnedByProcess):
 
     @property
     def process_creation_future(self) -> Future[None]:
-        """Done when the child is ready; raises RuntimeError with its traceback, or TimeoutError."""
+        """Done when the child is ready. Raises RuntimeError with its traceback, or TimeoutError."""
         return self._child.ready
 
     @property
@@ -298,27 +298,27 @@ class CheckpointProcess(OwnedByProcess):
 
     @property
     def takes_keywords(self) -> bool:
-        """Whether a hook or a writer of the user's gets the keyword arguments of `write`."""
+        """Whether a hook or a custom writer gets the keyword arguments of `write`."""
         return self._writer.wants_arguments or type(self) is not CheckpointProcess
 
     def write(
         self, state_dict: STATE_DICT | Future[STATE_DICT], path: StrPath, **kwargs: Any
     ) -> Future[None]:
-        """Have the child write a state dict; returns at once, with a future that is done when it has.
+        """Send a state dict to the child. Returns at once, with a future that is done when it is written.
 
-        On return (for a future: when that is done) the request is in the child's hands, and is carried out
-        even if this process dies. A state dict that `DefaultStager` staged is written from its arena; of
-        any other a copy is made before this returns, but for tensors in shared memory.
+        On return, the child has the request, and carries it out even if this process dies. If `state_dict`
+        is a future, this holds when that is done. A state dict that `DefaultStager` staged is written from
+        its arena. Any other is copied before this returns, except for tensors in shared memory.
 
         Args:
             state_dict: What to write, or a future of it.
-            path: The checkpoint's folder; a relative path means the folder at the time of this call.
-            kwargs: For the writer and its hooks; ``step`` and ``metadata`` are recorded.
+            path: The checkpoint's folder. A relative path means the folder at the time of this call.
+            kwargs: For the writer and its hooks. ``step`` and ``metadata`` are recorded.
 
         Raises:
             ClosedError: The process was closed.
-            Exception: A failure of an earlier write that nobody has looked at. With several ranks this call
-                counts as a write, of which the others are told.
+            Exception: An earlier write failed, and your code has not looked at its error. With several
+                ranks, this call counts as a write, and the other ranks learn of it.
         """
         self._check_open()
         request = self._request(given_path(path), kwargs)
@@ -333,7 +333,7 @@ class CheckpointProcess(OwnedByProcess):
         return future
 
     def write_again(self, lost: WriteFuture) -> Future[None]:
-        """As `write`, of a request whose writer was lost, as the same attempt of all ranks.
+        """Send a request again whose writer was lost, as the same attempt of all ranks.
 
         Args:
             lost: The result of `write`, which has failed with `LostWriterError`.
@@ -344,17 +344,17 @@ class CheckpointProcess(OwnedByProcess):
         return future
 
     def abandon(self, lost: WriteFuture, error: BaseException) -> None:
-        """Do not write a request again whose writer was lost; its memory is free on return."""
+        """Give up a request whose writer was lost. Its memory is free on return."""
         if lost.request.held is not None:
             self._end(lost.request, error)
 
     def give_up(self, path: str, error: BaseException) -> None:
-        """A save failed before `write` was called. It counts as one."""
+        """Count a save that failed before `write` was called."""
         with suppress(TargetError):  # an attempt needs a path
             self._end(self._request(path, {}), error)
 
     def _request(self, path: str, arguments: dict[str, Any]) -> Request:
-        """Count a save to a path, even if it fails: that is how the ranks find each other."""
+        """Count a save to a path, even if it fails: the ranks find each other by this number."""
         target = absolute_path(path) if self._writer.tells else os.path.abspath(path)
         return Request(path, arguments, *self._ranks.next(target))
 
@@ -423,7 +423,7 @@ class CheckpointProcess(OwnedByProcess):
             raise
 
     def _end(self, request: Request, error: BaseException) -> None:
-        """End an attempt in an error: its memory is free on return, and the other ranks are told."""
+        """End an attempt with an error. On return its memory is free, and the other ranks know."""
         request.held = None
         options = request.options
         if isinstance(error, MilepostError):
@@ -443,11 +443,11 @@ class CheckpointProcess(OwnedByProcess):
             return self._stager.stage_image(state_dict, leave_shared=self._writer.leaves_shared)
 
     def _check_main(self, pickled: bytes) -> None:
-        """Refuse what the child could not find."""
+        """Refuse functions and classes that the child cannot find."""
         if b"__main__" in pickled and not self._main:
             raise ConfigError(
-                "a function or class given to the checkpoint process is defined in __main__, and there is no "
-                "file to find it in",
+                "a function or class for the checkpoint process is defined in __main__, which has no file "
+                "that the process could import",
                 hint="put it into a module and import it from there",
             )
 
@@ -462,17 +462,17 @@ class CheckpointProcess(OwnedByProcess):
             self._ranks.wrote(options.target or "", options.attempt)
 
     def failures(self) -> list[CommitError]:
-        """The writes that were not known to be committed, and have failed since; each is returned once."""
+        """The writes that have failed after this rank had written its part. Each is returned once."""
         return self._ranks.failures()
 
     def close(self) -> None:
-        """Finish the writes that were accepted, and end the child; it is gone on return.
+        """Finish the accepted writes, and end the child. It has ended on return. Idempotent.
 
-        Waits as long as bytes advance; a stall longer than ``subprocess_shutdown_timeout_secs`` ends the
-        child. Idempotent.
+        Waits as long as the writes make progress. Without progress for ``subprocess_shutdown_timeout_secs``,
+        the child is killed.
 
         Raises:
-            Exception: A failure of a write that nobody has looked at.
+            Exception: A write failed, and your code has not looked at its error.
         """
         if not self.is_owned:
             return
@@ -490,7 +490,7 @@ class CheckpointProcess(OwnedByProcess):
         self._failures.raise_oldest()
 
     def stalled(self) -> bool:
-        """Whether nothing has moved for so long that `close` would not wait any more."""
+        """Whether there was no progress for so long that `close` does not wait any more."""
         return self._child.stalled(self._config.subprocess_shutdown_timeout_secs)
 
     def _check_open(self) -> None:
@@ -504,13 +504,13 @@ def _pickled(value: Any) -> bytes:
         return pickle.dumps(value)
     except Exception as error:
         raise ConfigError(
-            f"cannot be handed to the checkpoint process: {error}",
+            f"an argument cannot be sent to the checkpoint process: {error}",
             hint="define functions and hooks at the top level of a module, and pass plain arguments",
         ) from error
 
 
 def _main_module() -> bytes:
-    """What the child needs to find functions of ``__main__``, as `multiprocessing` does it, if it can."""
+    """The data with which the child finds functions of ``__main__``, as in `multiprocessing`; b"" if none."""
     data = spawn.get_preparation_data("milepost-writer")
     found = {name: data[name] for name in ("init_main_from_name", "init_main_from_path") if name in data}
     return pickle.dumps(found) if found else b""

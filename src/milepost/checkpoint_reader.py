@@ -1,4 +1,4 @@
-"""The reader: loads one rank's state dict, into a template or anew, and verifies what it loads."""
+"""The reader: loads one rank's state dict, into a template or as new values, and verifies it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _TRIES = 20
 
 
 class CheckpointReader:
-    """Reads checkpoints as one rank of a job. Thread-safe; holds nothing between reads.
+    """Reads checkpoints as one rank of a job. Thread-safe. Holds nothing between reads.
 
     Args:
         rank_info: Which rank this is, of how many.
-        storage: Where checkpoints live; the local file system by default.
-        store: A ``torch.distributed`` store at which the ranks agree on each load; by default that of the
-            default process group, if there is one of this size.
+        storage: Where checkpoints are stored. Defaults to the local file system.
+        store: A ``torch.distributed`` store at which the ranks agree on each load. Defaults to the store of
+            the default process group, if there is a group of this size.
         timeout_seconds: How long to wait there for the other ranks.
 
     Example:
@@ -81,53 +81,54 @@ class CheckpointReader:
         cast: bool = False,
         **kwargs: Any,
     ) -> tuple[STATE_DICT, list[str]]:
-        """Read what this rank needs of the checkpoint at `path`.
+        """Read the values of this rank from the checkpoint at `path`.
 
-        On return every byte that was loaded has been checked against the checksums made when it was
-        saved (unless `verify` is False). If it raises, the template is as it was; the one exception are
-        damage and failures found while reading, whose error then has ``targets_modified`` True.
+        On return, every loaded byte has been compared with the checksums of the save (unless `verify` is
+        False). If this raises, the template is as it was. There is one exception: after damage or a failure
+        that is found while reading, the error has ``targets_modified`` True.
 
-        A tensor that several ranks saved between them (a DTensor, or one that was declared replicated) is
-        loaded into whatever the template has: a DTensor of any placements gets this rank's part of it, a
-        plain tensor all of it. Every other value is what rank `r` of N saved, for rank `r` of this job;
-        ranks beyond N take those of rank ``r % N``.
+        A global tensor is a DTensor, or a tensor that was declared replicated. It is loaded into any tensor
+        of the template: a DTensor of any placements gets this rank's part, a plain tensor gets all of it.
+        All other values are per-rank: rank `r` gets the values that rank `r` saved. If only N ranks saved,
+        further ranks get the values of rank ``r % N``.
 
-        With several ranks, and a default process group or a store, all ranks must call this, with the same
-        path: they return the same missing keys, and if one of them cannot load, all raise and no rank has
-        changed anything (but for damage that is found while reading). With neither, each rank raises alone.
+        With several ranks, and a default process group or a store, all ranks must call this with the same
+        path. They return the same missing keys. If one of them cannot load, all raise, and no rank has
+        changed anything (except after damage that is found while reading). With neither, each rank raises
+        alone.
 
         Args:
-            path: The checkpoint's folder, or one with a ``checkpoint_<rank>.pt`` of plain ``torch.save``.
-            state_dict: A template to load into. Only its keys are loaded and none is added; its tensors
-                are filled in place, its other values replaced; None stands for all that was saved there.
-                Without a template the file is mapped privately: tensors are copies on write; those that
-                several ranks saved come whole, as plain contiguous tensors.
-            map_location: As for ``torch.load``, for tensors that are new.
-            verify: True; False to skip the checksums; "first" to read twice, checking all before the
-                template is touched.
+            path: The checkpoint's folder, or a folder with ``checkpoint_<rank>.pt`` of plain ``torch.save``.
+            state_dict: A template to load into. Only its keys are loaded, and none is added. Its tensors
+                are filled in place, its other values are replaced. None loads all saved values. The file is
+                then mapped privately, so its tensors are copied on write. Global tensors are whole, as plain
+                contiguous tensors.
+            map_location: As for ``torch.load``, for new tensors.
+            verify: True; False to skip the checksums; "first" to read twice, and to check all bytes before
+                the template is changed.
             strict: Refuse keys of the template that were not saved, before anything is changed. Otherwise
-                they, and saved keys that the template lacks, are one warning in the log. If not strict, a
-                template that only lacks whole parts of what was saved, such as ``optimizer``, is none.
-            allow_missing: Patterns (``*`` is any text) of paths that need not have been saved; what is let
-                pass is named in the log, and is not among the missing keys.
-            rename: From the path at which something was saved to the one that it has in the template, such
-                as ``{"model.old.*": "model.new.*"}``; what is renamed is named in the log, and so are
-                renames that fit nothing.
-            cast: Convert what was saved to the dtypes of the template's tensors and arrays, as
+                the log has one warning with these keys and with saved keys that the template lacks. There is
+                no warning if the template only lacks whole parts of the checkpoint, such as ``optimizer``.
+            allow_missing: Patterns (``*`` is any text) of paths that need not have been saved. The log names
+                the missing ones. They are not among the missing keys.
+            rename: From the path of a saved value to its path in the template, such as
+                ``{"model.old.*": "model.new.*"}``. The log names what was renamed, and renames that match
+                nothing.
+            cast: Convert saved values to the dtypes of the template's tensors and arrays, as
                 ``load_state_dict`` does. Complex values are converted to complex dtypes only.
             together: False to load on this rank alone although there is a process group.
-            kwargs: Accepted and ignored; the log names those that ``torch.load`` does not have.
+            kwargs: Accepted and ignored. The log names those that ``torch.load`` does not have.
 
         Returns:
-            The state dict (the template, if one was given), and the topmost paths in the template that
+            The state dict (the template, if you passed one), and the topmost paths in the template that
             were not saved, such as ``model.0.weight``.
 
         Raises:
-            CheckpointNotFoundError: There is none; the message names the nearest.
+            CheckpointNotFoundError: There is none. The message names the nearest.
             IncompleteCheckpointError: The save never committed.
-            CorruptCheckpointError: A file is damaged; the message says which, and which key.
-            MismatchError: The template does not fit, or (if strict) keys are missing; lists them all.
-            PeerLoadError: Another rank could not load, or did not come.
+            CorruptCheckpointError: A file is damaged. The message says which file and which key.
+            MismatchError: The template does not fit, or keys are missing (if strict). Lists them all.
+            PeerLoadError: Another rank could not load, or did not call this.
             UnsupportedFormatError: A later version of Milepost wrote it.
 
         Example:
@@ -221,7 +222,7 @@ class CheckpointReader:
         if found.misfits or (strict and found.missing):
             hint = "nothing was changed"
             if found.misfits:
-                hint += "; where dtypes alone differ, cast=True converts them"
+                hint += "; if only dtypes differ, cast=True converts them"
             raise MismatchError(_differences(path, found, strict=strict), hint=hint)
         return first
 
@@ -298,7 +299,7 @@ def _tell(path: str, found: Match, *, strict: bool) -> None:
     elif differs:
         logger.info("%s: the template does not ask for %s", path, "; ".join(found.unexpected))
     if found.allowed:
-        logger.warning("%s lacks what is allowed to be missing: %s", path, "; ".join(found.allowed))
+        logger.warning("%s lacks keys that allow_missing permits: %s", path, "; ".join(found.allowed))
     if found.renamed:
         pairs = "; ".join(f"{old} -> {new}" for old, new in found.renamed)
         logger.warning("%s: loaded under new names: %s", path, pairs)
@@ -311,7 +312,7 @@ def _differences(path: str, found: Match, *, strict: bool = False) -> str:
         ("does not fit", found.misfits),
         ("missing keys" if strict else "missing keys in the checkpoint", found.missing),
         ("unexpected keys in the checkpoint", found.unexpected),
-        ("renames that fit nothing", found.unused),
+        ("renames that match nothing", found.unused),
     ):
         if items:
             more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
@@ -328,9 +329,9 @@ def load_with(
     strict: bool,
     options: dict[str, Any],
 ) -> STATE_DICT:
-    """Load through a reader, ours or one that only has ``read``.
+    """Load through a reader, Milepost's or a custom one with the method ``read``.
 
-    Ours refuses missing keys before it changes anything; from any other they are known only afterwards.
+    Milepost's reader refuses missing keys before it changes anything. A custom one reports them afterwards.
 
     Example:
         >>> import milepost

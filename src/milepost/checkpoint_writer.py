@@ -30,7 +30,7 @@ __all__ = ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook", "partial_
 logger = logging.getLogger(__name__)
 
 _LAST_WORD_SECONDS = 5
-"""How long a store may take to hear how a save ended, before others have to see it in the folder."""
+"""How long the store may take to receive the end of a save. Then the other ranks look at the folder."""
 
 
 class WriterHook(abc.ABC):
@@ -51,8 +51,8 @@ class WriterHook(abc.ABC):
     def pre_commit(self, path: str, **kwargs: Any) -> None:
         """Called when this rank's file is durable, before the checkpoint is visible.
 
-        If it raises, the checkpoint does not appear. `partial_directory` tells where the files are; what
-        is added there becomes part of the checkpoint. A retry of the save may call it again.
+        If it raises, the checkpoint does not appear. `partial_directory` returns the folder of the files.
+        Files that you add there become part of the checkpoint. A retry of the save may call this again.
 
         Args:
             path: The checkpoint's path as it was given to ``save``.
@@ -61,25 +61,25 @@ class WriterHook(abc.ABC):
 
     @abc.abstractmethod
     def post_commit(self, path: str, **kwargs: Any) -> None:
-        """Called once the checkpoint is committed and visible at `path`; arguments as for `pre_commit`.
+        """Called when the checkpoint is committed and visible at `path`. Arguments as for `pre_commit`.
 
         With several ranks and no barrier, only the rank that commits calls it.
         """
 
 
 class CheckpointWriter:
-    """Writes this rank's part of each checkpoint. Thread-safe: writes follow one another.
+    """Writes this rank's part of each checkpoint. Thread-safe: it makes one write after the other.
 
     Args:
         config: Options.
         rank_info: Which rank this is, of how many.
-        barrier: Any object with ``execute_barrier()``, called once in each write, when all ranks' files
-            are durable. Without one, a rank out of several does its own part and returns; the rank that
+        barrier: Any object with ``execute_barrier()``. Each write calls it once, when all ranks' files are
+            durable. Without a barrier, one of several ranks writes its part and returns. The rank that
             completes the set commits it.
         commit_hook: Called around the commit.
-        storage: Where checkpoints live; the local file system by default.
-        meets: Meet the other ranks at the store of the default process group, where there is no barrier.
-        observers: Get an event for each write that is not known to be committed.
+        storage: Where checkpoints are stored. Defaults to the local file system.
+        meets: Without a barrier, meet the other ranks at the store of the default process group.
+        observers: They get an event for each write that is not known to be committed.
 
     Example:
         >>> from milepost import CheckpointWriter, CheckpointWriterConfig, RankInfo
@@ -126,9 +126,9 @@ class CheckpointWriter:
     def write(self, path: StrPath, state_dict: STATE_DICT, **kwargs: Any) -> None:
         """Write a state dict to ``<path>/checkpoint_<rank>.pt`` and commit the checkpoint.
 
-        On return this rank's part is durable; with one rank, or with a barrier, the whole checkpoint is
-        committed: it is complete, verified by checksums, survives a power cut and is visible at `path`,
-        where it has replaced an older checkpoint in one step. If it raises, `path` is as it was.
+        On return, this rank's part is durable. With one rank, or with a barrier, the whole checkpoint is
+        committed: it is complete, has checksums, survives a power cut, and is visible at `path`. It has
+        replaced an older checkpoint there in one step. If this raises, `path` is as it was.
 
         Args:
             path: A folder that does not exist, is empty, or holds a checkpoint to replace. A relative
@@ -141,8 +141,8 @@ class CheckpointWriter:
             StateError: The state dict, step or metadata cannot be saved; nothing was written.
             TargetError: The path may not be written to or replaced; nothing was touched.
             StorageError: An operation of the file system failed, such as on a full disk.
-            CommitError: Another rank failed or did not come; or `PostCommitError`, see there; or it is found
-                only now that an earlier write has failed on another rank: this one was written all the same.
+            CommitError: Another rank failed or did not arrive. Or ``post_commit`` raised (`PostCommitError`).
+                Or an earlier write has failed on another rank since; then this write was made all the same.
             ClosedError: The writer was closed.
 
         Example:
@@ -157,7 +157,7 @@ class CheckpointWriter:
             logger.info("%s: this rank's part is written, not known to be committed", path)
             step = kwargs.get("step")
             notify(self._observers, Event("written", path, step if isinstance(step, int) else None))
-        _raise_first(earlier, f"{path} was written after that")
+        _raise_first(earlier, f"this rank's part of {path} is written")
 
     def carry_out(self, path: str, state_dict: STATE_DICT, arguments: dict[str, Any]) -> bool:
         """Do what `write` does; whether the checkpoint is known to be committed."""
@@ -192,10 +192,10 @@ class CheckpointWriter:
         return outcome.committed
 
     def close(self) -> None:
-        """Release the writer's memory. Waits for a write that is under way; idempotent.
+        """Release the writer's memory. Waits for a write in progress. Idempotent.
 
         Raises:
-            AbortedError: What was written before has failed on another rank since.
+            AbortedError: An earlier write has failed on another rank since.
 
         Example:
             >>> from milepost import CheckpointWriter, CheckpointWriterConfig, RankInfo
@@ -205,13 +205,13 @@ class CheckpointWriter:
         with self._lock:
             self._closed = True
             self._ring.close()
-        _raise_first(self._ranks.failures(), "nothing was written after that")
+        _raise_first(self._ranks.failures(), "nothing was written since")
 
 
 def _raise_first(failures: list[CommitError], note: str) -> None:
-    """Raise what is found only now to have failed; there is more about it in the note."""
+    """Raise the failure of an earlier write, with a note. Log all further ones."""
     for error in failures[1:]:
         logger.error("%s was not committed: %s", error.path, error)
     if failures:
-        failures[0].add_note(f"This is the end of an earlier save, which had been written here; {note}.")
+        failures[0].add_note(f"This error ended an earlier save that this rank had already written; {note}.")
         raise failures[0]

@@ -1,4 +1,4 @@
-"""The checkpointers: what a training loop holds, with save, load and close."""
+"""The checkpointers of a training loop: save, load and close."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class Checkpointer(abc.ABC):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Close it. If the block raised, that error stays: what `close` raises becomes a note on it."""
+        """Close it. If the block raised, its error is kept, and an error of `close` becomes a note on it."""
         try:
             self.close()
         except Exception as failure:
             if error is None or (isinstance(error, SystemExit) and not error.code):
                 raise
-            logger.exception("the checkpointer could not be closed without a failure")
-            error.add_note(f"The checkpointer that was closed then has failed, too: {failure}")
+            logger.exception("closing the checkpointer failed")
+            error.add_note(f"Closing the checkpointer failed, too: {failure}")
 
     @abc.abstractmethod
     def save(
@@ -81,7 +81,7 @@ class Checkpointer(abc.ABC):
         metadata: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Save a state dict as the checkpoint at `path`; what holds on return is up to the subclass."""
+        """Save a state dict as the checkpoint at `path`. The subclass says what holds on return."""
 
     @abc.abstractmethod
     def load(
@@ -97,7 +97,7 @@ class Checkpointer(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Finish what was accepted and release everything."""
+        """Finish the accepted saves and release everything."""
 
 
 class _Loading(Checkpointer):
@@ -120,35 +120,35 @@ class _Loading(Checkpointer):
         together: bool = True,
         **kwargs: Any,
     ) -> STATE_DICT:
-        """Load what this rank needs of the checkpoint at `path`; a save to it that is under way comes first.
+        """Load the values of this rank from the checkpoint at `path`. First waits for a running save to it.
 
-        On return every byte that was loaded has been verified. If it raises, the template is as it was
+        On return, every loaded byte has been verified. If this raises, the template is as it was
         (`CheckpointReader.read` names the one exception). With a process group, all ranks must call it.
 
         Args:
             path: The checkpoint's folder.
-            state_dict: A template, whose tensors are filled in place; None to get all that was saved.
+            state_dict: A template, whose tensors are filled in place. None loads all saved values.
             default_map_location: Where new tensors go, as ``map_location`` of ``torch.load``.
             strict: Refuse, before anything is changed, keys of the template that were not saved. Without a
                 template there are none.
             map_location: Another name of `default_map_location`.
-            verify: False to skip the checksums; "first" to check everything before the template is touched.
-            cast: Convert what was saved to the dtypes of the template, as ``load_state_dict`` does.
-            rename: From the path at which something was saved to its path in the template, such as
+            verify: False to skip the checksums; "first" to check everything before the template is changed.
+            cast: Convert saved values to the dtypes of the template, as ``load_state_dict`` does.
+            rename: From the path of a saved value to its path in the template, such as
                 ``{"model.old.*": "model.new.*"}``.
             allow_missing: Patterns of paths in the template that need not have been saved.
             together: False to load on this rank alone although there is a process group.
-            kwargs: For a reader of your own. Ours knows no other arguments; ``weights_only`` and ``mmap`` of
-                ``torch.load`` are ignored.
+            kwargs: For a custom reader. Milepost's reader accepts no other arguments, but ignores
+                ``weights_only`` and ``mmap`` of ``torch.load``.
 
         Returns:
-            The template, filled; or the state dict that was saved.
+            The filled template, or the saved state dict.
 
         Raises:
-            CheckpointNotFoundError: There is none; the message names the nearest.
-            CorruptCheckpointError: A file is damaged; the message says which, and which key.
-            MismatchError: The template does not fit, or (if strict) "… missing keys …"; nothing was changed.
-            UnknownArgumentError: No argument has this name; the message has the nearest.
+            CheckpointNotFoundError: There is none. The message names the nearest.
+            CorruptCheckpointError: A file is damaged. The message says which file and which key.
+            MismatchError: The template does not fit, or (if strict) "… missing keys …". Nothing was changed.
+            UnknownArgumentError: No argument has this name. The message has the nearest.
             ConfigError: An argument does not make sense.
 
         Example:
@@ -163,7 +163,7 @@ class _Loading(Checkpointer):
         if type(self._reader) is CheckpointReader:
             _refuse_unknown("load", kwargs.keys() - {"weights_only", "mmap"}, _LOAD_ARGUMENTS)
         if map_location is not None and default_map_location is not None:
-            raise ConfigError("map_location and default_map_location are one option: give one of them")
+            raise ConfigError("map_location and default_map_location are one option: pass only one of them")
         given = {"verify": verify, "cast": cast, "rename": rename, "allow_missing": allow_missing}
         usual = {"verify": True, "cast": False, "rename": None, "allow_missing": None, "together": True}
         options = {k: v for k, v in (given | {"together": together}).items() if v is not usual[k]}
@@ -185,12 +185,12 @@ _LOAD_ARGUMENTS = (
 def _refuse_unknown(method: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in sorted(given):
         near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"{method} takes {', '.join(known)}"
         raise UnknownArgumentError(f"{method} has no argument {name!r}", hint=hint)
 
 
 def _labels(step: SupportsIndex | None, metadata: Any) -> dict[str, Any]:
-    """Those of the two that were given: they are passed on like all other keyword arguments."""
+    """Those of the two that are not None. They are passed on like all other keyword arguments."""
     return {k: v for k, v in (("step", step), ("metadata", metadata)) if v is not None}
 
 
@@ -225,7 +225,7 @@ class SyncCheckpointer(_Loading):
     ) -> None:
         """Save a state dict.
 
-        On return the checkpoint is durable. It is committed on all ranks, unless they do not meet. If this
+        On return, the checkpoint is durable. It is committed on all ranks, unless they do not meet. If this
         raises, `path` is as it was.
 
         Args:
@@ -233,14 +233,14 @@ class SyncCheckpointer(_Loading):
             state_dict: What to save. It is read during the call only.
             step: The training step. The checkpoint records it.
             metadata: Plain values in dicts and lists. The checkpoint records them.
-            kwargs: For a commit hook or a writer of your own, which get all of these arguments that were
-                given. Without one, no others are accepted.
+            kwargs: For a commit hook or a custom writer. They get all of these arguments that you pass.
+                Without one, no others are accepted.
 
         Raises:
             StateError: The state dict, step or metadata cannot be saved; nothing was written.
             TargetError: The path may not be written to or replaced; nothing was touched.
             StorageError: An operation of the file system failed, such as on a full disk.
-            CommitError: Another rank failed or did not come; see `CheckpointWriter.write`.
+            CommitError: Another rank failed or did not arrive; see `CheckpointWriter.write`.
             UnknownArgumentError: No argument has this name; nothing was written.
 
         Example:
@@ -260,7 +260,7 @@ class SyncCheckpointer(_Loading):
         self._check_open()
 
     def close(self) -> None:
-        """Release the writer; idempotent. Later calls raise `ClosedError`.
+        """Release the writer. Idempotent. Later calls raise `ClosedError`.
 
         Example:
             >>> import milepost
@@ -278,12 +278,14 @@ class SyncCheckpointer(_Loading):
 class AsyncCheckpointer(OwnedByProcess, _Loading):
     """Saves in a process beside the training. As a context manager, it closes itself at the block's end.
 
+    In the examples of its methods, ``checkpointer`` is an open one.
+
     Args:
         checkpoint_stager: Makes the copy that is written.
         checkpoint_process: Writes it.
         reader: Loads.
-        config: How many saves may be under way, and what to do when something fails.
-        fallback: Writes while the caller waits, when memory does not suffice for staging; None to raise.
+        config: How many saves may be in progress, and what to do when something fails.
+        fallback: Writes while the caller waits, if memory does not suffice for staging. None to raise.
 
     Example:
         >>> import milepost, torch
@@ -330,27 +332,28 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
     ) -> tuple[SaveFuture, SaveFuture]:
         """Save a state dict in the background.
 
-        On return all values but tensors are taken, and (unless staging is asynchronous) the tensors are
-        copied: the state may change. The save goes on if this process dies from then on. Waits while
-        ``max_in_flight`` saves are under way.
+        On return, the tensors are copied (unless staging is asynchronous), and so are all other values: the
+        state may change. From then on, the save continues even if this process dies. Waits while
+        ``max_in_flight`` saves are in progress.
 
         Args:
             path: A folder that does not exist, is empty, or holds a checkpoint to replace.
             state_dict: What to save.
             step: The training step. The checkpoint records it.
             metadata: Plain values in dicts and lists. The checkpoint records them.
-            kwargs: For a commit hook, writer or stager of your own; hooks and writers get all of these
-                arguments that were given. Without one, no others are accepted.
+            kwargs: For a commit hook, a custom writer or a custom stager. Hooks and writers get all of these
+                arguments that you pass. Without one, no others are accepted.
 
         Returns:
-            Two futures of None: the first is done when the state may change, the second when the checkpoint
-            is committed and durable. Their figures are those of `SaveFuture`.
+            Two futures of None. The first is done when the state may change. The second is done when the
+            checkpoint is committed and durable. `SaveFuture` describes their figures.
 
         Raises:
-            Exception: An earlier save failed and nobody has looked at that. It is raised here, once, and
-                says which save it was. This save was not made: call again. With several ranks this call
-                counts as a save, and the others are told: go on with the next one on all ranks. What failed
-                because another rank did is a warning in the log instead.
+            Exception: An earlier save failed, and your code has not looked at its error. The error is raised
+                here, once, and says which save failed. This save was not made: call again. With several
+                ranks, this call counts as a save, and the other ranks learn of it: continue with the next
+                save on all ranks. If the earlier save failed because of another rank, the log has a warning
+                instead.
             StateError: The state dict cannot be saved.
             TargetError: The path may not be written to or replaced.
             ConfigError: Asynchronous staging without a guard, and ``require_guard``.
@@ -396,13 +399,13 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         return stage_future, write_future
 
     def _start(self, save: Save, state_dict: STATE_DICT) -> None:
-        """Stage the state, and hand it over or have it handed over."""
+        """Stage the state, and send it to the process now or when it is staged."""
         self._under_way.tell("staging", save.stage_future)
         try:
             save.staged = self._stager.stage(state_dict)
         except BaseException as error:
             if isinstance(error, LowMemoryError) and self._fallback and self._config.on_low_memory != "raise":
-                logger.warning("%s: it is saved without staging", error.message)
+                logger.warning("%s: this save runs without staging", error.message)
                 self._save_without_staging(save, self._fallback, state_dict)
                 return
             self._give_up(save.write_future.path, error)
@@ -441,7 +444,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         error = CancelledError("the write was cancelled") if done.cancelled() else done.exception()
         if isinstance(error, LostWriterError) and self._config.on_failure == "retry" and save.retries > 0:
             save.retries -= 1
-            logger.warning("%s: %s; writing it again with a new one", save.write_future.path, error.message)
+            logger.warning("%s: %s; a new process writes it again", save.write_future.path, error.message)
             try:
                 self._write(save, done)
             except ClosedError:
@@ -473,7 +476,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
             future.set_exception(error)
 
     def _save_without_staging(self, save: Save, writer: CheckpointWriter, state_dict: STATE_DICT) -> None:
-        """Save while the caller waits; constant memory."""
+        """Save while the caller waits, with constant memory."""
         self._under_way.tell("low_memory", save.write_future)
         self._under_way.wait_for_earlier(save)
         committed = writer.carry_out(save.write_future.path, state_dict, save.arguments)
@@ -488,7 +491,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
     # -- the state and the training ----------------------------------------------------------------
 
     def prepare(self, state_dict: STATE_DICT) -> None:
-        """Get memory for such a state ready in the background, so that the first save is not slower.
+        """Prepare memory for this state in the background, so that the first save is not slower.
 
         Example:
             >>> import torch
@@ -502,13 +505,13 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         except LowMemoryError as error:
             if self._fallback is None or self._config.on_low_memory == "raise":
                 raise
-            logger.warning("%s: saves will do without staging", error.message)
+            logger.warning("%s: saves will run without staging", error.message)
 
     def plan(self, state_dict: STATE_DICT) -> StagingPlan:
-        """What staging such a state takes; nothing is allocated.
+        """Return what staging this state takes. Allocates nothing.
 
         Raises:
-            ConfigError: The stager is not one that can tell.
+            ConfigError: The stager has no ``plan``.
 
         Example:
             >>> import torch
@@ -521,10 +524,10 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         return plan(state_dict)  # type: ignore[no-any-return]
 
     def wait_staged(self, timeout_seconds: float | None = None) -> None:
-        """Returns when the state may change: nothing is being copied any more.
+        """Return when the state may change, because all copies are made.
 
         Raises:
-            TimeoutError: Not within the time.
+            TimeoutError: A copy takes longer than `timeout_seconds`.
 
         Example:
             >>> import torch
@@ -540,7 +543,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
                     raise TimeoutError(f"{future.path} is still being staged")
 
     def wait_committed(self, timeout_seconds: float | None = None) -> None:
-        """Returns when every save is committed; raises the first failure that nobody has looked at.
+        """Return when every save is committed. Raise the first error that your code has not looked at.
 
         Example:
             >>> import torch
@@ -555,7 +558,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         self._under_way.failures.raise_oldest()
 
     def guard(self, optimizer: Any) -> Any:
-        """Make an optimizer wait, at each step, until nothing is being copied. Returns what removes it.
+        """Make an optimizer wait before each step until all copies are made. Returns a handle to remove it.
 
         Example:
             >>> import torch
@@ -585,10 +588,10 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
     # -- ending ------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Finish the saves that were accepted and release everything, even when that fails. Idempotent.
+        """Finish the accepted saves and release everything, even if a save fails. Idempotent.
 
         Raises:
-            Exception: A save failed and nobody has looked at that.
+            Exception: A save failed, and your code has not looked at its error.
 
         Example:
             >>> import milepost

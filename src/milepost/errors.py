@@ -1,19 +1,19 @@
 """Every error that Milepost raises, in one tree.
 
     MilepostError
-    ├── ConfigError (ValueError)                   an option does not make sense
-    │   ├── UnavailableError (AssertionError)      … as this process lacks what it needs
-    │   └── UnknownArgumentError (TypeError)       … as no such argument exists
+    ├── ConfigError (ValueError)                   an option makes no sense
+    │   ├── UnavailableError (AssertionError)      … because this process lacks what it needs
+    │   └── UnknownArgumentError (TypeError)       … because no argument has this name
     ├── ClosedError (RuntimeError)                 used after close()
-    ├── RemoteError (RuntimeError)                 something else, raised in the checkpoint process
+    ├── RemoteError (RuntimeError)                 any other error of the checkpoint process
     │   └── LostWriterError                        the checkpoint process ended unexpectedly
     ├── LowMemoryError (MemoryError)               staging would not fit into memory
     ├── StateError (ValueError)                    this state dict cannot be saved
     │   └── UnsupportedTypeError (TypeError)       … because of the type of a key or value
     ├── StorageError (OSError)                     an operation of the file system failed
-    │   ├── EntryNotFoundError (FileNotFoundError)     … as the file or folder is not there
-    │   └── EntryExistsError (FileExistsError)         … as there is one already
-    ├── TargetError (OSError)                      a save may not write to, or replace, this path
+    │   ├── EntryNotFoundError (FileNotFoundError)     … because the file or folder does not exist
+    │   └── EntryExistsError (FileExistsError)         … because the file or folder already exists
+    ├── TargetError (OSError)                      a save may not write to this path, or replace it
     ├── CommitError (RuntimeError)                 the ranks did not agree to commit
     │   ├── AbortedError                           another rank failed and said so
     │   ├── CommitTimeoutError (TimeoutError)      a rank did not arrive in time
@@ -21,13 +21,13 @@
     └── LoadError
         ├── CheckpointNotFoundError (FileNotFoundError)
         ├── IncompleteCheckpointError (RuntimeError)   a save that never committed
-        ├── CorruptCheckpointError (RuntimeError)      damaged, or not ours
+        ├── CorruptCheckpointError (RuntimeError)      damaged, or not from Milepost
         ├── UnsupportedFormatError (RuntimeError)      written by a later Milepost
         ├── MismatchError (RuntimeError)               does not fit the template, or keys are missing
         └── PeerLoadError (RuntimeError)               another rank could not load, so this one does not
 
-A leaf also inherits the built-in that a caller would catch. Each error carries the facts it knows as
-attributes: ``path``, ``rank``, ``key`` and ``phase`` (None where unknown), and a ``hint``: the way out.
+A leaf also inherits the built-in that a caller would catch. Each error has the attributes ``path``,
+``rank``, ``key``, ``phase`` and ``hint`` (what the user can do). They are None if unknown.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class MilepostError(Exception):
         hint: What the user can do about it.
 
     Attributes:
-        targets_modified: Tensors of a load's template had been written to when it happened.
-        alone: The job has one rank only: its number is left out of the text.
+        targets_modified: A load had already changed tensors of its template.
+        alone: The job has one rank only. The text leaves out its number.
 
     Example:
         >>> import milepost
@@ -115,7 +115,7 @@ class MilepostError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """The message, then each fact that it does not already name, then the hint."""
+        """The message, then each fact that it does not name, then the hint."""
         facts = [
             f"{name} {value}"
             for name, value in (
@@ -132,7 +132,7 @@ class MilepostError(Exception):
 
     @property
     def brief(self) -> str:
-        """The message and the key, for those who know the rest."""
+        """The message and the key, without path, rank, phase and hint."""
         return self.message if self.key is None else f"{self.message} (key {self.key})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,7 +143,7 @@ class MilepostError(Exception):
         return (_restore, (type(self), self.message, attributes))
 
     def located(self, **facts: Any) -> Self:
-        """Fill in those of path, rank, key, phase and alone that are not known yet; returns self."""
+        """Set those of path, rank, key, phase and alone that are None. Return self."""
         for name, value in facts.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -158,7 +158,7 @@ def _restore(cls: type[MilepostError], message: str, attributes: dict[str, Any])
 
 
 class ConfigError(MilepostError, ValueError):
-    """An option, or a combination of options, does not make sense."""
+    """An option, or a combination of options, makes no sense."""
 
 
 class UnavailableError(ConfigError, AssertionError):
@@ -166,23 +166,23 @@ class UnavailableError(ConfigError, AssertionError):
 
 
 class UnknownArgumentError(ConfigError, TypeError):
-    """`save` or `load` was called with a keyword argument that nobody uses; nothing was done."""
+    """`save` or `load` got an unknown keyword argument; nothing was done."""
 
 
 class ClosedError(MilepostError, RuntimeError):
-    """The object was used after ``close()``."""
+    """Your code used an object after ``close()``, or in a forked process."""
 
 
 class RemoteError(MilepostError, RuntimeError):
-    """An error of the checkpoint process; its traceback there is in the notes."""
+    """An error of the checkpoint process. The notes have its traceback there."""
 
 
 class LostWriterError(RemoteError):
-    """The checkpoint process ended unexpectedly; the staged state is intact and can be written again."""
+    """The checkpoint process ended unexpectedly. The staged state is intact and can be written again."""
 
 
 class LowMemoryError(MilepostError, MemoryError):
-    """Staging this state would not fit into the memory that is left; nothing was allocated."""
+    """The available memory does not suffice for staging this state; nothing was allocated."""
 
 
 class StateError(MilepostError, ValueError):
@@ -198,7 +198,7 @@ class StorageError(MilepostError, OSError):
 
     Attributes:
         errno: The error number of the cause, as in ``OSError``.
-        operation: What was tried: ``"create"``, ``"write"``, ``"fsync"``, ``"rename"`` …
+        operation: The operation that failed: ``"create"``, ``"write"``, ``"fsync"``, ``"rename"`` …
     """
 
     def __init__(
@@ -226,11 +226,11 @@ class StorageError(MilepostError, OSError):
 
 
 class EntryNotFoundError(StorageError, FileNotFoundError):
-    """The file or folder of the operation is not there."""
+    """The file or folder of the operation does not exist."""
 
 
 class EntryExistsError(StorageError, FileExistsError):
-    """There is a file or folder of that name already."""
+    """The file or folder already exists."""
 
 
 _HINTS = {
@@ -245,15 +245,15 @@ _HINTS = {
 
 
 class TargetError(MilepostError, OSError):
-    """The path is not one that a save may write to or replace; nothing was touched."""
+    """A save may not write to this path, or replace it; nothing was changed."""
 
 
 class CommitError(MilepostError, RuntimeError):
-    """The ranks of a save did not agree to commit; the checkpoint does not appear."""
+    """The ranks of a save did not agree to commit. The checkpoint does not appear."""
 
 
 class AbortedError(CommitError):
-    """Another rank of the same save failed; its error is in the message."""
+    """Another rank of the same save failed. The message has its error."""
 
 
 class CommitTimeoutError(CommitError, TimeoutError):
@@ -273,13 +273,13 @@ class CheckpointNotFoundError(LoadError, FileNotFoundError):
 
 
 class IncompleteCheckpointError(LoadError, RuntimeError):
-    """The folder holds a part of a save that never committed."""
+    """The folder holds parts of a save that never committed."""
 
 
 class CorruptCheckpointError(LoadError, RuntimeError):
-    """A file of the checkpoint is damaged, missing, or not what the manifest says.
+    """A file of the checkpoint is damaged, missing, or differs from the manifest.
 
-    ``targets_modified`` tells whether tensors of the template were already written to.
+    ``targets_modified`` says whether the load had already changed tensors of the template.
     """
 
     def __init__(self, message: str, *, targets_modified: bool = False, **facts: Any) -> None:
@@ -288,7 +288,7 @@ class CorruptCheckpointError(LoadError, RuntimeError):
 
 
 class UnsupportedFormatError(LoadError, RuntimeError):
-    """The checkpoint needs a feature or a format version that this Milepost does not know."""
+    """The checkpoint needs a feature or a format version that this version of Milepost does not know."""
 
 
 class MismatchError(LoadError, RuntimeError):
@@ -296,15 +296,15 @@ class MismatchError(LoadError, RuntimeError):
 
 
 class PeerLoadError(LoadError, RuntimeError):
-    """Another rank could not load, or did not come, so that this rank does not load either.
+    """Another rank could not load, or did not call `load`. So this rank does not load either.
 
-    ``targets_modified`` tells whether tensors of this rank's template were already written to.
+    ``targets_modified`` says whether the load had already changed tensors of this rank's template.
     """
 
 
 @contextmanager
 def error_context(**facts: Any) -> Iterator[None]:
-    """Add facts to any MilepostError that passes, where it lacks them: as `MilepostError.located`.
+    """Add facts to a MilepostError that the context raises, as `MilepostError.located` does.
 
     Example:
         >>> from milepost.errors import LoadError, error_context
@@ -323,7 +323,7 @@ def error_context(**facts: Any) -> Iterator[None]:
 
 
 def text_of(error: BaseException) -> str:
-    """The error's message, even if the class of a user's error cannot give its own.
+    """Return the message of any error, even if its ``__str__`` raises.
 
     Example:
         >>> from milepost.errors import LoadError, text_of
@@ -333,4 +333,4 @@ def text_of(error: BaseException) -> str:
     try:
         return error.message if isinstance(error, MilepostError) else str(error)
     except Exception as another:  # noqa: BLE001 - __str__ may raise anything
-        return f"(its text could not be had: {type(another).__name__})"
+        return f"(its text cannot be read: {type(another).__name__})"

@@ -1,8 +1,8 @@
-"""Staging: a state dict is copied to where its bytes will lie in the file, and training may go on.
+"""Staging: a stager copies a state dict, and the training continues.
 
-`DefaultStager` copies into an arena, which is the file's image. What it returns is an ordinary state dict
-whose tensors are views of the arena, so it can be handed to any writer; the checkpoint process finds the
-image behind it (`image_of`) and needs to copy nothing.
+`DefaultStager` copies into an arena, which is the file's image. It returns an ordinary state dict whose
+tensors are views of the arena, so any writer takes it. The checkpoint process finds the image behind it
+(`image_of`) and copies nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LOW_PRIORITY = 10
 
 
 class CheckpointStager(abc.ABC):
-    """What makes a copy of a state dict, so that training may change its own.
+    """Copies a state dict, so that the training may change the original.
 
     Example:
         >>> import copy
@@ -57,7 +57,7 @@ class CheckpointStager(abc.ABC):
 
     @abc.abstractmethod
     def stage(self, state_dict: STATE_DICT, **kwargs: Any) -> STATE_DICT | Future[STATE_DICT]:
-        """A copy of the state dict, or a future of one; until that is done the original must not change."""
+        """Return a copy of the state dict, or a future of it. Until then the original must not change."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -66,13 +66,13 @@ class CheckpointStager(abc.ABC):
 
 @dataclass(frozen=True)
 class StagingPlan:
-    """What staging a state dict takes.
+    """The memory that staging a state dict takes.
 
     Attributes:
-        arena_bytes: Shared memory for one save in flight.
-        tensor_bytes: Bytes of the tensors' memory, each shared byte once.
-        tensors: How many tensors.
-        available_bytes: What this machine and control group have left; None if unknown.
+        arena_bytes: Shared memory for one save in flight, in bytes.
+        tensor_bytes: Bytes of the tensors' memory. A byte that several tensors share counts once.
+        tensors: The number of tensors.
+        available_bytes: Memory that this machine and control group have left, in bytes. None if unknown.
 
     Example:
         >>> from milepost.staging import StagingPlan
@@ -88,17 +88,17 @@ class StagingPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory that is left is enough for one more arena."""
+        """Whether the available memory suffices for one more arena."""
         return self.available_bytes is None or self.arena_bytes <= self.available_bytes
 
 
 class DefaultStager(OwnedByProcess, CheckpointStager):
-    """Stages into arenas of shared memory, which are reused from save to save.
+    """Stages into arenas of shared memory. Later saves reuse them.
 
     Args:
-        config: Options; the defaults are what this machine can do.
-        available: Tells how many bytes of memory are left, None if unknown; for tests.
-        encoder: Takes the states apart; it knows which of several ranks this is, and what is replicated.
+        config: Options. The defaults depend on the abilities of this machine.
+        available: Returns how many bytes of memory are left, None if unknown. For tests.
+        encoder: Takes the states apart. It knows this rank, and which tensors are replicated.
 
     Example:
         >>> import torch
@@ -118,7 +118,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
         self._config = config or CheckpointStagerConfig()
         if self._config.use_non_blocking_copy and not torch.accelerator.is_available():
             raise UnavailableError(
-                "use_non_blocking_copy=True needs an accelerator, and there is none", hint="leave it out here"
+                "use_non_blocking_copy=True needs an accelerator, and there is none", hint="leave it out"
             )
         self._available = available
         self._encoder = encoder or StateEncoder()
@@ -131,16 +131,16 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
     def stage(self, state_dict: STATE_DICT, **kwargs: Any) -> STATE_DICT | Future[STATE_DICT]:  # noqa: ARG002
         """Copy a state dict into an arena.
 
-        All values but tensors are taken before this returns. With ``use_async_staging`` the tensors are
-        copied by a thread, and a future is returned: until it is done the tensors must not change (if
-        their version counters tell that they did, the future fails). Otherwise they are copied on return.
+        On return, all values are copied. With ``use_async_staging``, all values but tensors are copied on
+        return, and a thread copies the tensors. The result is then a future. Until it is done, the tensors
+        must not change. If their version counters show a change, the future fails.
 
         Args:
-            state_dict: What to copy; CPU tensors are copied too, never referenced.
+            state_dict: What to copy. CPU tensors are copied too, never referenced.
             kwargs: Accepted and ignored.
 
         Raises:
-            StateError: It cannot be saved; nothing was copied.
+            StateError: The state dict cannot be saved; nothing was copied.
             LowMemoryError: A new arena would not fit into memory; nothing was allocated.
             ClosedError: The stager was closed.
 
@@ -181,7 +181,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
 
         Args:
             state_dict: What to copy.
-            leave_shared: Do not copy what lies in memory that another process can map: see the image's
+            leave_shared: Do not copy tensors in memory that another process can map: see the image's
                 `shared`.
         """
         with self._lock:
@@ -193,9 +193,9 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
             return slot.fill(parts, shared)
 
     def prepare(self, state_dict: STATE_DICT) -> None:
-        """Get an arena for such a state dict ready in the background, so that the first save is not slower.
+        """Prepare an arena for this state dict in the background, so that the first save is not slower.
 
-        Returns at once. `wait_prepared` waits for it.
+        Returns at once. `wait_prepared` waits for the arena.
 
         Example:
             >>> import torch
@@ -212,7 +212,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
             self._populate(slot.arena)
 
     def wait_prepared(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until what `prepare` began is done; False when the time ran out before.
+        """Wait for the arenas that `prepare` makes. Return False if `timeout_seconds` end first.
 
         Example:
             >>> import torch
@@ -228,7 +228,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
         return not any(thread.is_alive() for thread in self._background)
 
     def plan(self, state_dict: STATE_DICT) -> StagingPlan:
-        """What staging this state dict takes; nothing is allocated.
+        """Return what staging this state dict takes. Allocates nothing.
 
         Example:
             >>> import torch
@@ -249,7 +249,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
         )
 
     def close(self) -> None:
-        """Wait for copies that are under way and release the arenas; idempotent.
+        """Wait for running copies, and release the arenas. Idempotent.
 
         Example:
             >>> from milepost import DefaultStager
@@ -288,11 +288,11 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
             "a tensor changed while it was being staged: this save would mix old and new values",
             key=path_text(parts.walk.paths[changed]),
             phase="stage",
-            hint="checkpointer.guard(optimizer), or checkpointer.wait_staged() before the update",
+            hint="call checkpointer.guard(optimizer) once, or checkpointer.wait_staged() before each update",
         )
 
     def _free_slot(self, parts: Parts) -> Slot:
-        """An arena that nobody uses and that is large enough, or a new one if it fits into memory."""
+        """A free arena that is large enough, or a new one if it fits into memory."""
         need = arena_bytes(parts)
         free = [slot for slot in self._slots if slot.is_free()]
         slot = max(free, key=lambda slot: slot.arena.size, default=None)
@@ -303,12 +303,12 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
                 raise LowMemoryError(
                     f"staging needs {missing:,} more bytes of memory, {left:,} are left",
                     phase="stage",
-                    hint='on_low_memory="sync" saves without staging; fewer saves in flight need less',
+                    hint='set on_low_memory="sync" to save without staging, or a smaller max_in_flight',
                 )
         if slot is not None and missing > 0:
             try:
                 slot.grow(need)
-            except LowMemoryError:  # it may lie where there is no more room; a new one may lie elsewhere
+            except LowMemoryError:  # its file system may be full; a new one may be elsewhere
                 self._slots.remove(slot)
                 slot.close()
                 slot = None

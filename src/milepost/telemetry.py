@@ -1,4 +1,4 @@
-"""What a save does, as events, for observers: progress lines, logs, your own metrics. No global state."""
+"""Events of saves, for observers: progress lines, logs, your own metrics. No global state."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Kind = Literal["staging", "staged", "writing", "written", "committed", "failed",
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to one save.
+    """An event of one save.
 
     Attributes:
-        kind: "staging" (began), "staged" (training may change its state), "writing" (bytes advanced),
-            "committed", "written" (this rank's part is, but it is not known to be committed, as the ranks do
-            not meet), "failed", "skipped" (busy), "low_memory" (saved without staging).
-        path: The checkpoint's path, as it was given.
-        step: The step that was given.
-        seconds: Time since `save` was called.
-        bytes_done: Bytes written so far; of the staged state for "staged".
+        kind: "staging" (it began), "staged" (the training may change its state), "writing" (more bytes are
+            written), "committed", "written" (this rank's part is written; the ranks do not meet, so it is
+            not known to be committed), "failed", "skipped" (busy), "low_memory" (saved without staging).
+        path: The path that `save` got.
+        step: The step that `save` got.
+        seconds: Time since the call of `save`, in seconds.
+        bytes_done: Bytes written so far. For "staged": bytes of the staged state.
         size_bytes: Bytes of the file, 0 while unknown.
         error: Why it failed.
 
@@ -46,7 +46,7 @@ class Event:
 
 
 class Observer(Protocol):
-    """Something that wants to know. Called from any thread; must not block for long.
+    """An object that receives events. It is called from any thread, and must not block for long.
 
     Example:
         >>> import milepost
@@ -58,11 +58,11 @@ class Observer(Protocol):
     """
 
     def on_event(self, event: Event) -> None:
-        """Called for each event. What it raises is logged and otherwise ignored."""
+        """Called for each event. Its errors are logged and ignored."""
 
 
 def notify(observers: list[Observer], event: Event) -> None:
-    """Tell every observer; one that fails does not disturb the save or the others.
+    """Send an event to every observer. Log the error of an observer that fails, and continue.
 
     Example:
         >>> from milepost.telemetry import Event, notify
@@ -83,7 +83,7 @@ class LoggingObserver:
     """Logs staged, committed and failed saves.
 
     Args:
-        logger: Where to; Milepost's own logger by default.
+        logger: Gets the lines. Defaults to Milepost's logger.
 
     Example:
         >>> import milepost
@@ -96,7 +96,7 @@ class LoggingObserver:
         self._logger = logger or _logger
 
     def on_event(self, event: Event) -> None:
-        """Log one line, for the events that matter."""
+        """Log one line for an event that is worth it."""
         if event.kind == "failed":
             self._logger.error("%s failed after %.2f s: %s", event.path, event.seconds, event.error)
         elif event.kind == "low_memory":
@@ -112,7 +112,7 @@ class LoggingObserver:
 
 
 class ProgressObserver:
-    """One progress line for each save in flight, on standard error, by rich. A context manager.
+    """Shows one progress line for each running save on standard error. A context manager. Needs rich.
 
     Example:
         >>> from milepost.telemetry import Event, ProgressObserver

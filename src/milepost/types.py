@@ -1,4 +1,4 @@
-"""The types that every other module uses."""
+"""Types that all modules use."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 __all__ = ["STATE_DICT", "RankInfo", "StrPath"]
 
 STATE_DICT = dict[str, Any]
-"""A state dict: string keys, any nesting of containers, tensors and plain values below them."""
+"""A state dict: text keys, and below them any nesting of containers, tensors and plain values."""
 
 StrPath = str | os.PathLike[str]
-"""A path, as every function of Milepost takes it."""
+"""The type of all path arguments."""
 
 
 @dataclass

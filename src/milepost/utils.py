@@ -1,4 +1,4 @@
-"""Small helpers with no better home."""
+"""Small helpers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["OwnedByProcess", "beside", "gc_paused", "is_dtensor", "wrap_future"]
 
 
 class OwnedByProcess:
-    """An object that belongs to the process that made it. A forked process must not use or release it.
+    """Base of objects that belong to the process that made them. A forked process must not use them.
 
     Example:
         >>> from milepost.utils import OwnedByProcess
@@ -53,11 +53,11 @@ class OwnedByProcess:
 
 
 def wrap_future(original_result: Any) -> Future[None]:
-    """A future that is done, with result None, when `original_result` is.
+    """Return a future that is done, with result None, when `original_result` is done.
 
     Args:
-        original_result: Anything. If it is a future, its exception (or cancellation, as a
-            ``CancelledError``) is carried over; anything else counts as done already.
+        original_result: Any value. If it is a future that fails or is cancelled, the returned future fails
+            with its exception or with ``CancelledError``. A value that is not a future counts as done.
 
     Returns:
         A future whose result is always None.
@@ -88,7 +88,7 @@ def wrap_future(original_result: Any) -> Future[None]:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether a value is a DTensor, without importing what defines it.
+    """Return whether a value is a DTensor, without an import of torch.
 
     Example:
         >>> import torch
@@ -102,9 +102,9 @@ def is_dtensor(value: Any) -> bool:
 
 @contextmanager
 def beside(work: Callable[[], Any] | None) -> Iterator[list[Any]]:
-    """Run `work` in a thread during the context; its result is in the list afterwards.
+    """Run `work` in a thread during the context. Afterwards the list holds its result.
 
-    The thread is its own: the pools of `concurrent.futures` take no work while the interpreter ends.
+    This is no thread of a pool: those of `concurrent.futures` take no work while the interpreter ends.
 
     Example:
         >>> from milepost.utils import beside
@@ -137,10 +137,10 @@ def beside(work: Callable[[], Any] | None) -> Iterator[list[Any]]:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """No cyclic garbage collection inside, for stretches that make many containers and no cycles.
+    """Switch off cyclic garbage collection during the context.
 
-    The collector would walk the whole heap again and again meanwhile: of a checkpoint of 20,000 tensors
-    it took two thirds of the time to load it.
+    Use it for code that makes many containers and no cycles. The collector would walk the whole heap again
+    and again: it took two thirds of the time to load a checkpoint of 20,000 tensors.
 
     Example:
         >>> import gc

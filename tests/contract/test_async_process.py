@@ -280,7 +280,7 @@ def test_a_writer_of_the_users_gets_no_part_for_a_whole(tmp_path):
         encoder=lambda: StateEncoder(RankInfo(0, 2), ["m.*"]),
     )
     state = {"n": torch.ones(3), "m": {"w": torch.ones(300, 300)}}
-    with pytest.raises(StateError, match=r"a writer of your own .*m\.w") as caught:
+    with pytest.raises(StateError, match=r"a custom writer .*m\.w") as caught:
         process.write(state, str(tmp_path / "c"))
     assert "checkpoint_writer_init_fn" in caught.value.hint
     result(process.write({"n": torch.ones(3)}, str(tmp_path / "d")))

@@ -119,7 +119,7 @@ def test_a_failure_that_nobody_has_looked_at_is_raised_once(tmp_path):
         with pytest.raises(ValueError, match="the hook is broken") as caught:
             checkpointer.save(str(tmp_path / "d"), state_of(2))
         text, first, second = str(caught.value), str(tmp_path / "c"), str(tmp_path / "d")
-        assert f"the save of step 1 to {first} has failed, and this save to {second} was not made" in text
+        assert f"the save of step 1 to {first} failed, and this save to {second} was not made" in text
         assert "call save again" in caught.value.hint
         assert caught.value.__cause__ is written.exception()
         assert not (tmp_path / "d").exists()

@@ -431,7 +431,7 @@ def test_a_barrier_that_never_returns_fails_the_save(tmp_path):
     with parts(LeanWriter(CheckpointWriterConfig(write_barrier_timeout_secs=1), barrier)) as checkpointer:
         error = error_of(checkpointer.save(str(tmp_path / "c"), state_of(1))[1])
         assert isinstance(error, TimeoutError)
-        assert "barrier was not passed" in str(error)
+        assert "has not passed the barrier" in str(error)
         barrier.over.set()
 
 

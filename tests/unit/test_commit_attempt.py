@@ -339,7 +339,7 @@ def test_a_file_that_vanishes_stops_the_commit(storage):
     """If somebody removes a data file before the commit, the save fails and says so."""
     attempt = arrive(storage, PATH, 2)
     storage.remove(attempt.data_path)
-    with pytest.raises(CommitError, match="has gone while it was saved"):
+    with pytest.raises(CommitError, match="disappeared while it was saved"):
         attempt.complete()
     attempt.close()
     assert hidden(storage, PATH) == []
@@ -403,7 +403,7 @@ def test_an_attachment_changed_after_the_hooks_stops_the_commit(storage):
 def test_ranks_of_other_processes_without_a_start_id_are_refused(storage):
     """Processes with private start ids would never come together: the second to begin says how they can."""
     first = begin(storage, PATH, attempt="p1-1", rank=0, world_size=2, process="p1", private=True)
-    with pytest.raises(CommitError, match="has no start id in common") as caught:
+    with pytest.raises(CommitError, match="does not share a start id") as caught:
         begin(storage, PATH, attempt="p2-1", rank=1, world_size=2, process="p2", private=True)
     assert "MILEPOST_START_ID" in caught.value.hint
     begin(storage, PATH, attempt="p1-1", rank=1, world_size=2, process="p1", private=True).close()
@@ -661,7 +661,7 @@ class Fogged(Wrapper):
 def test_a_save_whose_mark_is_not_seen_raises_and_keeps_its_files(storage):
     """Where a listing hides what this rank wrote, the save raises, and what is whole is left and loads."""
     attempt = arrive(Stale(storage), PATH, 2)
-    with pytest.raises(CommitError, match="does not show what this rank has written there") as caught:
+    with pytest.raises(CommitError, match="does not show this rank's file") as caught:
         attempt.complete()
     assert "doctor" in caught.value.hint
     attempt.abort(caught.value)
@@ -684,7 +684,7 @@ def test_an_empty_listing_is_no_commit(storage, wait):
     fogged.on = False
     attempt = arrive(fogged, PATH, 2, attempt="job-1", rank=1, world_size=2, clock=StepClock().clock)
     fogged.on = True
-    with pytest.raises(CommitError, match="does not show what this rank has written there"):
+    with pytest.raises(CommitError, match="does not show this rank's file"):
         attempt.complete() if wait == "complete" else getattr(attempt, wait)(60)
     assert not attempt.committed
     attempt.close()
@@ -718,7 +718,7 @@ def test_a_commit_that_is_not_seen_is_never_told_as_published(storage):
     save(storage, PATH, 1)
     attempt = arrive(storage, PATH, 2)
     attempt._place._storage = Hides(storage)
-    with pytest.raises(StorageError, match="committed, but not seen"):
+    with pytest.raises(StorageError, match="committed, but its path does not show it"):
         attempt.complete()
     attempt.close()
     assert roll_forward(storage, PATH) == [attempt.folder]

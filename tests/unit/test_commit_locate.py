@@ -244,7 +244,7 @@ def test_a_listing_tells_what_was_replaced_and_not_cleared(storage):
     save(storage, "/run/x", 2)
     (entry,) = [entry for entry in scan(storage, "/run") if entry.name == "step-100"]
     assert (entry.state, entry.step) == ("partial", 1)
-    assert "replaced by a later save" in entry.problem
+    assert "a later save replaced" in entry.problem
 
 
 def test_a_listing_of_nothing_is_an_error(storage):

@@ -333,7 +333,7 @@ def test_what_cannot_be_removed_is_left_and_named(storage, caplog):
     attempt = arrive(NeverEmpty(storage), PATH, 2)
     attempt.abort(ValueError("no"))
     attempt.close()
-    assert "comes back as .fuse_hidden" in caplog.text
+    assert "when they are removed (.fuse_hidden" in caplog.text
     assert loaded_step(storage, PATH) is None
     assert clean_up(storage, PATH) == [attempt.folder]
 

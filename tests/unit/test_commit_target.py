@@ -79,7 +79,7 @@ def make_damaged(folder):
     [
         (make_file, "this is a file"),
         (make_link, "this is a symbolic link"),
-        (make_strangers, r"holds files that are no checkpoint \(a, b, c, d, e and 1 more\)"),
+        (make_strangers, r"holds files that belong to no checkpoint \(a, b, c, d, e and 1 more\)"),
         (make_odd_number, "checkpoint_007.pt"),
         (make_data_folder, "checkpoint_0.pt"),
         (make_damaged, "a manifest that cannot be read"),
@@ -101,7 +101,7 @@ def test_what_may_not_be_replaced_is_refused_with_a_way_out(tmp_path, make, mess
 @pytest.mark.parametrize("path", ["", "a\0b"])
 def test_a_path_that_is_none_is_refused(path):
     """An empty path, or one with a zero byte, is no target."""
-    with pytest.raises(TargetError, match="no path"):
+    with pytest.raises(TargetError, match="not the path"):
         check_target(LOCAL, path)
 
 

@@ -31,7 +31,7 @@ from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
 
 STORAGE = LocalStorage()
-BY_SIZE = "; its data were compared by size alone: --deep compares every byte"
+BY_SIZE = "; its data files were compared only by size: --deep compares every byte"
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_an_abort_is_told_with_its_error(run):
     assert (finding.alive, finding.aborted, finding.ranks[2].state) == (True, True, "failed")
     assert words(finding, 0) == (
         "incomplete: rank 2 failed in write with StorageError: no space left; rank 1 never began; "
-        "arrived: 0; other ranks have not given up yet"
+        "arrived: 0; other ranks still run"
     )
     result = invoke(path)
     assert result.exit_code == 1
@@ -220,7 +220,7 @@ def test_ranks_that_may_still_come_are_waited_for(run):
         result = invoke(*arguments)
         assert result.exit_code == 0
         assert result.stdout.startswith("step-5: incomplete: rank 0 never began; arrived: 1\n")
-        assert "other ranks may still come" in result.stdout
+        assert "other ranks may still arrive" in result.stdout
     assert tree(STORAGE, run) == before
     die(attempt)
     assert invoke(path).exit_code == 1
@@ -249,7 +249,7 @@ def test_a_save_that_died_as_it_began(run):
         file.write(b"")
     assert only(run).alive is None
     os.utime(aside, (0, 0))
-    assert words(only(run), 0) == "incomplete: no rank has left a word"
+    assert words(only(run), 0) == "incomplete: no rank has reported"
     assert f"removed {folder}" in invoke(run, "--repair").stdout
 
 
@@ -384,7 +384,7 @@ def test_what_a_damaged_index_took_the_place_of_is_kept(run):
     flip(f"{path}/index_0.json")
     result = invoke(run, "--repair")
     assert result.exit_code == 1
-    assert f"not repaired {path}: the checkpoint there cannot be read whole" in result.stdout
+    assert f"not repaired {path}: the checkpoint there cannot be read, so" in result.stdout
     assert len(os.listdir(run)) == 2
 
 
@@ -479,7 +479,7 @@ def test_a_later_format_is_exit_code_4(run):
         file.write(encode_manifest(manifest))
     result = invoke(run)
     assert result.exit_code == 4
-    assert "step-5: not readable by this version" in result.stdout
+    assert "step-5: this version of Milepost cannot read it" in result.stdout
     assert "pip install -U milepost" in result.stdout
 
 
@@ -491,7 +491,7 @@ def test_plain_files_are_whole(run):
         result = invoke(*arguments)
         assert result.exit_code == 0
         assert f"old: {state}: 1 rank (files of plain torch.save" in result.stdout
-        assert ("nothing of it was checked" in result.stdout) == (state == "unchecked")
+        assert ("nothing was checked" in result.stdout) == (state == "unchecked")
 
 
 def test_what_is_not_there_is_exit_code_3(run):
@@ -586,7 +586,7 @@ def test_repair_removes_what_is_dead_and_nothing_else(run):
     assert result.stdout.splitlines()[0] == (
         f"removed {dead[0].folder} (it was incomplete: rank 1 never began; arrived: 0)"
     )
-    assert "step-7: not ours: .step-7.job-1.partial" in result.stdout
+    assert "step-7: not a save: .step-7.job-1.partial" in result.stdout
     left = {".step-6.job-1.partial", ".step-7.job-1.partial", "step-4"}
     assert set(os.listdir(run)) == left
     die(*living)
@@ -624,7 +624,7 @@ def test_repair_removes_a_checkpoint_that_has_no_data_left(run):
         os.remove(f"{run}/{name}/checkpoint_0.pt")
     open(f"{run}/noted/notes.txt", "w").close()
     early = invoke(run, "--repair")
-    assert early.stdout.count("it is new, so try again in a few minutes") == 2
+    assert early.stdout.count("it is new: try again in a few minutes") == 2
     for name in os.listdir(run):
         age(f"{run}/{name}")
     late = invoke(run, "--repair")
@@ -669,7 +669,7 @@ def test_an_overtaken_save_is_removed(run):
     assert {finding.state for finding in diagnose(STORAGE, path).findings} == {"whole", "overtaken"}
     result = invoke(path, "--repair")
     assert result.exit_code == 0
-    assert "it was complete, but overtaken by a newer checkpoint: step 1, 1 rank" in result.stdout
+    assert "it was complete, but a newer checkpoint is published: step 1, 1 rank" in result.stdout
     assert os.listdir(run) == ["step"]
 
 
@@ -684,7 +684,7 @@ def test_left_overs_of_an_exchange(run):
     os.rename(aside, slot)
     (replaced,) = (finding for finding in diagnose(STORAGE, path).findings if finding.path == slot)
     assert (replaced.state, replaced.loads) == ("replaced", False)
-    assert "left over: a former checkpoint, replaced by a later save: step 1, 1 rank" in words(replaced, 0)
+    assert "a former checkpoint that a later save replaced: step 1, 1 rank" in words(replaced, 0)
     os.rename(path, aside)
     found = diagnose(STORAGE, path)
     assert found.newest.step == 1
@@ -695,7 +695,7 @@ def test_left_overs_of_an_exchange(run):
     os.rename(aside, path)
     result = invoke(path, "--repair")
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"removed {slot} (it was left over")
+    assert result.stdout.startswith(f"removed {slot} (it was a former checkpoint")
     assert os.listdir(run) == ["step"]
 
 
@@ -707,7 +707,7 @@ def test_plain_files_that_were_exchanged_out_are_cleared(run):
     os.mkdir(slot)
     with open(f"{slot}/checkpoint_0.pt", "wb") as file:
         file.write(b"old")
-    assert "left over" in invoke(path).stdout
+    assert "a former checkpoint" in invoke(path).stdout
     assert f"removed {slot}" in invoke(path, "--repair").stdout
     assert os.listdir(run) == ["step"]
 
@@ -721,7 +721,7 @@ def test_what_was_replaced_and_is_empty_already_is_left_over(run, attempt, suffi
     os.mkdir(slot)
     result = invoke(run)
     assert result.exit_code == 0
-    assert "step: left over: a former checkpoint, replaced by a later save (it is empty)\n" in result.stdout
+    assert "step: a former checkpoint that a later save replaced (it is empty)\n" in result.stdout
     os.truncate(f"{path}/checkpoint_0.pt", 1)
     assert "restores this" not in invoke(run).stdout
     assert f"removed {slot}" in invoke(run, "--repair").stdout
@@ -737,7 +737,7 @@ def test_empty_hidden_folders_and_passing_files_go(run):
     with open(f"{path}/state_0.json", "wb") as file:
         file.write(b"{}")
     result = invoke(path)
-    assert "step: whole by size: step 1, 1 rank (1 passing file of its save still in it)" in result.stdout
+    assert "step: whole by size: step 1, 1 rank (1 temporary file of its save still in it)" in result.stdout
     assert "step: incomplete: it is empty" in result.stdout
     result = invoke(path, "--repair")
     assert result.exit_code == 0
@@ -761,7 +761,7 @@ def test_a_damaged_checkpoint_in_the_way_of_a_complete_one(run):
         file.write(b"{}")
     result = invoke(path, "--repair")
     assert result.exit_code == 1
-    assert "a complete save beside it is loaded in its place" in result.stdout
+    assert "`load` reads the complete save beside it" in result.stdout
     assert f"newest loadable is step 2 ({path})" in result.stdout
     assert len(os.listdir(run)) == 2
 
@@ -777,8 +777,8 @@ def test_what_a_damaged_checkpoint_replaced_is_kept(run):
     os.truncate(f"{path}/checkpoint_0.pt", 10)
     result = invoke(path, "--repair")
     assert result.exit_code == 1
-    assert f"not repaired {path}: the checkpoint there cannot be read whole" in result.stdout
-    assert "move that away; `milepost doctor --repair` restores this" in result.stdout
+    assert f"not repaired {path}: the checkpoint there cannot be read, so" in result.stdout
+    assert "move the damaged successor away; `milepost doctor --repair` then restores this" in result.stdout
     assert invoke(slot, "--repair").exit_code == 1
     assert len(os.listdir(run)) == 2
     shutil.move(path, f"{run}-aside")
@@ -877,8 +877,8 @@ def test_a_complete_save_that_is_alive_or_of_a_later_format(run):
     (attempt,) = partial(path, (0,), 1)
     result = invoke(path, "--repair")
     assert result.exit_code == 0
-    assert "complete, but not published: step 5, 1 rank; somebody still works on it" in result.stdout
-    assert "its owners publish it" in result.stdout
+    assert "complete, but not published: step 5, 1 rank; a save still works on it" in result.stdout
+    assert "the running save publishes it" in result.stdout
     die(attempt)
     assert [action.what for action in repair(STORAGE, diagnose(STORAGE, path))] == ["published"]
     with open(f"{path}/manifest.json", "rb") as file:
@@ -943,9 +943,9 @@ def test_a_committed_attempt_whose_file_is_gone(run):
         "checkpoint_0.pt is missing",
     )
     result = invoke(path, "--repair")
-    assert "it is committed and stays until a later one is" in result.stdout
+    assert "it stays until a later checkpoint is committed" in result.stdout
     assert os.listdir(run) == [os.path.basename(attempt.folder)]
-    assert "committed, but files of it seem to be missing" in CliRunner().invoke(app, ["ls", run]).stdout
+    assert "committed, but some files seem to be missing" in CliRunner().invoke(app, ["ls", run]).stdout
 
 
 def test_what_does_not_say_whose_it_is_is_called_so(run):
@@ -957,5 +957,5 @@ def test_what_does_not_say_whose_it_is_is_called_so(run):
             pass
     finding = only(f"{run}/step-5")
     assert finding.state == "foreign"
-    assert "it is left alone" in advice(finding, diagnose(STORAGE, run))
+    assert "doctor keeps it" in advice(finding, diagnose(STORAGE, run))
     assert repair(STORAGE, diagnose(STORAGE, run)) == []

@@ -126,7 +126,7 @@ def test_a_save_says_that_the_store_has_gone(tmp_path, dead_store, rank):
     store, port = dead_store(1)
     (writer,) = writers(store, ranks=[rank])
     for _ in range(2):
-        with pytest.raises(CommitError, match=f"the process group has gone .*{port}"):
+        with pytest.raises(CommitError, match=f"the process group ended .*{port}"):
             writer.write(str(tmp_path / "c"), {"a": 1})
     assert os.listdir(tmp_path) == []
 

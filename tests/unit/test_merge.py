@@ -227,7 +227,7 @@ def test_bytes_that_are_saved_twice_are_told_of_once(monkeypatch, caplog):
             declared,
         )
     assert len(caplog.messages) == 1
-    assert "saved more than once, by several slices of a mesh, most of them of w" in caplog.text
+    assert "several slices of a mesh saved the same 0 MiB, most of them of w" in caplog.text
 
 
 @pytest.mark.parametrize("declared", [(), ("w",)])
@@ -254,7 +254,9 @@ def test_one_key_on_unlike_meshes_is_refused(meshes, layouts):
     def state(rank):
         return {"w": part_of(X, mesh(*meshes[rank]), Shard(layouts[rank]))}
 
-    with pytest.raises(CommitError, match=r"one key that differ: w: .* on an earlier rank, .* on rank"):
+    with pytest.raises(
+        CommitError, match=r"different tensors under one key: w: .* on an earlier rank, .* on rank"
+    ):
         save(4, state)
 
 
@@ -565,7 +567,7 @@ def test_tensors_that_are_tied_on_one_rank_alone_are_not_mixed_up():
 
 @pytest.mark.parametrize("tied_on", [0, 1])
 def test_replicas_of_which_one_has_tied_what_another_has_not_say_so(tied_on):
-    """Replicas divide the bytes that they hold: it is said why the parts do not go together."""
+    """Replicas divide the bytes that they hold: it is said why the parts contradict each other."""
     one, big = torch.ones(100, 100), torch.ones(100, 100)
 
     def state(rank):
@@ -672,7 +674,7 @@ def chunk(tensor, parts, index):
     return found[index] if index < len(found) else tensor[:0]
 
 
-# -- states that do not go together ----------------------------------------------------------------
+# -- states that contradict each other ----------------------------------------------------------------
 
 
 def test_ranks_that_hold_the_same_rows_twice_do_not_commit(monkeypatch):
@@ -694,7 +696,7 @@ def test_what_a_rank_has_of_its_own_is_not_replaced_by_anothers_tensor():
 
 def test_keys_that_cannot_be_in_one_state_do_not_commit():
     """A tensor on the way to another one, and keys that Python takes for equal, stop the commit."""
-    with pytest.raises(CommitError, match="do not go together"):
+    with pytest.raises(CommitError, match="contradict each other"):
         save(
             2,
             lambda r: {

@@ -47,7 +47,11 @@ SAVES = {
         "type dict|the first argument|PathLike",
     ),
     "save(5, state)": (lambda c, p: c.save(5, STATE), errors.TargetError, "type int"),
-    "save of no path": (lambda c, p: c.save("", STATE), errors.TargetError, "no path of a checkpoint: ''"),
+    "save of no path": (
+        lambda c, p: c.save("", STATE),
+        errors.TargetError,
+        "not the path of a checkpoint: ''",
+    ),
     "an address": (lambda c, p: c.save("s3://b/step", STATE), errors.TargetError, "an address|s3://b/step"),
     "a Path of an address": (
         lambda c, p: c.save(Path("s3://b/step"), STATE),
@@ -68,7 +72,7 @@ SAVES = {
     "an argument of others": (
         lambda c, p: c.save(p, STATE, planner=1),
         errors.ConfigError,
-        "'planner'|it takes step, metadata",
+        "'planner'|save takes step, metadata",
     ),
     "a step that is a text": (
         lambda c, p: c.save(p, STATE, step="5"),

@@ -220,9 +220,9 @@ def test_a_rename_that_fits_nothing_is_told_of(saved, caplog):
     rename = {"model.encodr.*": "model.v*", "model.w": "model.u", "lr": "rate"}
     with caplog.at_level(logging.WARNING):
         load({"model": {"u": zeros()}, "x": zeros()}, rename=rename)
-    text = "renames that fit nothing (2): model.encodr.* -> model.v*; lr -> rate"
+    text = "renames that match nothing (2): model.encodr.* -> model.v*; lr -> rate"
     assert caplog.text.count(text) == 1
-    with pytest.raises(MismatchError, match="renames that fit nothing") as caught:
+    with pytest.raises(MismatchError, match="renames that match nothing") as caught:
         load({"model": {"v": zeros()}, "x": zeros()}, rename=rename, strict=True)
     assert "model.encodr.* -> model.v*; model.w -> model.u; lr -> rate" in str(caught.value)
 
@@ -240,7 +240,7 @@ def test_what_may_be_missing_is_let_pass_and_named(saved, caplog):
     assert torch.equal(template["a"], ones())
     assert torch.equal(template["head"]["w"], 5 * ones())
     assert template["step"] == 7
-    assert "allowed to be missing: head; step" in caplog.text
+    assert "keys that allow_missing permits: head; step" in caplog.text
 
 
 def test_a_branch_of_which_a_leaf_is_not_allowed_is_missing(saved):

@@ -173,14 +173,14 @@ def test_ranks_are_written_as_ranges(ranks, text):
 
 
 def test_a_pattern_that_fits_nothing_warns_once(storage, caplog):
-    """A pattern that fits no tensor is named in the log at the first save, and not again."""
+    """A pattern that matches no tensor is named in the log at the first save, and not again."""
     config = CheckpointWriterConfig(start_id="start", replicated=["model.*", "modal.*", "o?tim"])
     writer = CheckpointWriter(config, RankInfo(0, 2), storage=storage)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             writer.write(new_path(), {"model": {"w": X}})
     writer.close()
-    warned = [record.getMessage() for record in caplog.records if "fits no tensor" in record.getMessage()]
+    warned = [record.getMessage() for record in caplog.records if "matches no tensor" in record.getMessage()]
     assert len(warned) == 2
     assert "'modal.*'" in warned[0]
     assert "'o?tim'" in warned[1]
@@ -191,7 +191,7 @@ def test_a_world_of_one_has_no_replicas(storage, caplog):
     path = new_path()
     with caplog.at_level(logging.WARNING):
         write(storage, {"m": X}, 0, 1, path, ["nothing.*", "m"])
-    assert "fits no tensor" not in caplog.text
+    assert "matches no tensor" not in caplog.text
     assert "shards.json" not in storage.open_folder(path).names()
     assert torch.equal(CheckpointReader(RankInfo(0, 1), storage=storage).read(path)[0]["m"], X)
 
@@ -242,7 +242,7 @@ def test_rows_that_could_be_others_are_refused(be, storage):
     state = {
         "w": DTensor.from_local(torch.ones(1), held_by, layout, run_check=False, shape=(27,), stride=(1,))
     }
-    with pytest.raises(StateError, match=r"cannot be told which rows this rank holds .*key w,"):
+    with pytest.raises(StateError, match=r"does not say which rows this rank holds .*key w,"):
         write(storage, state, 10, 12, "/run/rows")
 
 

@@ -309,9 +309,9 @@ def test_what_is_no_path_is_refused_with_words(path, tmp_path, monkeypatch):
     """A path that is no text is an error of ours for save and load, not a TypeError from the depths."""
     monkeypatch.chdir(tmp_path)
     checkpointer = milepost.make_sync_checkpointer()
-    with pytest.raises(TargetError, match="no path of a checkpoint"):
+    with pytest.raises(TargetError, match="not the path of a checkpoint"):
         checkpointer.save(path, {})
-    with pytest.raises(CheckpointNotFoundError, match="no path of a checkpoint"):
+    with pytest.raises(CheckpointNotFoundError, match="not the path of a checkpoint"):
         checkpointer.load(path)
     assert os.listdir(tmp_path) == []
 
@@ -331,18 +331,18 @@ def either(request, tmp_path, monkeypatch):
 def test_addresses_and_unexpanded_homes_are_refused(either, tmp_path):
     """What would silently become a local folder of that name is refused with a way out; nothing is made."""
     for path in REFUSED:
-        with pytest.raises(TargetError, match="a folder with a local path, and this is") as caught:
+        with pytest.raises(TargetError, match="a folder with a local path, but this is") as caught:
             either.save(path, {"x": 1})
         assert caught.value.path == path
-        assert f"for a folder that really has this name, give {tmp_path}/" in caught.value.hint
-        with pytest.raises(CheckpointNotFoundError, match="a folder with a local path, and this is"):
+        assert f"for a folder that really has this name, pass {tmp_path}/" in caught.value.hint
+        with pytest.raises(CheckpointNotFoundError, match="a folder with a local path, but this is"):
             either.load(path)
     assert os.listdir(tmp_path) == []
 
 
 def test_the_way_out_of_a_refused_path_is_named(either, tmp_path):
     """The hint names the expanded path, the path of a file address, or a folder of a mounted storage."""
-    ways_out = {"~/run": f"give {tmp_path}/run;", "file:///a/b": "give /a/b;", "s3://b": "is mounted;"}
+    ways_out = {"~/run": f"pass {tmp_path}/run;", "file:///a/b": "pass /a/b;", "s3://b": "is mounted;"}
     for path, way_out in ways_out.items():
         with pytest.raises(TargetError) as caught:
             either.save(path, {})

@@ -95,11 +95,11 @@ def _room(size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = 'on_low_memory="sync" saves without staging'
+        hint = 'set on_low_memory="sync" to save without staging'
         if error.errno == errno.EFBIG:
-            hint = f"the limit of file sizes (ulimit -f) holds for shared memory as well: raise it; {hint}"
+            hint = f"raise the limit of file sizes (ulimit -f), which also limits shared memory; or {hint}"
         raise LowMemoryError(
-            f"{size:,} bytes of shared memory cannot be had: {error.strerror}", phase="stage", hint=hint
+            f"cannot allocate {size:,} bytes of shared memory: {error.strerror}", phase="stage", hint=hint
         ) from error
 
 

@@ -75,15 +75,15 @@ class Request:
 
 
 class WriteFuture(TrackedFuture[None]):
-    """The future of a request, as one writer carries it out.
+    """The future of a request to one writer.
 
-    If that writer is lost, the request is to be written again or abandoned.
+    If the writer is lost, the request must be written again or abandoned.
 
     Attributes:
         request: The request.
         number: Its number in the messages to the writer.
-        phase: How far the writer is.
-        committed: True if the checkpoint is known to be committed; None if it is not, or not yet.
+        phase: The phase that the writer has reached.
+        committed: True when the checkpoint is known to be committed. None until then.
 
     Example:
         >>> from milepost.checkpoint_process import CheckpointProcess, CheckpointProcessConfig, LeanWriter
@@ -281,7 +281,7 @@ class Child:
                     self.handle.kill()
                     break
         except Exception:
-            logger.exception("the checkpoint process cannot be understood")
+            logger.exception("the checkpoint process sent a message that cannot be read")
         self._end()
 
     def _patience(self) -> float | None:
@@ -403,7 +403,7 @@ class Child:
             phase="write",
             hint=_GUARD_HINT
             if code == 0
-            else "the staged state is intact: saving again works, with a new child",
+            else "save again: the staged state is intact, and a new process writes it",
         )
         output = self._output()
         if output:

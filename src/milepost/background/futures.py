@@ -76,8 +76,8 @@ class Failures:
 
 def _with_refused(error: BaseException, failed: str, refused: str) -> BaseException:
     """The failure of one save as the reason why another one was not made."""
-    text = f"{failed} has failed, and this save to {refused} was not made"
-    hint = "call save again; with several ranks, go on with the next save on each of them"
+    text = f"{failed} failed, and this save to {refused} was not made"
+    hint = "call save again; with several ranks, continue with the next save on all of them"
     if not isinstance(error, MilepostError):
         error.add_note(f"{text}\nhint: {hint}")
         return error

@@ -1,4 +1,4 @@
-"""Saves under way: their futures, with figures, and what becomes of them when nobody waits."""
+"""Saves in progress: their futures, with figures, and their end if the program does not wait for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["GUARD_ADVICE", "Save", "SaveFuture", "UnderWay", "drain", "finish_ab
 logger = logging.getLogger(__name__)
 
 GUARD_ADVICE = (
-    "the state is copied while the training goes on: call checkpointer.guard(optimizer) once, or "
+    "the state is copied while the training continues: call checkpointer.guard(optimizer) once, or "
     "checkpointer.wait_staged() before each update"
 )
 
@@ -32,17 +32,17 @@ class SaveFuture(TrackedFuture[None]):
     """The future of a part of a save, with figures.
 
     Attributes:
-        path: The checkpoint's path, as it was given.
-        step: The step that was given.
-        skipped: Nothing was saved, as too many saves were under way.
-        started_at: When `save` was called: seconds, as ``time.monotonic``.
+        path: The path that `save` got.
+        step: The step that `save` got.
+        skipped: Nothing was saved, because too many saves were in progress.
+        started_at: The time of the call of `save`, in seconds, as ``time.monotonic``.
         finished_at: When the part was done, or None.
-        written_at: When the data file was durable, as far as the writer told; of the write alone.
+        written_at: When the data file was durable, if the writer has reported it. Only of the write.
         bytes_done: Bytes staged or written so far.
-        committed: True when the checkpoint is known to be committed; None while it is not. It stays None
-            where several ranks do not meet: this rank's part is written, and others may still fail.
+        committed: True when the checkpoint is known to be committed. None until then. It stays None if
+            several ranks do not meet: this rank's part is written, and others may still fail.
 
-    Nobody can cancel it: what was accepted is carried out.
+    It cannot be cancelled: an accepted save is carried out.
 
     Example:
         >>> import torch
@@ -197,7 +197,7 @@ def finish_abandoned(process: Any, stager: Any, under_way: UnderWay, owner: int)
         stack.callback(drain, process, under_way.saves)
         count = len(under_way.saves)
         warnings.warn(
-            f"an AsyncCheckpointer was not closed, {count} saves are under way: they are finished now",
+            f"an AsyncCheckpointer was not closed: its {count} running saves are finished now; call close()",
             ResourceWarning,
             stacklevel=2,
         )
@@ -207,7 +207,7 @@ def _close(part: Any) -> None:
     try:
         part.close()
     except Exception:
-        logger.exception("a checkpointer that was not closed could not be closed either")
+        logger.exception("closing an abandoned checkpointer failed")
 
 
 def _log_unseen(failures: Failures) -> None:
@@ -215,7 +215,7 @@ def _log_unseen(failures: Failures) -> None:
     failed = failures.unseen()
     for future in failed:
         path = getattr(future, "path", "")
-        logger.error("%s was not saved, and nobody has looked: %s", path, future.exception())
+        logger.error("%s was not saved, and its error was not looked at: %s", path, future.exception())
     if failed and not threading.main_thread().is_alive():
         setattr(sys, "_milepost_failed", _FailsAtExit())  # noqa: B010 - sys has no such attribute
 

@@ -236,7 +236,7 @@ class Service:
         # A trainer that dies hangs up before its children see that they have another parent.
         if message is None and not self._line_ended and not self._trainer_gone():
             raise CommitTimeoutError(
-                f"the barrier was not passed within {self._init.timeout_seconds} seconds",
+                f"the trainer has not passed the barrier within {self._init.timeout_seconds} seconds",
                 rank=self._init.rank,
                 phase="barrier",
             )

@@ -53,17 +53,17 @@ def _common(
 @app.command(epilog=EPILOG)
 def show(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint's folder.")],
-    depth: Annotated[int | None, typer.Option(min=0, help="Show only so many levels of nesting.")] = None,
+    depth: Annotated[int | None, typer.Option(min=0, help="The number of levels to show.")] = None,
     only: Annotated[
         str | None,
         typer.Option("--filter", help="Show only paths that contain this text or match this *pattern*."),
     ] = None,
-    rank: Annotated[int, typer.Option(min=0, help="Whose part to show.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Show the part of this rank.")] = 0,
     exact: Bytes = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint holds: its values with shapes, dtypes and sizes, who wrote it and when."""
+    """Show the values of a checkpoint: shapes, dtypes and sizes. Also show when and where it was saved."""
     with reported(checkpoint, debug=debug, as_json=as_json), Session() as session:
         from milepost.cli.show import run
 
@@ -85,7 +85,7 @@ def verify(
 
 @app.command("ls", epilog=EPILOG)
 def list_(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder in which checkpoints lie.")] = ".",
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder that holds checkpoints.")] = ".",
     exact: Bytes = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -103,33 +103,33 @@ def list_(
 @app.command(epilog=EPILOG)
 def doctor(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or a folder of checkpoints.")],
-    mend: Annotated[
+    fix: Annotated[
         bool,
-        typer.Option("--repair", help="Publish what is complete, and remove what dead saves have left."),
+        typer.Option("--repair", help="Publish complete checkpoints, and remove the rests of dead saves."),
     ] = False,
     deep: Annotated[bool, typer.Option("--deep", help="Compare every byte with its checksum.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what is wrong with a checkpoint or a folder of them, which ranks are missing, and what to do.
+    """Report damaged and incomplete checkpoints, the ranks that are missing, and what to do.
 
-    Without --repair nothing is changed. With it, nothing is touched that a save still works on.
+    Only --repair changes anything. It does not touch the folders of saves that still run.
     """
     with reported(path, debug=debug, as_json=as_json), Session() as session:
         from milepost.cli.doctor import run
 
-        session.exit_code = run(session, path, mend=mend, deep=deep, as_json=as_json)
+        session.exit_code = run(session, path, fix=fix, deep=deep, as_json=as_json)
 
 
 @app.command(epilog=EPILOG)
 def rm(
     checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT", help="Checkpoints' folders.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Remove checkpoints. A folder with other files in it stays as it is, and so do all others then.
+    """Remove checkpoints. If one of the folders also holds other files, nothing is removed.
 
-    Each is renamed first, so that a removal that is killed leaves no half of a checkpoint at its path.
+    Each checkpoint is renamed first. If the command is killed, no path holds half a checkpoint.
     """
     with reported(*checkpoints, debug=debug), Session() as session:
         from milepost.cli.rm import run

@@ -23,18 +23,18 @@ _MOST_DAMAGE = 10
 _MOST_KEYS = 5
 _STYLES = {"whole": "green", "damaged": "bold red", "unreadable": "red", "complete": "green"}
 _COMPARED = {
-    "nothing": ("unchecked", "nothing of it was checked: --deep reads every byte"),
-    "sizes": ("whole by size", "its data were compared by size alone: --deep compares every byte"),
+    "nothing": ("unchecked", "nothing was checked: --deep reads every byte"),
+    "sizes": ("whole by size", "its data files were compared only by size: --deep compares every byte"),
     "bytes": ("whole", ""),
 }
 _SPANS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
-def run(session: Session, path: str, *, mend: bool, deep: bool, as_json: bool) -> int:
+def run(session: Session, path: str, *, fix: bool, deep: bool, as_json: bool) -> int:
     """Say what is wrong at a path and what to do; return the exit code."""
     storage, watch = default_storage(), partial(progress_bar, session)
     found = diagnose(storage, path, deep=deep, watch=watch)
-    actions = repair(storage, found) if mend else []
+    actions = repair(storage, found) if fix else []
     if actions:
         found = diagnose_again(storage, found, deep=deep, watch=watch)
     if as_json:
@@ -140,9 +140,9 @@ def words(finding: Finding, now: float) -> str:
         content=content or "no step recorded",
         about=content and f": {content}",
         problem=f" ({finding.problem})" if finding.problem else "",
-        leftovers=f" ({_plural(left, 'passing file')} of its save still in it)" if left else "",
+        leftovers=f" ({_plural(left, 'temporary file')} of its save still in it)" if left else "",
         damage=f"{len(damage)} problems" if len(damage) > 1 else "".join(map(_damage, damage)),
-        alive="; somebody still works on it" if finding.alive else "",
+        alive="; a save still works on it" if finding.alive else "",
         progress="under way" if _is_living(finding) else "incomplete",
         told="; ".join(_told(finding, now)),
     )
@@ -173,9 +173,9 @@ def _told(finding: Finding, now: float) -> Iterable[str]:
     for state, sentences in _OF_RANKS.items():
         yield from sentences(finding, [rank for rank in finding.ranks if rank.state == state], now)
     if not finding.ranks:
-        yield finding.problem or "no rank has left a word"
+        yield finding.problem or "no rank has reported"
     if finding.alive and finding.aborted:
-        yield "other ranks have not given up yet"
+        yield "other ranks still run"
 
 
 def _failed(finding: Finding, ranks: list[RankState], _now: float) -> Iterable[str]:
@@ -242,31 +242,31 @@ def _is_needed(finding: Finding, found: Diagnosis) -> bool:
 
 
 _ADVICE: list[tuple[str, Callable[[Finding, Diagnosis], bool], str]] = [
-    ("damaged", lambda f, _: not f.published, "it is left alone: delete it yourself: {path}; {instead}"),
-    ("damaged", _is_loaded_beside, "a complete save beside it is loaded in its place"),
-    ("damaged", lambda f, _: f.emptied, "none of its data files is left: {repair} removes it; {instead}"),
+    ("damaged", lambda f, _: not f.published, "doctor keeps it: delete it yourself: {path}; {instead}"),
+    ("damaged", _is_loaded_beside, "`load` reads the complete save beside it"),
+    ("damaged", lambda f, _: f.emptied, "all its data files are missing: {repair} removes it; {instead}"),
     ("damaged", _any, "{instead}"),
     ("unreadable", _any, "update Milepost: pip install -U milepost"),
     ("incomplete", lambda f, _: f.aborted, "look at that rank's log; {next} removes it; {instead}"),
-    ("incomplete", lambda f, _: f.kept, "it is committed and stays until a later one is; {instead}"),
-    ("incomplete", lambda f, _: bool(f.alive), "wait for it; if it hangs, look at its missing ranks' logs"),
-    ("incomplete", lambda f, _: f.alive is None, "other ranks may still come: look again soon; {instead}"),
-    ("incomplete", _any, "nobody works on it any more: {next} removes it; {instead}"),
-    ("complete", lambda f, _: bool(f.alive), "{loads}; its owners publish it"),
+    ("incomplete", lambda f, _: f.kept, "it stays until a later checkpoint is committed; {instead}"),
+    ("incomplete", lambda f, _: bool(f.alive), "wait for it; if it hangs, look at the missing ranks' logs"),
+    ("incomplete", lambda f, _: f.alive is None, "other ranks may still arrive: look again soon; {instead}"),
+    ("incomplete", _any, "no save works on it any more: {next} removes it; {instead}"),
+    ("complete", lambda f, _: bool(f.alive), "{loads}; the running save publishes it"),
     ("complete", _any, "{loads}; {next} publishes it"),
-    ("overtaken replaced", _is_needed, "its successor is damaged: move that away; {repair} restores this"),
-    ("overtaken", _any, "it is of no use: {next} removes it"),
-    ("replaced", lambda f, _: f.loads, "nothing is at its path: it loads from here; {repair} restores it"),
-    ("replaced", _any, "{next} clears it"),
+    ("overtaken replaced", _is_needed, "move the damaged successor away; {repair} then restores this"),
+    ("overtaken", _any, "a newer checkpoint exists: {next} removes it"),
+    ("replaced", lambda f, _: f.loads, "its path is empty: {loads}; {repair} restores it"),
+    ("replaced", _any, "{next} removes it"),
     ("removed", _any, "{repair} removes it"),
-    ("foreign", _any, "it is left alone: move it away or delete it yourself: {path}"),
+    ("foreign", _any, "doctor keeps it: move it away or delete it yourself: {path}"),
 ]
 """States, which findings of these states, and what to do about them; the first that fits counts."""
 
 
 def advice(finding: Finding, found: Diagnosis) -> str | None:
     """What to do about a finding, if anything."""
-    text: str | None = "its name is cut, and is told nowhere: move it away or delete it: {path}"
+    text: str | None = "its name is cut off and not recorded: move it away or delete it: {path}"
     if finding.target is not None:
         rows = (row for row in _ADVICE if finding.state in row[0].split())
         text = next((said for _, fits, said in rows if fits(finding, found)), None)
@@ -275,7 +275,7 @@ def advice(finding: Finding, found: Diagnosis) -> str | None:
     return text and text.format(
         path=_shown(finding.path),
         instead=instead,
-        loads="a load of its path reads it where it is",
+        loads="`load` reads it where it is",
         repair=repair,
         next=f"the next save to it, or {repair},",
     )

@@ -25,16 +25,16 @@ def run(session: Session, folder: str, *, exact: bool, as_json: bool) -> int:
         entries = scan(storage, folder)
     except CheckpointNotFoundError as error:
         if os.path.isfile(folder):
-            raise CheckpointNotFoundError(f"this is a file, and not a folder: {folder}") from None
+            raise CheckpointNotFoundError(f"this is a file, not a folder: {folder}") from None
         error.hint = error.hint or _near(folder)
         raise
     path = os.path.abspath(folder)
     if not entries and (own := entry_at(storage, path)) is not None:
         what = "part of a checkpoint" if own.state == "partial" else "a checkpoint itself"
         command = "show" if own.state == "committed" else "doctor"
-        session.message(f"error: this is {what}, and not a folder of checkpoints: {path}")
+        session.message(f"error: this is {what}, not a folder of checkpoints: {path}")
         above = os.path.dirname(path)
-        session.message(f"hint: `milepost {command} {path}` tells about it; `milepost ls {above}` lists it")
+        session.message(f"hint: `milepost {command} {path}` shows it; `milepost ls {above}` lists it")
         return USAGE
     if as_json:
         session.json([asdict(entry) for entry in entries])

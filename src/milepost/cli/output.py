@@ -22,9 +22,9 @@ __all__ = ["DAMAGED", "EPILOG", "FAILED", "INTERRUPTED", "NOT_FOUND", "OK", "Ses
 
 OK, DAMAGED, USAGE, NOT_FOUND, FAILED, INTERRUPTED, UNREAD = 0, 1, 2, 3, 4, 130, 141
 EPILOG = (
-    "Exit codes: 0 all is well; 1 a checkpoint is damaged or incomplete; 2 wrong usage; 3 there is no "
-    "such checkpoint or folder; 4 it could not be read, or a later version wrote it; 130 interrupted; "
-    "141 whoever read the output has gone away."
+    "Exit codes: 0 no problem found; 1 a checkpoint is damaged or incomplete; 2 wrong usage; 3 the "
+    "checkpoint or folder does not exist; 4 it could not be read, or a later version wrote it; "
+    "130 interrupted; 141 the reader of the output has closed it."
 )
 _ESCAPE_BELOW_BMP, _ESCAPE_BELOW_BYTE = 0x10000, 0x100
 
@@ -152,7 +152,7 @@ def reported(*paths: str, debug: bool = False, as_json: bool = False) -> Iterato
     it would stand for the current folder.
     """
     if "" in paths:
-        raise typer.BadParameter("a path is empty; for the current folder give a dot")
+        raise typer.BadParameter("a path is empty: for the current folder, pass a dot")
     try:
         yield
     except KeyboardInterrupt:

@@ -26,7 +26,8 @@ def run(session: Session, checkpoints: list[str], *, yes: bool) -> int:
             step = f"step {entry.step}, " if entry is not None and entry.step is not None else ""
             session.message(path, ": ", step, size(entry.size_bytes) if entry is not None else "damaged")
         if not _can_ask():
-            session.message("error: nothing was removed, as nobody can be asked: to remove them add --yes")
+            session.message("error: nothing was removed: without a terminal, rm cannot ask for confirmation")
+            session.message("hint: add --yes to remove the checkpoints without a question")
             return USAGE
         if not typer.confirm("Remove these for good?", err=True):
             session.message("nothing was removed")

@@ -31,8 +31,8 @@ def run(
         if manifest is None:
             return _show_plain(session, path, checkpoint, exact=exact, as_json=as_json)
         if rank >= manifest.world_size:
-            ranks = f"ranks 0 to {manifest.world_size - 1}"
-            raise CheckpointNotFoundError(f"{path} has {ranks}, and no rank {rank}", path=path)
+            last = manifest.world_size - 1
+            raise CheckpointNotFoundError(f"{path} has the ranks 0 to {last}, not rank {rank}", path=path)
         index, shards = checkpoint.index(rank), checkpoint.shards()
     index, lines = (index, outline(index)) if shards is None else outline_sharded(index, shards)
     pattern = _pattern(only) if only is not None else None
@@ -49,7 +49,7 @@ def run(
         session.table(("key", "value", "size"), rows)
     if left_out:
         session.line()
-        session.line(f"{left_out:,} more values are not described, as there are so many")
+        session.line(f"{left_out:,} more values are left out")
     return OK
 
 

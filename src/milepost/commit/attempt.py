@@ -202,8 +202,8 @@ class Attempt(View):
             assembled = assemble(self.inside(), self.id, ranks, live=True)
             if assembled is None:
                 raise CommitError(
-                    f"a file of this checkpoint has gone while it was saved: {self.folder}",
-                    hint="does another program clear this folder?",
+                    f"a file of this checkpoint disappeared while it was saved: {self.folder}",
+                    hint="check whether another program removes files from this folder",
                 )
         except (CommitError, LoadError) as error:
             if self.sees_commit():
@@ -270,14 +270,14 @@ class Attempt(View):
             elif not self.has(MANIFEST_NAME):
                 self._presence.failed(error)
         except MilepostError as failure:
-            _logger.warning("could not clear a save that failed, or tell the other ranks: %s", failure)
+            _logger.warning("could not remove a failed save, or report it to the other ranks: %s", failure)
 
     def _remove(self) -> None:
         """Remove the only rank's folder, unless it is committed, or has not shown what is in it."""
         names = self._place.names()
         self.check_view(names)
         if self._doubtful:
-            _logger.warning("a save that was not seen to commit is left: %s", self.folder)
+            _logger.warning("the folder of a save that may have committed is kept: %s", self.folder)
         elif MANIFEST_NAME not in names:
             self._place.remove()
 
@@ -294,7 +294,7 @@ class Attempt(View):
             if joined and self.committed:
                 self._place.finish()
         except MilepostError as error:
-            _logger.warning("could not clear or publish a save at its end: %s", error)
+            _logger.warning("could not remove or publish a save at its end: %s", error)
         finally:
             self._release()
 

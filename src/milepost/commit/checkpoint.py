@@ -80,7 +80,7 @@ class Checkpoint:
             raise CorruptCheckpointError(
                 f"the index is damaged: {problem}: {place}",
                 path=place,
-                hint="`milepost verify` tells what else is damaged",
+                hint="run `milepost verify` to list all damage",
             )
         index = decode_index(data, place)
         if (index.attempt, index.rank, index.world_size) != (manifest.attempt, rank, manifest.world_size):
@@ -127,7 +127,7 @@ class Checkpoint:
             raise CheckpointNotFoundError(
                 f"there is no {name} in {self.path}",
                 path=self.path,
-                hint=f"it holds {', '.join(self.folder.names()[:5]) or 'nothing'}",
+                hint=f"the folder holds {', '.join(self.folder.names()[:5]) or 'nothing'}",
             ) from None
 
     def shards(self) -> ShardMap | None:

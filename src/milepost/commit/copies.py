@@ -63,9 +63,9 @@ class Copies:
         global _told  # noqa: PLW0603 - see there
         if not _told and self._size() > _MANY_BYTES:
             logger.warning(
-                "%.1f MiB of plain tensors (%d of them) are the same on all %d ranks, and each has saved "
-                "them: if they are replicas, as under DistributedDataParallel, declare them by "
-                "CheckpointWriterConfig.replicated, and each byte is saved once",
+                "%.1f MiB of plain tensors (%d of them) are the same on all %d ranks, and each rank saved "
+                "them. If they are replicas, as under DistributedDataParallel, declare them in "
+                "CheckpointWriterConfig.replicated: then each byte is saved once",
                 *(self._size() / 2**20, self._same.total(), self._ranks),
             )
         _told = True

@@ -141,13 +141,13 @@ def wording(state: str, path: str) -> str | None:
     """
     return {
         "complete": "complete, but not published",
-        "overtaken": "complete, but overtaken by a newer checkpoint",
-        "replaced": "left over: a former checkpoint, replaced by a later save",
-        "foreign": f"not ours: {os.path.basename(path)} is named like a save to this path, "
-        "but nothing in it says that it is one",
-        "torn": "committed, but files of it seem to be missing or damaged",
-        "unreadable": "not readable by this version",
-        "removed": "what is left of a checkpoint that somebody has removed",
+        "overtaken": "complete, but a newer checkpoint is published",
+        "replaced": "a former checkpoint that a later save replaced",
+        "foreign": f"not a save: {os.path.basename(path)} is named like a save to this path, "
+        "but its content does not say so",
+        "torn": "committed, but some files seem to be missing or damaged",
+        "unreadable": "this version of Milepost cannot read it",
+        "removed": "the rest of a removed checkpoint",
     }.get(state)
 
 

@@ -82,7 +82,7 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Checkpoint:
                 f"the ranks have committed a checkpoint here, but this host has not seen it within "
                 f"{VISIBLE_SECONDS:g} s: {path}",
                 path=path,
-                hint="see that every rank's host shows the same folder; the file system may cache listings",
+                hint="check that every rank's host shows the same folder; the file system may cache listings",
             )
         time.sleep(_LOOK_SECONDS)
 
@@ -220,7 +220,7 @@ def _published(storage: Storage, path: str, state: list[object]) -> Checkpoint:
             if problems:
                 more = f" and {len(problems) - 5} more problems" if len(problems) > 5 else ""
                 raise CorruptCheckpointError(
-                    f"the checkpoint is not what its manifest says: {', '.join(problems[:5])}{more}: {path}",
+                    f"the checkpoint differs from its manifest: {', '.join(problems[:5])}{more}: {path}",
                     path=path,
                     hint="load another checkpoint; `milepost ls` on the folder above lists them",
                 )
@@ -273,7 +273,7 @@ def _not_found(storage: Storage, path: str, message: str) -> CheckpointNotFoundE
     for hidden in _siblings(storage, path):
         with suppress(StorageError), opened(storage, hidden.path) as folder:
             if folder and classify(folder, hidden.attempt, deep=False).state in ("part", "torn"):
-                hints.append(f"a save to it was begun and has not committed: see `milepost doctor {path}`")
+                hints.append(f"a save to it has begun and has not committed: run `milepost doctor {path}`")
                 break
     within = _checkpoints_in(storage, path, "")
     existing = within or _checkpoints_in(storage, parent, name)

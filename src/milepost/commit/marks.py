@@ -165,7 +165,7 @@ def _check_agreement(attempt: str, marks: Sequence[Mark], merger: Merger) -> Non
             also = f" (as have ranks {numbers(other[1:])})" if other[1:] else ""
             told = f"expected {expected!r}, rank {other[0]} has {values[other[0]]!r}{also}"
             if fact == "state they share":  # of which these are hashes
-                told = f"rank {other[0]} has another than rank 0{also}{merger.difference(0, other[0])}"
+                told = f"rank {other[0]} has another one than rank 0{also}{merger.difference(0, other[0])}"
             raise CommitError(
                 f"the ranks disagree on the {fact}: {told}",
                 rank=other[0],

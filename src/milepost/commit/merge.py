@@ -301,7 +301,7 @@ class Merger:
             return None
         if self._conflicts:
             raise CommitError(
-                f"the ranks hold tensors of one key that differ: {'; '.join(self._conflicts[:_SHOWN])}",
+                f"the ranks hold different tensors under one key: {'; '.join(self._conflicts[:_SHOWN])}",
                 phase="commit",
                 hint="a key must mean the same tensor, placed in the same way, on all ranks that have it",
             )
@@ -311,7 +311,7 @@ class Merger:
             key_trie([row.key for row in rows])
         except CorruptCheckpointError as error:
             raise CommitError(
-                f"the ranks' states do not go together: {error.message}",
+                f"the ranks' state dicts contradict each other: {error.message}",
                 phase="commit",
                 hint="a key must mean the same thing on all ranks",
             ) from None
@@ -384,8 +384,8 @@ def _warn_of_copies(rows: list[_Row]) -> None:
     if size > _MANY_BYTES and not _told:
         _told = True
         logger.warning(
-            "%d MiB were saved more than once, by several slices of a mesh, most of them of %s: declare "
-            "such tensors as replicated, and each byte is saved once",
+            "several slices of a mesh saved the same %d MiB, most of them of %s: declare such tensors as "
+            "replicated, then each byte is saved once",
             *(size >> 20, _text(max(rows, key=lambda row: row.twice).key)),
         )
 

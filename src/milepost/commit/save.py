@@ -47,7 +47,7 @@ _partial: ContextVar[str] = ContextVar("milepost_partial_directory")
 
 
 def partial_directory() -> str:
-    """The folder with the files of the checkpoint that is being saved, for use in ``pre_commit``.
+    """Return the folder with the files of the running save, for use in ``pre_commit``.
 
     Files that a hook adds there become attachments: the manifest lists them, and they are verified and
     published with the checkpoint.
@@ -289,7 +289,7 @@ class _Save:
                 path=self._path,
                 rank=self._options.rank,
                 phase="post_commit",
-                hint="the checkpoint loads; do by hand what the hook was to do, do not save again for it",
+                hint="the checkpoint loads: do the hook's work by hand, and do not save again for it",
             ) from error
 
     @contextmanager
@@ -318,7 +318,7 @@ def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
             except AbortedError:
                 pass  # another rank has failed too: all know
             except BaseException as told:  # noqa: BLE001 - the first error is raised below
-                logger.warning("could not tell the other ranks of a failure: %s", told)
+                logger.warning("could not report a failure to the other ranks: %s", told)
         raise
 
 

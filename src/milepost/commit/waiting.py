@@ -260,9 +260,9 @@ def timeout_error(folder: Folder, names: list[str], world_size: int, seconds: fl
 def unseen_error(path: str) -> CommitError:
     """The error of a rank whose folder does not show the rank's own mark."""
     return CommitError(
-        f"the folder of this attempt does not show what this rank has written there: {path}",
-        hint="was it removed, or does the file system show an old state of it? If it is there, "
-        "`milepost doctor` tells what is in it",
+        f"the folder of this attempt does not show this rank's file: {path}",
+        hint="check whether the folder was removed, or the file system shows an old state of it; if the "
+        "folder exists, run `milepost doctor`",
     )
 
 

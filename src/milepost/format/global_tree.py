@@ -76,10 +76,10 @@ def key_trie(keys: Sequence[Key]) -> _Trie:
         for part in key[:-1]:
             node = node.setdefault(msgspec.json.encode(part), {})
             if not isinstance(node, dict):
-                raise _conflict(key, "has a tensor on its way")
+                raise _conflict(key, "begins with the key of another tensor")
         last = msgspec.json.encode(key[-1]) if key else b""
         if not key or last in node:
-            raise _conflict(key, "is on the way to another tensor")
+            raise _conflict(key, "is the beginning of the key of another tensor")
         node[last] = number
         path = decode_key(key)
         for depth in range(1, len(path) + 1):

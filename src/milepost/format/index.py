@@ -229,7 +229,7 @@ def _check_records(records: Records, files: list[DataFile], check: Checker) -> N
         zip(records.file, records.offset, records.length, strict=True)
     ):
         if not 0 <= file < len(files):
-            check.fail(f"record {number} lies in file {file} of {len(files)}")
+            check.fail(f"record {number} is in file {file} of {len(files)}")
         if length < 0 or offset < ends[file]:
             check.fail(f"record {number} overlaps the one before it")
         ends[file] = offset + length
@@ -258,7 +258,7 @@ def _check_tensors(tensors: Tensors, records: Records, check: Checker) -> None:
         check(is_device(device), f"a tensor was saved on an unknown device: {device[:80]!r}")
     for name in ("requires_grad", "conj", "neg"):
         numbers: list[int] = getattr(tensors, name)
-        check(all(0 <= n < count for n in numbers), f"{name} names a tensor that is not there")
+        check(all(0 <= n < count for n in numbers), f"{name} names a tensor that does not exist")
         check(all(a < b for a, b in pairwise(numbers)), f"{name} is not ascending")
     check(
         all("complex" in tensors.dtype[n] for n in tensors.conj),
@@ -286,6 +286,6 @@ def _check_tensors(tensors: Tensors, records: Records, check: Checker) -> None:
         if extent > MAX_INT or (tensors.kind[number] == "ndarray" and not sizes_fit(shape, size)):
             check.fail(f"tensor {number} has too many elements: {shape}")
         if not -1 < record < len(lengths):
-            check.fail(f"tensor {number} lies in record {record} of {len(lengths)}")
+            check.fail(f"tensor {number} is in record {record} of {len(lengths)}")
         if start < 0 or start % size or start + (0 if empty else reach) > lengths[record]:
             check.fail(f"tensor {number} reaches beyond its record")

@@ -128,7 +128,7 @@ class _TreeCheck:
         texts, others = set(), []
         for pair in node[1]:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise ValueError("an entry of a dictionary is no pair")
+                raise ValueError("an entry of a dictionary is not a pair")
             key_node, child = pair
             if _is_plain_text(key_node):
                 texts.add(key_node[1])
@@ -140,7 +140,7 @@ class _TreeCheck:
         _check_keys(node, texts, others)
         if node[0] == "ordered" and node[2] is not None:
             if not _has_text_keys(node[2]):
-                raise ValueError("the attributes of an OrderedDict are no dictionary of names")
+                raise ValueError("the attributes of an OrderedDict are not a dictionary of names")
             self.stack.append((node[2], depth + 1, False))
 
     def _tensor(self, node: Node, *_: object) -> None:
@@ -152,11 +152,11 @@ class _TreeCheck:
         if not 0 <= record < len(self._records):
             raise ValueError(f"the tree refers to {tag} {record} of {len(self._records)}")
         if record in self._named:  # each would be one more copy in memory
-            raise ValueError(f"record {record} is that of two values")
+            raise ValueError(f"two values have the record {record}")
         self._named.add(record)
         length = self._records[record]
         if tag == "array" and not is_array(node[2], node[3], length):
-            raise ValueError(f"a numpy array is not what its record of {length} bytes is: {_excerpt(node)}")
+            raise ValueError(f"a numpy array does not fit its record of {length} bytes: {_excerpt(node)}")
 
 
 def check_node(node: Node, *, key: bool = False) -> None:

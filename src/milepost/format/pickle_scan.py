@@ -104,7 +104,7 @@ class _Scan:
             self._at += 1
             step = _STEPS.get(code)
             if step is None:
-                raise ValueError(f"the opcode {code:#04x} is none that torch reads")
+                raise ValueError(f"the opcode {code:#04x} is not one that torch reads")
             step(self)
 
     # -- reading -----------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class _Scan:
         """A class or function and its arguments: of any other value torch would make text or a hash."""
         kind, arguments = self.top(2)
         if "." not in kind.name:
-            raise ValueError("it calls what is no class and no function")
+            raise ValueError("it calls a value that is neither a class nor a function")
         return kind, arguments
 
     def call(self) -> None:
@@ -278,7 +278,7 @@ class _Scan:
     def _spend(self, work: int) -> None:
         self._work_left -= work
         if self._work_left < 0:
-            raise ValueError("it holds the same values so often that to read it would take too long")
+            raise ValueError("it repeats the same values so often that reading it would take too long")
 
 
 _STOP = ord(".")

@@ -230,7 +230,7 @@ def decode_shard_map(data: bytes, path: str, *, attempt: str, world_size: int) -
     elif any(len(column) != count for column in columns):
         problem = "its columns differ in length"
     elif any(not 0 <= table < len(shards.tables) for table in shards.table):
-        problem = "it names a table that is not there"
+        problem = "it names a table that does not exist"
     else:
         problem = check_described(shards)
     if problem:
@@ -253,7 +253,7 @@ def check_shards(shards: Shards, tensors: list[tuple[str, list[int]]]) -> str | 
     if any(len(column) != count for column in columns):
         return "the columns of the shards differ in length"
     if any(not 0 <= number < len(tensors) for number in shards.tensor):
-        return "a shard names a tensor that is not there"
+        return "a shard names a tensor that does not exist"
     if any(n < 0 for n in shards.pieces):
         return "a shard has a negative number of pieces"
     if any(n > 1 and not shape for n, shape in zip(shards.pieces, shards.shape, strict=True)):
@@ -312,9 +312,9 @@ def check_leaves(columns: _Leaves) -> str | None:
         return f"unknown kind of tensor {sorted(set(columns.kind))}"
     for kind, dtype in set(zip(columns.kind, columns.dtype, strict=True)):
         if kind == "ndarray" and dtype not in ARRAY_DTYPES:
-            return f"a numpy array of dtype {dtype}, which numpy has not"
+            return f"a numpy array of dtype {dtype}, which numpy lacks"
     if any(not 0 <= number < count for number in columns.requires_grad):
-        return "requires_grad names a tensor that is not there"
+        return "requires_grad names a tensor that does not exist"
     if any(not columns.dtype[n].lstrip("b").startswith(("float", "complex")) for n in columns.requires_grad):
         return "a tensor of a dtype that has no gradient requires one"
     return None

@@ -185,7 +185,7 @@ def _published(folder: Folder, found: Finding, entry: Entry) -> Finding:
     missing = (Damage(MANIFEST_NAME, "is missing"),)
     damage = missing if manifest is None else _misfits(Checkpoint(folder, manifest, found.path), manifest)
     if entry.state == "damaged" or damage:
-        return replace(found, damage=damage or (Damage("", entry.problem or "it changes all the time"),))
+        return replace(found, damage=damage or (Damage("", entry.problem or "it keeps changing"),))
     left = tuple(name for name in names if is_own(name) and name != MANIFEST_NAME)
     return replace(found, state="whole", loads=True, compared="sizes", leftovers=left)
 
@@ -336,7 +336,7 @@ def _contradiction(folder: Folder, verdict: Verdict) -> str:
         return str(error.message)
     missing = [name for rank in ranks if folder.stat(name := data_name(rank)) is None]
     more = f"{', '.join(sorted(missing)[:5])} {'is' if len(missing) == 1 else 'are'} missing"
-    return more if missing else "files are not as the ranks' marks say"
+    return more if missing else "the files differ from the ranks' marks"
 
 
 # ---------------------------------------------------------------------------- damage

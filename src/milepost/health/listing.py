@@ -244,7 +244,7 @@ def explain_folder(folder: Folder) -> Explanation:
         if silent:
             parts.append(f"{ranks_named(silent)} {'has' if len(silent) == 1 else 'have'} not begun")
     return Explanation(
-        note, world_size, arrived, aborted, beacons, "; ".join(parts) or "no rank has left a word"
+        note, world_size, arrived, aborted, beacons, "; ".join(parts) or "no rank has reported"
     )
 
 

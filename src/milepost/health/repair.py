@@ -86,16 +86,16 @@ def _refusal(storage: Storage, findings: list[Finding]) -> str | None:
             if unchanged_seconds(storage, finding.path) < LATE_SECONDS:
                 return ""
             if not silent:
-                return f"it cannot be told whether somebody works on it: {finding.path}"
+                return f"the file system does not say whether a save still works on it: {finding.path}"
         if not finding.published and any(damage.file != MANIFEST_NAME for damage in finding.damage):
             return f"a save that seemed complete is damaged; delete it yourself: {finding.path}"
     damaged = any(finding.published and finding.state in ("damaged", "unreadable") for finding in findings)
     heir = any(finding.state == "complete" and finding.alive is False for finding in findings)
     if damaged and not heir and any(finding.is_former for finding in findings):
-        return "the checkpoint there cannot be read whole, so what it replaced is kept"
+        return "the checkpoint there cannot be read, so the former checkpoint is kept"
     emptied = [finding.path for finding in findings if finding.emptied]
     if emptied and not heir and unchanged_seconds(storage, emptied[0]) < LATE_SECONDS:
-        return f"its data files are not seen, and it is new, so try again in a few minutes: {emptied[0]}"
+        return f"its data files are not visible, and it is new: try again in a few minutes: {emptied[0]}"
     return None
 
 

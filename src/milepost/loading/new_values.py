@@ -37,7 +37,7 @@ class NewValues:
         tensors = self._file.index.tensors
         for device in set(tensors.device):
             if device_of(device).type == "meta":
-                raise CorruptCheckpointError("a tensor is said to have been saved on the device meta")
+                raise CorruptCheckpointError("the index says that a tensor was saved on the device meta")
         shards = lookup.shards
         self._arrays = {shards.alias[n] for n, kind in enumerate(shards.kind) if kind == "ndarray"}
         self._gradients = set(shards.requires_grad)

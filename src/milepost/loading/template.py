@@ -319,7 +319,7 @@ class _Matcher:
             return self._misfit(path, f"a dense tensor to fill, not {_kind(local)}", "a dense tensor")
         fill = Fill(local, number, pieces)
         if _overlaps(local) and not self._folds(fill):
-            return self._folded(path, local, "a tensor whose parts do not agree there")
+            return self._folded(path, local, "a tensor with different values there")
         self._match.fills.append(fill)
         return _KEEP
 

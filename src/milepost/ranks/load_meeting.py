@@ -93,7 +93,7 @@ class Verdict(msgspec.Struct):
             if report.error is not None:
                 verdict.failed.append((rank, report.error))
             elif report.identity != reports[0].identity and reports[0].error is None:
-                reason = f"it loads another checkpoint ({report.path}) than rank 0 ({reports[0].path})"
+                reason = f"it loads {report.path}, but rank 0 loads {reports[0].path}"
                 if report.path == reports[0].path:
                     reason = f"a save replaced {report.path} while the ranks opened it: load again"
                 verdict.failed.append((rank, reason))
@@ -218,7 +218,7 @@ class Meeting:
                 f"the store at which the ranks agree on a load failed: {error}",
                 rank=self._rank,
                 phase="load",
-                hint="the process that hosts it may have died; to load without the others: together=False",
+                hint="its host process may have died; pass together=False to load without the other ranks",
             ) from error
 
     def _hold(self, report: Report) -> Verdict:
@@ -297,7 +297,7 @@ class Meeting:
 
     def _without(self, ranks: list[int]) -> Verdict:
         reason = (
-            f"it did not come to load within {self._seconds:g} seconds (to load on some only: together=False)"
+            f"it did not call load within {self._seconds:g} seconds (to load on some ranks: together=False)"
         )
         return Verdict(failed=[(rank, reason) for rank in ranks])
 
@@ -339,7 +339,7 @@ class Meeting:
         try:
             self.hold(report)
         except Exception as error:  # noqa: BLE001 - the caller raises the reason for not loading, not this
-            logger.warning("could not tell the other ranks: %s", error)
+            logger.warning("could not report an error to the other ranks: %s", error)
 
 
 def refuse(verdict: Verdict, *, modified: bool) -> None:
@@ -353,7 +353,7 @@ def refuse(verdict: Verdict, *, modified: bool) -> None:
         f"rank {rank} could not load: {reason}{more}",
         rank=rank,
         phase="load",
-        hint="all ranks load, or none does: see to that rank, or load another checkpoint",
+        hint="all ranks load, or none: fix the error on that rank, or load another checkpoint",
     )
     error.targets_modified = modified
     raise error

@@ -141,7 +141,7 @@ class Ranks:
             known = start.wait(self._seconds - patience)
         if start.lost:
             raise CommitError(
-                f"the process group has gone before all its ranks had made a checkpointer: {start.trouble}",
+                f"the process group ended before all its ranks had made a checkpointer: {start.trouble}",
                 path=target,
                 rank=self._rank,
                 phase="begin",
@@ -244,7 +244,7 @@ class SaveMeeting:
         try:
             self._meet()
         except StoreGoneError as error:
-            logger.info("the store where ranks meet is gone, the folder decides: %s", error)
+            logger.info("the store where ranks meet is gone, this save uses the folder instead: %s", error)
         self._served, self._listener = None, _nobody
 
     def _meet(self) -> None:
@@ -313,8 +313,8 @@ class SaveMeeting:
         if now - self._asked > _VISIBLE_SECONDS:
             raise CommitError(
                 f"the folder is not shared between the ranks: rank {self._start.rank} on "
-                f"{socket.gethostname()} has not seen within {_VISIBLE_SECONDS:g} s what rank 0 on {host} "
-                f"has written: {above}",
+                f"{socket.gethostname()} has not seen within {_VISIBLE_SECONDS:g} s the files that rank 0 "
+                f"on {host} wrote: {above}",
                 path=self._path,
                 rank=self._start.rank,
                 phase="meet",

@@ -178,7 +178,7 @@ class Start:
         """
         self.barriers += 1
         deadline, word = time.monotonic() + timeout_seconds, None
-        reason = f"rank 0 has not put one there within {timeout_seconds:g} s"
+        reason = f"rank 0 has not written one within {timeout_seconds:g} s"
         try:
             if self.wait(timeout_seconds):
                 key = self.key("barrier", self.barriers)

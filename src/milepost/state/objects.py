@@ -67,7 +67,7 @@ class _Pickler(pickle.Pickler):
         """Plain tensors are rebuilt over the numbered storage of their own elements."""
         if is_dtensor(obj):
             raise StateError(
-                "a DTensor in an object that is no dict or list would be saved as this rank's part of it",
+                "a DTensor in an object that is not a dict or list would be saved as this rank's part of it",
                 hint="put it into plain dicts and lists, or save its full_tensor()",
             )
         if (
@@ -148,7 +148,7 @@ def unpickle_object(data: bytes, storage_of: Callable[[int], torch.UntypedStorag
     try:
         value = unpickler.load()
         if not all(tensor.is_meta or _indices_fit(tensor) for tensor in pending):
-            raise ValueError("the indices of a sparse tensor lead out of it")
+            raise ValueError("the indices of a sparse tensor reach beyond it")
     finally:
         pending.clear()
     if any(storage.nbytes() != size for storage, size in given):  # torch enlarges what is too small

@@ -82,7 +82,7 @@ def placed(value: Any, *, everywhere: bool = False) -> Placed:
     raise StateError(
         f"this rank's part of a DTensor has shape {tuple(local.shape)}, but {ways[0].text} of "
         f"{shape} means {means}",
-        hint="does another library shard this tensor in a way of its own?",
+        hint="check whether another library shards this tensor differently",
     )
 
 
@@ -119,7 +119,7 @@ def _ways(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> tuple
         return (torchs,)
     if torchs.local == fsdps.local:
         raise StateError(
-            f"it cannot be told which rows this rank holds of {torchs.text} of {shape}",
+            f"{torchs.text} of {shape} does not say which rows this rank holds",
             hint="pad the dimension to a multiple of the ranks that divide it, or use another mesh",
         )
     return (torchs, fsdps)
@@ -232,7 +232,7 @@ class Replicated:
         texts = [path_text(path) for path in paths]
         for pattern in sorted(self._unused):
             if not any(map(matcher([pattern]), texts)):
-                logger.warning("replicated=[%r] fits no tensor of this state dict", pattern)
+                logger.warning("replicated=[%r] matches no tensor of this state dict", pattern)
         self._unused = set()
 
 

@@ -1,10 +1,10 @@
-"""What Milepost asks of a place where checkpoints live.
+"""The interface of a storage, where Milepost keeps checkpoints.
 
-`Storage` is a file system cut down to what a crash-safe commit needs. Paths are absolute ``str``.
-`milepost.storage.local` is the real one; `milepost.testing` has a wrapper whose operations fail.
+A `Storage` has the operations of a file system that a crash-safe commit needs. Paths are absolute ``str``.
+`milepost.storage.local` is the local file system. `milepost.testing` has a wrapper whose operations fail.
 
-Every failed operation raises `StorageError`, which is also an ``OSError`` with the ``errno`` of the
-cause and names the operation and the path. ``EINTR`` never gets out; a short write is continued.
+Every failed operation raises `StorageError`. It is also an ``OSError`` with the ``errno`` of the cause, and
+names the operation and the path. No operation raises ``EINTR``; a short write is continued.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ RenameMode = Literal["create", "replace", "exchange"]
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """What is at a path; symbolic links are not followed.
+    """The file or folder at a path. Symbolic links are not followed.
 
     Attributes:
         kind: "file", "folder", "symlink" or "other".
-        size_bytes: Length of a file; 0 for the rest.
-        modified_seconds: Last modification, seconds since the epoch.
+        size_bytes: Length of a file in bytes; 0 for the rest.
+        modified_seconds: Last modification, in seconds since the epoch.
         mount_point: Whether a folder is the root of a mounted file system.
         writable: Whether this process may create entries in it (folders) or write to it (files).
 
@@ -67,24 +67,24 @@ class NewFile(Protocol):
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` (bytes, contiguous) at `offset`.
 
-        For a file created with ``direct=True`` the offset is a multiple of `ALIGNMENT`, and so is the
-        length of every write but the one at the highest offset; data at an address that is a
-        multiple of it is written without a copy.
+        For a file created with ``direct=True``, the offset is a multiple of `ALIGNMENT`. So is the length of
+        every write except the one at the highest offset. Data whose address is also a multiple of it is
+        written without a copy.
         """
 
     def finish(self, size: int, *, sync: bool = True) -> None:
-        """Returns when the file holds exactly `size` bytes and they are durable (fsync); closes it.
+        """Return when the file holds exactly `size` bytes and they are durable (fsync). Close it.
 
-        With ``sync=False`` nothing is fsynced: for what may be lost, such as beacons.
-        If it raises, the file has been removed: after a failed fsync nothing written is trusted.
+        With ``sync=False`` nothing is fsynced: for files that may be lost, such as beacons.
+        If this raises, the file has been removed, because its bytes are not trusted after a failed fsync.
         """
 
     def discard(self) -> None:
-        """Close and remove the file; never raises, and does nothing after `finish`."""
+        """Close and remove the file. Never raises. Does nothing after `finish`."""
 
 
 class OpenFile(Protocol):
-    """A file open for reading. Stays readable when it is renamed, replaced or removed.
+    """A file open for reading. It stays readable when it is renamed, replaced or removed.
 
     Example:
         >>> import os
@@ -102,26 +102,26 @@ class OpenFile(Protocol):
     size: int
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill `buffers` one after the other with the bytes from `offset` on (any number of them).
+        """Fill `buffers` (any number) one after the other with the bytes from `offset` on.
 
         Raises:
             CorruptCheckpointError: The file ends before the buffers are full.
         """
 
     def read_direct(self, offset: int, buffer: memoryview) -> None:
-        """As `read_into`, round the page cache where that is possible.
+        """Read like `read_into`, and bypass the page cache if possible.
 
-        `offset`, the buffer's length and its address are multiples of `ALIGNMENT`; the read may
-        reach past the end of the file, what the buffer holds beyond it is arbitrary.
+        `offset`, the buffer's length and its address are multiples of `ALIGNMENT`. The read may reach past
+        the end of the file. The buffer's bytes after the end are arbitrary.
         """
 
     def cached(self, offset: int, length: int) -> bool:
-        """Whether most of this range seems to be in memory already (a sample, never a read)."""
+        """Return whether most of this range seems to be in memory (a sample, never a read)."""
 
     def map(self) -> memoryview | None:
-        """The whole file mapped privately (writes stay in this process), or None if it cannot be.
+        """Map the whole file privately (writes stay in this process). None if that is not possible.
 
-        The mapping lives as long as any view of it, also after `close`.
+        The mapping exists as long as any view of it, also after `close`.
         """
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class OpenFile(Protocol):
 
 
 class Folder(Protocol):
-    """An open folder: what is opened through it stays in it, whatever happens to its path.
+    """An open folder. Files are opened in this folder, even if its path now leads to another one.
 
     Example:
         >>> import os
@@ -143,33 +143,33 @@ class Folder(Protocol):
     path: str
 
     def names(self) -> list[str]:
-        """The names of its entries as they are now, also of those made since it was opened; sorted."""
+        """Return the sorted names of its entries at this moment."""
 
     def stat(self, name: str) -> Stat | None:
-        """What `name` (a relative path of plain components) is, or None when it is not there."""
+        """Look at `name` (a relative path of plain components). None if it does not exist."""
 
     def read(self, name: str, limit: int) -> bytes:
-        """The whole of a small file.
+        """Return all bytes of a small file.
 
         Raises:
-            EntryNotFoundError: It is not there.
-            CorruptCheckpointError: It is longer than `limit` bytes, or no regular file.
+            EntryNotFoundError: It does not exist.
+            CorruptCheckpointError: It is longer than `limit` bytes, or not a regular file.
         """
 
     def open(self, name: str) -> OpenFile:
-        """Open a regular file for reading; symbolic links are refused in every component.
+        """Open a regular file for reading. Symbolic links are refused in every component.
 
         Raises:
-            EntryNotFoundError: It is not there.
+            EntryNotFoundError: It does not exist.
             CorruptCheckpointError: It is a link, a folder or a device, or the name leaves the folder.
         """
 
     def close(self) -> None:
-        """Release the descriptor; files opened through it stay open. Idempotent."""
+        """Release the descriptor. Files opened through it stay open. Idempotent."""
 
 
 class Lock(Protocol):
-    """Held until `release`, or until the process dies.
+    """A lock. It is held until `release`, or until the process dies.
 
     Example:
         >>> import os
@@ -183,11 +183,11 @@ class Lock(Protocol):
     """
 
     def release(self) -> None:
-        """Give the lock up; idempotent."""
+        """Release the lock. Idempotent."""
 
 
 class Storage(Protocol):
-    """A place where checkpoints live. Instances are cheap, comparable and picklable.
+    """A place where checkpoints are stored. Instances are cheap, comparable and picklable.
 
     Example:
         >>> import os
@@ -200,56 +200,55 @@ class Storage(Protocol):
     """
 
     def create(self, path: str, *, direct: bool = False) -> NewFile:
-        """Create a file that does not exist yet (EntryExistsError if it does).
+        """Create a file. EntryExistsError if it exists.
 
-        With `direct`, writes go round the page cache where the file system allows it.
+        With `direct`, writes bypass the page cache if the file system allows it.
         """
 
     def open_folder(self, path: str) -> Folder:
-        """Open an existing folder; the last component may not be a symbolic link.
+        """Open an existing folder. The last component may not be a symbolic link.
 
         Raises:
-            EntryNotFoundError: It is not there.
-            StorageError: It is something else (``errno.ENOTDIR``).
+            EntryNotFoundError: It does not exist.
+            StorageError: It is not a folder (``errno.ENOTDIR``).
         """
 
     def stat(self, path: str) -> Stat | None:
-        """What is at `path`, or None."""
+        """Look at `path`. None if it does not exist."""
 
     def make_folder(self, path: str, *, private: bool = False) -> None:
-        """Create one folder, with mode 0700 if `private` (EntryExistsError if it does)."""
+        """Create one folder, with mode 0700 if `private`. EntryExistsError if it exists."""
 
     def make_public(self, path: str) -> None:
-        """Give a private folder the mode that a new folder would have had.
+        """Give a private folder the mode of a new folder.
 
-        Where modes cannot be changed it stays private, and the log says so.
+        If the file system cannot change modes, the folder stays private, and the log says so.
         """
 
     def rename(self, source: str, target: str, mode: RenameMode) -> None:
         """Rename atomically.
 
-        "create": EntryExistsError if `target` exists. "replace": a file there is
-        replaced. "exchange": both must exist and swap places; ``errno.EOPNOTSUPP`` where the file
-        system cannot.
+        "create": EntryExistsError if `target` exists. "replace": replaces a file at `target`. "exchange":
+        both must exist and swap places; ``errno.EOPNOTSUPP`` if the file system cannot do this.
         """
 
     def remove(self, path: str) -> None:
         """Remove a file or an empty folder."""
 
     def sync_folder(self, path: str) -> None:
-        """Returns when the names in this folder are durable."""
+        """Return when the names in this folder are durable."""
 
     def sync_file(self, path: str) -> None:
-        """Returns when the bytes of an existing file are durable, even if another process wrote them."""
+        """Return when the bytes of an existing file are durable, even if another process wrote them."""
 
     def is_network(self, path: str) -> bool:
-        """Whether locks that other hosts hold in this folder may not show here.
+        """Return whether locks of other hosts in this folder may be invisible here.
 
-        What a dead save left there is then cleared only after a day.
+        The files of a dead save are then removed only after a day.
         """
 
     def lock(self, path: str, *, exclusive: bool = False) -> Lock | None:
-        """Take a lock on an existing file without waiting; None if somebody else's stands against it."""
+        """Lock an existing file without waiting. None if another lock conflicts with it."""
 
 
 ALIGNMENT = 4096
@@ -257,7 +256,7 @@ ALIGNMENT = 4096
 
 
 def default_storage() -> Storage:
-    """The storage that is used where none is given: the local file system.
+    """Return the default storage: the local file system.
 
     Example:
         >>> from milepost.storage import default_storage

@@ -86,7 +86,7 @@ class LocalNewFile(OwnedByProcess):
             except OSError as error:
                 if not self._direct or error.errno not in syscalls.UNSUPPORTED:
                     raise
-                _logger.debug("direct write refused (%s), going on buffered: %s", error, self._path)
+                _logger.debug("direct write refused (%s), using the page cache: %s", error, self._path)
                 syscalls.disable_direct(self._descriptor)
                 self._direct = False
                 continue
@@ -201,7 +201,7 @@ class LocalOpenFile(OwnedByProcess):
                     if refused or descriptor == self._descriptor or error.errno not in syscalls.UNSUPPORTED:
                         raise
                     # Other threads may be using the descriptor: change what it is, do not close it.
-                    _logger.debug("direct read refused (%s), going on buffered: %s", error, self.path)
+                    _logger.debug("direct read refused (%s), using the page cache: %s", error, self.path)
                     syscalls.disable_direct(descriptor)
                     refused = True
                     continue
@@ -225,7 +225,7 @@ class LocalOpenFile(OwnedByProcess):
         try:
             return os.open(f"/proc/self/fd/{self._descriptor}", flags)
         except OSError as error:
-            _logger.debug("direct reads refused (%s), going on buffered: %s", error, self.path)
+            _logger.debug("direct reads refused (%s), using the page cache: %s", error, self.path)
             return self._descriptor
 
     def cached(self, offset: int, length: int) -> bool:

@@ -124,7 +124,7 @@ class _LocalFolder(OwnedByProcess):
 
 
 def _no_regular_file(path: str) -> CorruptCheckpointError:
-    return CorruptCheckpointError(f"no regular file, or a link on the way to it: {path}", path=path)
+    return CorruptCheckpointError(f"not a regular file, or a link leads to it: {path}", path=path)
 
 
 def plain_components(name: str, folder: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""For tests of programs and of storages: storages that fail, and the contract they keep.
+"""For tests of programs and of storages: a storage that fails, and the contract of all storages.
 
 - `FaultyStorage` fails, or kills the process, at the n-th operation.
-- `StorageContract` is the test class that the author of a storage inherits from.
+- `StorageContract` is a test class. The author of a storage derives a class from it.
 """
 
 from __future__ import annotations

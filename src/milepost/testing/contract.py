@@ -45,10 +45,10 @@ def _aligned(data: bytes) -> memoryview:
 
 
 class StorageContract:
-    """Inherit from it, call it ``Test…``, and give it the two fixtures and the two raw accesses.
+    """The tests of a storage. Derive a class ``Test…`` from it, with two fixtures and two methods.
 
-    The fixture ``storage`` is a storage, the fixture ``folder`` the absolute path of an empty folder in it.
-    `raw_put` and `raw_get` write and read a file without the code under test.
+    The fixture ``storage`` returns a storage. The fixture ``folder`` returns the absolute path of an empty
+    folder in it. `raw_put` and `raw_get` write and read a file without the code under test.
 
     Example:
         >>> import pathlib, pytest
@@ -71,11 +71,11 @@ class StorageContract:
     """Whether instances can be pickled and compared; only storages of a single process may do without."""
 
     def raw_put(self, storage: Any, path: str, data: bytes) -> None:
-        """Create the file."""
+        """Create a file with these bytes."""
         raise NotImplementedError
 
     def raw_get(self, storage: Any, path: str) -> bytes:
-        """The content of the file."""
+        """Return the bytes of a file."""
         raise NotImplementedError
 
     # -- writing

@@ -33,19 +33,18 @@ Fault = BaseException | Literal["kill", "torn"]
 
 
 class FaultyStorage:
-    """Passes everything on to another storage, and fails at the operations it was told to.
+    """Passes all operations to another storage, and fails at chosen ones.
 
-    Operations are counted from 1 over everything that was made from this storage: files, folders and
-    locks included, in any thread. It can be pickled: a child process starts counting anew, with the same
-    faults.
+    It counts operations from 1, in all threads, including those of its files, folders and locks. It can be
+    pickled: a child process counts from 1 again, with the same faults.
 
     Args:
         inner: The storage that does the work.
-        counts: The names of the operations that count; by default all. See `MUTATIONS`.
+        counts: The names of the operations that count. Defaults to all. See `MUTATIONS`.
         before: Called as ``before(operation, path)`` before each counted one: to add latency, or order.
 
     Attributes:
-        operations: What was done, as ``"rename /a/b"``, one for each counted operation.
+        operations: The counted operations so far, such as ``"rename /a/b"``.
 
     Example:
         >>> import errno
@@ -73,24 +72,24 @@ class FaultyStorage:
         self._guard = threading.Lock()
 
     def fail_at(self, number: int, error: Fault = "kill", *, times: int | None = 1) -> Self:
-        """Fail at operation `number` and the ``times - 1`` after it (None: at all from there on).
+        """Fail at operation `number` and the ``times - 1`` after it (None: at all later ones).
 
         Args:
             number: Which operation, from 1.
-            error: What it raises instead of being done: an OSError arrives as the StorageError for it,
-                any other exception as it is. "kill" is SIGKILL to this process before the operation;
-                "torn" is a kill in the middle of it, if it is a write.
+            error: The operation raises this instead. An OSError is converted to its StorageError, other
+                exceptions are not. "kill" sends SIGKILL to this process before the operation. "torn" kills
+                it in the middle of a write.
             times: How often.
         """
         self._faults.append((number, float("inf") if times is None else number + times, error))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the count."""
+        """Everything except the count."""
         return {**self.__dict__, "operations": [], "_guard": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start with a count of nothing."""
+        """Start to count from 1."""
         self.__dict__.update(state, _guard=threading.Lock())
 
     def _step(self, operation: str, path: str, torn: Callable[[], None] | None = None) -> None:
@@ -249,7 +248,7 @@ class _FaultyOpenFile:
 
 @contextmanager
 def short_writes(limit_bytes: int) -> Iterator[None]:
-    """Within it, ``os.pwrite`` writes at most so many bytes per call, as a full or slow disk may do.
+    """Limit each ``os.pwrite`` in the context to so many bytes, as a full or slow disk may do.
 
     Example:
         >>> import os
@@ -268,7 +267,7 @@ def short_writes(limit_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def signal_storm(interval_seconds: float = 0.0005) -> Iterator[None]:
-    """Within it, signals interrupt system calls all the time (``EINTR``). For the main thread.
+    """Interrupt system calls in the context with signals (``EINTR``). For the main thread.
 
     Example:
         >>> import milepost

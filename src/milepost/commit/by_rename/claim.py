@@ -103,7 +103,7 @@ def claim(storage: Storage, folder: str, note: Note, clock: Clock) -> Lock:
         if lock is not None:
             return lock
         clock.sleep(0.01)
-    raise CommitError(f"the folder of this attempt is being cleared, without an end: {folder}", path=folder)
+    raise CommitError(f"another process keeps removing the folder of this attempt: {folder}", path=folder)
 
 
 def _lock_note(storage: Storage, folder: str, note: Note) -> Lock | None:
@@ -216,7 +216,7 @@ def refuse_other_starts(storage: Storage, path: str, ours: Note) -> None:
             continue
         raise CommitError(
             f"another process (pid {note.pid} on {note.host}) saves to this path as one of "
-            f"{ours.world_size} ranks too, but has no start id in common with this one: {path}",
+            f"{ours.world_size} ranks too, but does not share a start id with this one: {path}",
             hint="give MILEPOST_START_ID or CheckpointWriterConfig.start_id a value that all ranks share "
             "and that is new at every start; or use a barrier, or the default process group",
         )

@@ -51,7 +51,7 @@ def check_discardable(storage: Storage, path: str) -> None:
         raise TargetError(
             f"this is a symbolic link, not a checkpoint: {path}",
             path=path,
-            hint=f"give the folder that it points to: {os.path.realpath(path)}",
+            hint=f"pass the folder that it points to: {os.path.realpath(path)}",
         )
     if found is None or found.kind != "folder":
         raise CheckpointNotFoundError(f"there is no checkpoint at this path: {path}", path=path)
@@ -72,7 +72,7 @@ def check_discardable(storage: Storage, path: str) -> None:
         raise TargetError(
             f"the folder holds files that are not the checkpoint's ({', '.join(others[:5])}{more}): {path}",
             path=path,
-            hint="move them away, or delete the folder yourself",
+            hint="move these files away, or delete the folder yourself",
         )
 
 
@@ -154,7 +154,7 @@ def _remove(storage: Storage, place: str, path: str) -> None:
     try:
         storage.rename(place, aside, "create")
     except EntryNotFoundError as error:
-        raise CheckpointNotFoundError(f"somebody else has removed it: {path}", path=path) from error
+        raise CheckpointNotFoundError(f"another process has removed it: {path}", path=path) from error
     storage.sync_folder(os.path.dirname(path))
     remove_rest(storage, aside)
 

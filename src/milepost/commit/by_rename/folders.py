@@ -60,7 +60,7 @@ def given_path(path: str | os.PathLike[str], error: _PathError = TargetError) ->
     text = os.fspath(given) if isinstance(given, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise error(
-            "this is no path of a checkpoint: "
+            "this is not the path of a checkpoint: "
             + (reprlib.repr(text) if isinstance(text, str) else f"a value of type {type(given).__name__}"),
             phase="check",
             hint="the first argument of save and load is the path of a folder, a str or os.PathLike",
@@ -86,7 +86,7 @@ def absolute_path(path: str | os.PathLike[str], error: _PathError = TargetError)
             f"the working directory has been removed, so this path leads nowhere: {text}",
             path=text,
             phase="check",
-            hint="give an absolute path",
+            hint="pass an absolute path",
         ) from None
     address = _ADDRESS.fullmatch(text)
     if address is not None:
@@ -98,10 +98,10 @@ def absolute_path(path: str | os.PathLike[str], error: _PathError = TargetError)
     else:
         return absolute
     raise error(
-        f"a checkpoint is a folder with a local path, and this is {what}: {text}",
+        f"a checkpoint is a folder with a local path, but this is {what}: {text}",
         path=text,
         phase="check",
-        hint=f"give {way_out}; for a folder that really has this name, give {absolute}",
+        hint=f"pass {way_out}; for a folder that really has this name, pass {absolute}",
     )
 
 

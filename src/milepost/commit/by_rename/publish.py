@@ -137,7 +137,7 @@ def _content(storage: Storage, path: str) -> Literal["empty", "checkpoint", "pla
     if strangers:
         more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
         raise TargetError(
-            f"the folder holds files that are no checkpoint ({', '.join(strangers[:5])}{more}): {path}",
+            f"the folder holds files that belong to no checkpoint ({', '.join(strangers[:5])}{more}): {path}",
             path=path,
             phase="check",
             hint=f"save to a folder in it, such as {os.path.join(path, 'checkpoint')}, or move them away",
@@ -161,14 +161,14 @@ def _check_parents(storage: Storage, path: str) -> None:
         found = storage.stat(os.path.join(above, "."))
     if found is None or found.kind != "folder":
         raise TargetError(
-            f"this is not a folder, so no checkpoint can be made in it: {above}",
+            f"the path above the checkpoint is not a folder: {above}",
             path=path,
             phase="check",
             hint="save to another path",
         )
     if not found.writable:
         raise TargetError(
-            f"no checkpoint can be made here, as the folder above is not writable: {above}",
+            f"the folder above the checkpoint is not writable: {above}",
             path=path,
             phase="check",
             hint="check its permissions and whether its file system is mounted read-only, or save to "
@@ -199,7 +199,7 @@ def publish(storage: Storage, path: str, manifest: Manifest) -> None:
         retire(storage, path, join_hidden(path, attempt, REPLACED), attempt)
         sweep(storage, path)
     except MilepostError as error:
-        _logger.warning("the checkpoint is saved, but clearing what it replaces failed: %s", error)
+        _logger.warning("the checkpoint is saved, but the replaced one could not be removed: %s", error)
 
 
 def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
@@ -237,7 +237,7 @@ def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
             continue  # another saver moved something: look again
         return True
     raise StorageError(
-        f"the checkpoint is committed, but not seen, or others replace this path all the time: {path}",
+        f"the checkpoint is committed, but its path does not show it, or others keep replacing it: {path}",
         path=path,
         operation="publish",
         hint=f"look for it with `milepost doctor {path}`; the next save to the path publishes it",
@@ -361,7 +361,7 @@ def _move_beside(storage: Storage, old: str, folder: str, name: str) -> None:
         if number:
             _logger.warning("%s was in the replaced checkpoint as well: it is now %s", name, new)
         return
-    raise StorageError(f"there are too many entries of this name: {name}", path=folder, operation="rename")
+    raise StorageError(f"too many entries have this name: {name}", path=folder, operation="rename")
 
 
 def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str]) -> None:

@@ -100,7 +100,7 @@ def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
                 storage.sync_folder(hidden.path)
         publish(storage, path, manifest)
     except (TargetError, LoadError) as error:
-        _logger.warning("a complete checkpoint waits beside this path: %s", error)
+        _logger.warning("a complete checkpoint beside this path could not be published: %s", error)
         return False
     finally:
         lock.release()
@@ -150,7 +150,7 @@ def tidy(storage: Storage, path: str, *, keep: str) -> None:
         roll_forward(storage, path)
         clean_up(storage, path, keep=keep)
     except MilepostError as error:
-        _logger.warning("could not finish or clear what an earlier save left: %s", error)
+        _logger.warning("could not publish or remove the files of an earlier save: %s", error)
 
 
 def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[str]:
@@ -177,11 +177,11 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
             if hidden.attempt != keep and _clear(storage, path, hidden, live):
                 removed.append(hidden.path)
         except MilepostError as error:
-            _logger.warning("could not clear what an earlier save left: %s", error)
+            _logger.warning("could not remove the files of an earlier save: %s", error)
     try:
         sweep(storage, path)
     except StorageError as error:
-        _logger.warning("could not clear what an earlier save left: %s", error)
+        _logger.warning("could not remove the files of an earlier save: %s", error)
     return removed
 
 

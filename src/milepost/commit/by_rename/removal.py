@@ -48,7 +48,7 @@ def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) 
             break
     else:
         raise StorageError(
-            f"what is removed here comes back as {', '.join(names[:5])}: {path}",
+            f"files come back when they are removed ({', '.join(names[:5])}): {path}",
             path=path,
             operation="remove",
             hint="end the processes that hold files in it open, then delete the folder",
