@@ -25,7 +25,7 @@ def test_a_checkpoint_that_was_replaced_meanwhile_is_told_as_that():
     verdict = Verdict.of([Report("/c", "one"), Report("/c", "two"), Report("/d", "three")])
     assert [rank for rank, _ in verdict.failed] == [1, 2]
     assert "a save replaced /c while the ranks opened it" in verdict.failed[0][1]
-    assert "it loads another checkpoint (/d) than rank 0 (/c)" in verdict.failed[1][1]
+    assert "it loads /d, but rank 0 loads /c" in verdict.failed[1][1]
 
 
 class Killed(BaseException):
