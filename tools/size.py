@@ -37,6 +37,7 @@ MAX_TOP_FILES = 18
 MAX_LINES = {ast.ClassDef: 300, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
 
 REASONS: dict[str, str] = {
+    "checkpointer.py:AsyncCheckpointer": "35 lines are the examples of its methods",
     "testing/contract.py:StorageContract": "a class of tests, one for each promise of a storage",
 }
 """Classes and functions that may be longer, as "package/module.py:Class.method", each with the reason."""
