@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 class Barrier(abc.ABC):
     """Holds every rank until all ranks have arrived.
 
-    Example:
+    Examples:
         >>> from milepost import Barrier
         >>> class Alone(Barrier):
         ...     def __init__(self):
@@ -79,7 +79,7 @@ _Class = TypeVar("_Class", bound=type)
 def register_barrier(barrier_class: _Class) -> _Class:
     """Class decorator: register a barrier by its ``barrier_type``. A class without one stays unregistered.
 
-    Example:
+    Examples:
         >>> from milepost.barriers import BARRIER_REGISTRY, register_barrier
         >>> @register_barrier
         ... class Alone:
@@ -101,7 +101,7 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
         ConfigError: No barrier of this type is registered (the message lists the known types), or the
             barrier could not be made. The cause is what its class raised.
 
-    Example:
+    Examples:
         >>> from milepost import BarrierConfig, create_barrier_from_config
         >>> create_barrier_from_config(BarrierConfig()) is None
         True
@@ -161,7 +161,7 @@ def _group_arguments() -> dict[str, Any]:
 def barrier_store(barrier: object) -> Any:
     """The store of a barrier, if it has one like torch's. A barrier's ``store`` may be something else.
 
-    Example:
+    Examples:
         >>> from milepost.barriers import barrier_store
         >>> barrier_store(object()) is None
         True
@@ -174,7 +174,7 @@ def barrier_store(barrier: object) -> Any:
 class DistBarrier(Barrier):
     """The barrier of the default process group. Its timeout is the group's.
 
-    Example:
+    Examples:
         >>> import torch.distributed as dist
         >>> from milepost.barriers import DistBarrier
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -205,7 +205,7 @@ class DistBarrier(Barrier):
 class TCPStoreBarrier(Barrier):
     """A barrier at a TCP store that rank 0 serves. It needs no process group.
 
-    Example:
+    Examples:
         >>> from milepost import TCPStoreBarrier
         >>> barrier = TCPStoreBarrier(
         ...     global_rank=0, global_world_size=1, barrier_prefix="milepost",

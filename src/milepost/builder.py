@@ -48,7 +48,7 @@ def make_sync_checkpointer(
     Raises:
         ConfigError: An option is wrong, or the barrier cannot be made. Says which and why.
 
-    Example:
+    Examples:
         >>> import milepost, torch
         >>> with milepost.make_sync_checkpointer() as checkpointer:
         ...     checkpointer.save("run/step-1", {"w": torch.ones(2)}, step=1)
@@ -69,7 +69,7 @@ def make_sync_checkpointer(
 def default_subprocess_init_fn(*args: Any) -> None:
     """The default of ``subprocess_init_fn``. It does nothing.
 
-    Example:
+    Examples:
         >>> from milepost.builder import default_subprocess_init_fn
         >>> default_subprocess_init_fn()
     """
@@ -78,7 +78,7 @@ def default_subprocess_init_fn(*args: Any) -> None:
 def default_writer_init_fn(rank_info: RankInfo) -> CheckpointWriter:
     """The default of ``checkpoint_writer_init_fn``. It makes Milepost's writer.
 
-    Example:
+    Examples:
         >>> from milepost import RankInfo
         >>> from milepost.builder import default_writer_init_fn
         >>> default_writer_init_fn(RankInfo(0, 1)).close()
@@ -112,7 +112,7 @@ def make_async_checkpointer(
         ConfigError: An option is wrong, or the barrier cannot be made. Says which and why.
         UnavailableError: ``use_non_blocking_copy=True`` without an accelerator.
 
-    Example:
+    Examples:
         >>> import milepost, torch
         >>> config = milepost.CheckpointerConfig()
         >>> config.process_config.nice = 10

@@ -67,7 +67,7 @@ _STALL_SECONDS = 60
 class RequestType(Enum):
     """The requests to a checkpoint process.
 
-    Example:
+    Examples:
         >>> from milepost.checkpoint_process import RequestType
         >>> RequestType("ping")
         <RequestType.PING: 'ping'>
@@ -82,7 +82,7 @@ class RequestType(Enum):
 class WorkerRequest:
     """A request to a checkpoint process.
 
-    Example:
+    Examples:
         >>> from milepost.checkpoint_process import RequestType, WorkerRequest
         >>> WorkerRequest(RequestType.PING, {}).payload
         {}
@@ -96,7 +96,7 @@ class WorkerRequest:
 class WorkerResponse:
     """The answer to a `WorkerRequest`.
 
-    Example:
+    Examples:
         >>> from milepost.checkpoint_process import RequestType, WorkerResponse
         >>> WorkerResponse(RequestType.PING, success=True).error_msg is None
         True
@@ -119,7 +119,7 @@ class LeanWriter:
         storage: Where checkpoints are stored.
         meets: Without a barrier, meet the other ranks at the store of the default process group.
 
-    Example:
+    Examples:
         >>> from milepost.checkpoint_process import LeanWriter
         >>> from milepost.config import CheckpointWriterConfig
         >>> LeanWriter(CheckpointWriterConfig(write_barrier_timeout_secs=60)).stall_seconds
@@ -213,7 +213,7 @@ class CheckpointProcess(OwnedByProcess):
     Raises:
         ConfigError: A function cannot be sent to another process, or there is no interpreter to start.
 
-    Example:
+    Examples:
         >>> from milepost.checkpoint_process import CheckpointProcess, CheckpointProcessConfig, LeanWriter
         >>> from milepost.types import RankInfo
         >>> process = CheckpointProcess(RankInfo(0, 1), CheckpointProcessConfig(), lean=LeanWriter())

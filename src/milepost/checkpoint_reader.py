@@ -46,7 +46,7 @@ class CheckpointReader:
             the default process group, if there is a group of this size.
         timeout_seconds: How long to wait there for the other ranks.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> with milepost.make_sync_checkpointer() as checkpointer:
         ...     checkpointer.save("run/step-1", {"epoch": 3})
@@ -131,7 +131,7 @@ class CheckpointReader:
             PeerLoadError: Another rank could not load, or did not call this.
             UnsupportedFormatError: A later version of Milepost wrote it.
 
-        Example:
+        Examples:
             >>> import milepost
             >>> with milepost.make_sync_checkpointer() as checkpointer:
             ...     checkpointer.save("run/step-1", {"epoch": 3})
@@ -333,7 +333,7 @@ def load_with(
 
     Milepost's reader refuses missing keys before it changes anything. A custom one reports them afterwards.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> from milepost.checkpoint_reader import load_with
         >>> with milepost.make_sync_checkpointer() as checkpointer:

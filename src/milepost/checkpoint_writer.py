@@ -36,7 +36,7 @@ _LAST_WORD_SECONDS = 5
 class WriterHook(abc.ABC):
     """Your code around the commit of a checkpoint.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> class Announce(milepost.WriterHook):
         ...     def pre_commit(self, path, **kwargs): ...
@@ -81,7 +81,7 @@ class CheckpointWriter:
         meets: Without a barrier, meet the other ranks at the store of the default process group.
         observers: They get an event for each write that is not known to be committed.
 
-    Example:
+    Examples:
         >>> from milepost import CheckpointWriter, CheckpointWriterConfig, RankInfo
         >>> writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1))
         >>> writer.write("run/step-1", {"epoch": 3})
@@ -145,7 +145,7 @@ class CheckpointWriter:
                 Or an earlier write has failed on another rank since; then this write was made all the same.
             ClosedError: The writer was closed.
 
-        Example:
+        Examples:
             >>> from milepost import CheckpointWriter, CheckpointWriterConfig, RankInfo
             >>> writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1))
             >>> writer.write("run/step-1", {"epoch": 3}, step=1, metadata={"loss": 0.5})
@@ -197,7 +197,7 @@ class CheckpointWriter:
         Raises:
             AbortedError: An earlier write has failed on another rank since.
 
-        Example:
+        Examples:
             >>> from milepost import CheckpointWriter, CheckpointWriterConfig, RankInfo
             >>> writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1))
             >>> writer.close()

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 class Checkpointer(abc.ABC):
     """Saves and loads training state. As a context manager, it closes itself at the end of the block.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> with milepost.make_sync_checkpointer() as checkpointer:
         ...     isinstance(checkpointer, milepost.Checkpointer)
@@ -151,7 +151,7 @@ class _Loading(Checkpointer):
             UnknownArgumentError: No argument has this name. The message has the nearest.
             ConfigError: An argument does not make sense.
 
-        Example:
+        Examples:
             >>> import milepost, torch
             >>> with milepost.make_sync_checkpointer() as checkpointer:
             ...     checkpointer.save("run/step-1", {"w": torch.ones(2)})
@@ -201,7 +201,7 @@ class SyncCheckpointer(_Loading):
         writer: Writes this rank's part.
         reader: Reads it.
 
-    Example:
+    Examples:
         >>> import milepost, torch
         >>> with milepost.make_sync_checkpointer() as checkpointer:
         ...     checkpointer.save("run/step-1", {"w": torch.ones(2)}, step=1)
@@ -243,7 +243,7 @@ class SyncCheckpointer(_Loading):
             CommitError: Another rank failed or did not arrive; see `CheckpointWriter.write`.
             UnknownArgumentError: No argument has this name; nothing was written.
 
-        Example:
+        Examples:
             >>> import milepost, torch
             >>> with milepost.make_sync_checkpointer() as checkpointer:
             ...     checkpointer.save("run/step-2", {"w": torch.ones(2)}, step=2, metadata={"loss": 0.5})
@@ -262,7 +262,7 @@ class SyncCheckpointer(_Loading):
     def close(self) -> None:
         """Release the writer. Idempotent. Later calls raise `ClosedError`.
 
-        Example:
+        Examples:
             >>> import milepost
             >>> checkpointer = milepost.make_sync_checkpointer()
             >>> checkpointer.close()
@@ -287,7 +287,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         config: How many saves may be in progress, and what to do when something fails.
         fallback: Writes while the caller waits, if memory does not suffice for staging. None to raise.
 
-    Example:
+    Examples:
         >>> import milepost, torch
         >>> weight = torch.ones(2)
         >>> with milepost.make_async_checkpointer() as checkpointer:
@@ -359,7 +359,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
             ConfigError: Asynchronous staging without a guard, and ``require_guard``.
             UnknownArgumentError: No argument has this name; nothing was staged.
 
-        Example:
+        Examples:
             >>> import milepost, torch
             >>> with milepost.make_async_checkpointer() as checkpointer:
             ...     staged, written = checkpointer.save("run/step-3", {"w": torch.ones(2)}, step=3)
@@ -493,7 +493,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
     def prepare(self, state_dict: STATE_DICT) -> None:
         """Prepare memory for this state in the background, so that the first save is not slower.
 
-        Example:
+        Examples:
             >>> import torch
             >>> checkpointer.prepare({"w": torch.ones(2)})
         """
@@ -513,7 +513,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         Raises:
             ConfigError: The stager has no ``plan``.
 
-        Example:
+        Examples:
             >>> import torch
             >>> checkpointer.plan({"w": torch.ones(2)}).tensor_bytes
             8
@@ -529,7 +529,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         Raises:
             TimeoutError: A copy takes longer than `timeout_seconds`.
 
-        Example:
+        Examples:
             >>> import torch
             >>> weight = torch.ones(2)
             >>> staged, written = checkpointer.save("run/step-1", {"w": weight})
@@ -545,7 +545,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
     def wait_committed(self, timeout_seconds: float | None = None) -> None:
         """Return when every save is committed. Raise the first error that your code has not looked at.
 
-        Example:
+        Examples:
             >>> import torch
             >>> staged, written = checkpointer.save("run/step-1", {"w": torch.ones(2)})
             >>> checkpointer.wait_committed()
@@ -560,7 +560,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
     def guard(self, optimizer: Any) -> Any:
         """Make an optimizer wait before each step until all copies are made. Returns a handle to remove it.
 
-        Example:
+        Examples:
             >>> import torch
             >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
             >>> handle = checkpointer.guard(optimizer)
@@ -593,7 +593,7 @@ class AsyncCheckpointer(OwnedByProcess, _Loading):
         Raises:
             Exception: A save failed, and your code has not looked at its error.
 
-        Example:
+        Examples:
             >>> import milepost
             >>> checkpointer = milepost.make_async_checkpointer()
             >>> checkpointer.close()

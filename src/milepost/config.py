@@ -86,7 +86,7 @@ class CheckpointWriterConfig:
             DistributedDataParallel modules. Each rank saves its other plain tensors itself. A DTensor
             says how the ranks share it.
 
-    Example:
+    Examples:
         >>> from milepost import CheckpointWriterConfig
         >>> CheckpointWriterConfig(replicated=["model.*"]).write_barrier_timeout_secs
         600
@@ -105,7 +105,7 @@ class BarrierConfig:
         barrier_type: Name of a registered barrier, such as "tcp_store"; None for no barrier.
         barrier_args: Keyword arguments of its constructor.
 
-    Example:
+    Examples:
         >>> from milepost import BarrierConfig
         >>> BarrierConfig("dist_barrier")
         BarrierConfig(barrier_type='dist_barrier', barrier_args={})
@@ -125,7 +125,7 @@ class CheckpointStagerConfig:
         use_async_staging: Copy while the training goes on (off by default).
         use_non_blocking_copy: Copy from the accelerator without blocking the host.
 
-    Example:
+    Examples:
         >>> from milepost import CheckpointStagerConfig
         >>> CheckpointStagerConfig(use_async_staging=True).use_async_staging
         True
@@ -147,7 +147,7 @@ class CheckpointProcessConfig:
         nice: Added to its niceness, 0 to 19. With a higher number the training gets the processors first.
         idle_io: It uses the disk only when nobody else does (if the I/O scheduler supports that).
 
-    Example:
+    Examples:
         >>> from milepost.config import CheckpointProcessConfig
         >>> CheckpointProcessConfig(nice=10, idle_io=True).subprocess_init_timeout_secs
         30
@@ -175,7 +175,7 @@ class AsyncConfig:
         require_guard: Refuse asynchronous staging without a guarded optimizer.
         observers: They get the events of every save; see `milepost.telemetry`.
 
-    Example:
+    Examples:
         >>> from milepost import AsyncConfig
         >>> AsyncConfig(max_in_flight=2, on_failure="raise").when_busy
         'wait'
@@ -206,7 +206,7 @@ class CheckpointerConfig:
             save that returned is committed on every rank. With "none" each rank writes its part without
             waiting for the others.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> options = milepost.AsyncConfig(max_in_flight=2)
         >>> config = milepost.CheckpointerConfig(async_config=options)
@@ -233,7 +233,7 @@ def validate(config: Any) -> None:
     Raises:
         ConfigError: The first field that is wrong, with its value and what it must be.
 
-    Example:
+    Examples:
         >>> from milepost.config import CheckpointerConfig, validate
         >>> validate(CheckpointerConfig(meeting="never"))
         Traceback (most recent call last):

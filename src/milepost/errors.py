@@ -83,7 +83,7 @@ class MilepostError(Exception):
         targets_modified: A load had already changed tensors of its template.
         alone: The job has one rank only. The text leaves out its number.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> with milepost.make_sync_checkpointer() as checkpointer:
         ...     try:
@@ -306,7 +306,7 @@ class PeerLoadError(LoadError, RuntimeError):
 def error_context(**facts: Any) -> Iterator[None]:
     """Add facts to a MilepostError that the context raises, as `MilepostError.located` does.
 
-    Example:
+    Examples:
         >>> from milepost.errors import LoadError, error_context
         >>> try:
         ...     with error_context(path="run/step-1", rank=3):
@@ -325,7 +325,7 @@ def error_context(**facts: Any) -> Iterator[None]:
 def text_of(error: BaseException) -> str:
     """Return the message of any error, even if its ``__str__`` raises.
 
-    Example:
+    Examples:
         >>> from milepost.errors import LoadError, text_of
         >>> text_of(LoadError("the index is cut off", hint="load another checkpoint"))
         'the index is cut off'

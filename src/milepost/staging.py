@@ -44,7 +44,7 @@ _LOW_PRIORITY = 10
 class CheckpointStager(abc.ABC):
     """Copies a state dict, so that the training may change the original.
 
-    Example:
+    Examples:
         >>> import copy
         >>> from milepost import CheckpointStager
         >>> class DeepCopyStager(CheckpointStager):
@@ -74,7 +74,7 @@ class StagingPlan:
         tensors: The number of tensors.
         available_bytes: Memory that this machine and control group have left, in bytes. None if unknown.
 
-    Example:
+    Examples:
         >>> from milepost.staging import StagingPlan
         >>> plan = StagingPlan(arena_bytes=2000, tensor_bytes=1600, tensors=2, available_bytes=1000)
         >>> plan.fits
@@ -100,7 +100,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
         available: Returns how many bytes of memory are left, None if unknown. For tests.
         encoder: Takes the states apart. It knows this rank, and which tensors are replicated.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from milepost import DefaultStager
         >>> stager = DefaultStager()
@@ -144,7 +144,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
             LowMemoryError: A new arena would not fit into memory; nothing was allocated.
             ClosedError: The stager was closed.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from milepost import DefaultStager
             >>> stager, weight = DefaultStager(), torch.ones(2)
@@ -197,7 +197,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
 
         Returns at once. `wait_prepared` waits for the arena.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from milepost import DefaultStager
             >>> stager = DefaultStager()
@@ -214,7 +214,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
     def wait_prepared(self, timeout_seconds: float | None = None) -> bool:
         """Wait for the arenas that `prepare` makes. Return False if `timeout_seconds` end first.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from milepost import DefaultStager
             >>> stager = DefaultStager()
@@ -230,7 +230,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
     def plan(self, state_dict: STATE_DICT) -> StagingPlan:
         """Return what staging this state dict takes. Allocates nothing.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from milepost import DefaultStager
             >>> stager = DefaultStager()
@@ -251,7 +251,7 @@ class DefaultStager(OwnedByProcess, CheckpointStager):
     def close(self) -> None:
         """Wait for running copies, and release the arenas. Idempotent.
 
-        Example:
+        Examples:
             >>> from milepost import DefaultStager
             >>> stager = DefaultStager()
             >>> stager.close()

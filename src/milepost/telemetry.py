@@ -29,7 +29,7 @@ class Event:
         size_bytes: Bytes of the file, 0 while unknown.
         error: Why it failed.
 
-    Example:
+    Examples:
         >>> from milepost.telemetry import Event
         >>> event = Event("committed", "run/step-100", step=100, seconds=0.5)
         >>> f"{event.path} {event.kind} after {event.seconds} s"
@@ -48,7 +48,7 @@ class Event:
 class Observer(Protocol):
     """An object that receives events. It is called from any thread, and must not block for long.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> class Committed:
         ...     def on_event(self, event):
@@ -64,7 +64,7 @@ class Observer(Protocol):
 def notify(observers: list[Observer], event: Event) -> None:
     """Send an event to every observer. Log the error of an observer that fails, and continue.
 
-    Example:
+    Examples:
         >>> from milepost.telemetry import Event, notify
         >>> class Printer:
         ...     def on_event(self, event):
@@ -85,7 +85,7 @@ class LoggingObserver:
     Args:
         logger: Gets the lines. Defaults to Milepost's logger.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> from milepost.telemetry import LoggingObserver
         >>> options = milepost.AsyncConfig(observers=[LoggingObserver()])
@@ -114,7 +114,7 @@ class LoggingObserver:
 class ProgressObserver:
     """Shows one progress line for each running save on standard error. A context manager. Needs rich.
 
-    Example:
+    Examples:
         >>> from milepost.telemetry import Event, ProgressObserver
         >>> with ProgressObserver() as observer:
         ...     observer.on_event(Event("committed", "run/step-100"))

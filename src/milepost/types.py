@@ -23,7 +23,7 @@ class RankInfo:
         global_rank: This process's rank, from 0.
         global_world_size: How many ranks take part in each save.
 
-    Example:
+    Examples:
         >>> from milepost import RankInfo
         >>> RankInfo(global_rank=0, global_world_size=2)
         RankInfo(global_rank=0, global_world_size=2)

@@ -18,7 +18,7 @@ __all__ = ["OwnedByProcess", "beside", "gc_paused", "is_dtensor", "wrap_future"]
 class OwnedByProcess:
     """Base of objects that belong to the process that made them. A forked process must not use them.
 
-    Example:
+    Examples:
         >>> from milepost.utils import OwnedByProcess
         >>> class Pool(OwnedByProcess):
         ...     pass
@@ -62,7 +62,7 @@ def wrap_future(original_result: Any) -> Future[None]:
     Returns:
         A future whose result is always None.
 
-    Example:
+    Examples:
         >>> from concurrent.futures import Future
         >>> from milepost import wrap_future
         >>> failed = Future()
@@ -90,7 +90,7 @@ def wrap_future(original_result: Any) -> Future[None]:
 def is_dtensor(value: Any) -> bool:
     """Return whether a value is a DTensor, without an import of torch.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from milepost.utils import is_dtensor
         >>> is_dtensor(torch.ones(2))
@@ -106,7 +106,7 @@ def beside(work: Callable[[], Any] | None) -> Iterator[list[Any]]:
 
     This is no thread of a pool: those of `concurrent.futures` take no work while the interpreter ends.
 
-    Example:
+    Examples:
         >>> from milepost.utils import beside
         >>> with beside(lambda: sum(range(10))) as results:
         ...     other = max(range(10))
@@ -142,7 +142,7 @@ def gc_paused() -> Iterator[None]:
     Use it for code that makes many containers and no cycles. The collector would walk the whole heap again
     and again: it took two thirds of the time to load a checkpoint of 20,000 tensors.
 
-    Example:
+    Examples:
         >>> import gc
         >>> from milepost.utils import gc_paused
         >>> with gc_paused():

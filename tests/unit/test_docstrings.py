@@ -71,6 +71,7 @@ def test_every_public_name_has_an_example_that_runs(name, checkpointer, tmp_path
     monkeypatch.setattr(barriers, "BARRIER_REGISTRY", dict(barriers.BARRIER_REGISTRY))
     example = doctest.DocTestParser().get_doctest(PUBLIC[name], {"checkpointer": checkpointer}, name, None, 0)
     assert example.examples
+    assert "Example:\n" not in PUBLIC[name]  # the API reference shows "Examples:" as code
     printed = []
     try:
         outcome = doctest.DocTestRunner().run(example, out=printed.append)

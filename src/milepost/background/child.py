@@ -85,7 +85,7 @@ class WriteFuture(TrackedFuture[None]):
         phase: The phase that the writer has reached.
         committed: True when the checkpoint is known to be committed. None until then.
 
-    Example:
+    Examples:
         >>> from milepost.checkpoint_process import CheckpointProcess, CheckpointProcessConfig, LeanWriter
         >>> from milepost.types import RankInfo
         >>> process = CheckpointProcess(RankInfo(0, 1), CheckpointProcessConfig(), lean=LeanWriter())

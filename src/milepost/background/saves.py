@@ -44,7 +44,7 @@ class SaveFuture(TrackedFuture[None]):
 
     It cannot be cancelled: an accepted save is carried out.
 
-    Example:
+    Examples:
         >>> import torch
         >>> staged, written = checkpointer.save("run/step-1", {"w": torch.ones(2)}, step=1)
         >>> written.result()

@@ -55,7 +55,7 @@ def partial_directory() -> str:
     Raises:
         RuntimeError: Called outside of ``pre_commit``.
 
-    Example:
+    Examples:
         >>> import milepost, os
         >>> from milepost.checkpoint_writer import partial_directory
         >>> class WithConfig(milepost.WriterHook):

@@ -39,7 +39,7 @@ class Stat(msgspec.Struct, frozen=True):
         mount_point: Whether a folder is the root of a mounted file system.
         writable: Whether this process may create entries in it (folders) or write to it (files).
 
-    Example:
+    Examples:
         >>> import os
         >>> from milepost.storage import default_storage
         >>> default_storage().stat(os.getcwd()).kind
@@ -56,7 +56,7 @@ class Stat(msgspec.Struct, frozen=True):
 class NewFile(Protocol):
     """A file being created. Exactly one of `finish` and `discard` must end it.
 
-    Example:
+    Examples:
         >>> import os
         >>> from milepost.storage import default_storage
         >>> file = default_storage().create(os.path.abspath("file"))
@@ -86,7 +86,7 @@ class NewFile(Protocol):
 class OpenFile(Protocol):
     """A file open for reading. It stays readable when it is renamed, replaced or removed.
 
-    Example:
+    Examples:
         >>> import os
         >>> from milepost.storage import default_storage
         >>> storage, here = default_storage(), os.getcwd()
@@ -131,7 +131,7 @@ class OpenFile(Protocol):
 class Folder(Protocol):
     """An open folder. Files are opened in this folder, even if its path now leads to another one.
 
-    Example:
+    Examples:
         >>> import os
         >>> from milepost.storage import default_storage
         >>> folder = default_storage().open_folder(os.getcwd())
@@ -171,7 +171,7 @@ class Folder(Protocol):
 class Lock(Protocol):
     """A lock. It is held until `release`, or until the process dies.
 
-    Example:
+    Examples:
         >>> import os
         >>> from milepost.storage import default_storage
         >>> storage, path = default_storage(), os.path.abspath("file")
@@ -189,7 +189,7 @@ class Lock(Protocol):
 class Storage(Protocol):
     """A place where checkpoints are stored. Instances are cheap, comparable and picklable.
 
-    Example:
+    Examples:
         >>> import os
         >>> from milepost.storage import default_storage
         >>> storage, run = default_storage(), os.path.abspath("run")
@@ -258,7 +258,7 @@ ALIGNMENT = 4096
 def default_storage() -> Storage:
     """Return the default storage: the local file system.
 
-    Example:
+    Examples:
         >>> from milepost.storage import default_storage
         >>> default_storage() == default_storage()
         True

@@ -50,7 +50,7 @@ class StorageContract:
     The fixture ``storage`` returns a storage. The fixture ``folder`` returns the absolute path of an empty
     folder in it. `raw_put` and `raw_get` write and read a file without the code under test.
 
-    Example:
+    Examples:
         >>> import pathlib, pytest
         >>> from milepost.storage import default_storage
         >>> from milepost.testing import StorageContract

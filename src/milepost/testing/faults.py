@@ -46,7 +46,7 @@ class FaultyStorage:
     Attributes:
         operations: The counted operations so far, such as ``"rename /a/b"``.
 
-    Example:
+    Examples:
         >>> import errno
         >>> from milepost.storage import default_storage
         >>> from milepost.testing import FaultyStorage
@@ -250,7 +250,7 @@ class _FaultyOpenFile:
 def short_writes(limit_bytes: int) -> Iterator[None]:
     """Limit each ``os.pwrite`` in the context to so many bytes, as a full or slow disk may do.
 
-    Example:
+    Examples:
         >>> import os
         >>> from milepost.testing import short_writes
         >>> with open("file", "wb") as file, short_writes(2):
@@ -269,7 +269,7 @@ def short_writes(limit_bytes: int) -> Iterator[None]:
 def signal_storm(interval_seconds: float = 0.0005) -> Iterator[None]:
     """Interrupt system calls in the context with signals (``EINTR``). For the main thread.
 
-    Example:
+    Examples:
         >>> import milepost
         >>> from milepost.testing import signal_storm
         >>> with signal_storm(), milepost.make_sync_checkpointer() as checkpointer:
