@@ -215,7 +215,7 @@ def _log_unseen(failures: Failures) -> None:
     failed = failures.unseen()
     for future in failed:
         path = getattr(future, "path", "")
-        logger.error("%s was not saved, and its error was not looked at: %s", path, future.exception())
+        logger.error("%s was not saved, and your code never read its error: %s", path, future.exception())
     if failed and not threading.main_thread().is_alive():
         setattr(sys, "_milepost_failed", _FailsAtExit())  # noqa: B010 - sys has no such attribute
 
