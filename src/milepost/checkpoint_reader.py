@@ -159,7 +159,7 @@ class CheckpointReader:
         *,
         alone: bool,
     ) -> tuple[PlainSource | CheckpointSource, Match | None, str]:
-        """Open what is to be read, and compare it with the template; also the checkpoint's identity.
+        """Open what is to be read, and compare it with the template; also the identity that ranks compare.
 
         A save that replaces it may take a file away meanwhile: then look again.
         """
@@ -171,7 +171,7 @@ class CheckpointReader:
                     found = None if state_dict is None else source.match(state_dict, names)
                     if found is None:
                         source.open_all()
-                return source, found, checkpoint.identity
+                return source, found, "" if alone else checkpoint.identity
             except BaseException as error:
                 if source is not None:
                     source.__exit__(None, None, None)

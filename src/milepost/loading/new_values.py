@@ -56,6 +56,7 @@ class NewValues:
     def forget(self) -> None:
         """Drop all values: only their users keep them alive."""
         self._builder.forget()
+        del self._builder  # it refers to this object: the collector would have to free both
         for known in (self._storages, self._globals, self._made):
             known.clear()
         self._map = None

@@ -8,7 +8,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -207,6 +207,7 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:500]
 
 
+@lru_cache(maxsize=64)
 def device_of(name: str) -> torch.device:
     """The device of this name; `CorruptCheckpointError` if this torch has none."""
     try:
