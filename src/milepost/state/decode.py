@@ -157,10 +157,6 @@ class TensorBuilder:
                 self._built[number] = self._build(number)
         return self._built[number]
 
-    def forget(self) -> None:
-        """Let go of what was built: nothing but its users keeps it alive from now on."""
-        self._built.clear()
-
     def tensor(self, number: int) -> torch.Tensor:
         """The plain tensor of this number, over its record's storage, without gradient."""
         columns = self._tensors

@@ -13,7 +13,7 @@ import os
 import stat as stat_modes
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -56,8 +56,7 @@ class _LocalFolder(OwnedByProcess):
             return None
 
     def read(self, name: str, limit: int) -> bytes:
-        file = self.open(name)
-        try:
+        with closing(self.open(name)) as file:
             if file.size > limit:
                 raise CorruptCheckpointError(
                     f"the file has {file.size} bytes, more than the {limit} allowed: {file.path}",
@@ -66,8 +65,6 @@ class _LocalFolder(OwnedByProcess):
             data = bytearray(file.size)
             file.read_into(0, [memoryview(data)])
             return bytes(data)
-        finally:
-            file.close()
 
     def open(self, name: str) -> LocalOpenFile:
         return self._at(name, "open", partial(_open, self._join(name)))

@@ -7,7 +7,8 @@ Each 64 MiB of the file is read in one of three ways. Whether it is in the page 
 - *cold*: some threads make large direct reads into a ring of private memory, others check and copy. (A
   target is rarely aligned for direct I/O, and one thread cannot do both at the disk's speed.)
 
-The caller's thread alone reads a few megabytes: starting threads takes longer.
+The caller's thread alone reads a few megabytes: starting threads takes longer. A file of that size counts as
+warm: a direct read would leave it on the disk for the next load as well.
 Nothing here knows tensors. Addresses must stay valid until the call is over.
 """
 
@@ -216,8 +217,8 @@ def scan_file(
 ) -> list[int]:
     """Read a whole file once and compute the CRC-32 of each of its pieces.
 
-    Bytes that are not in the page cache are read past it, so that checking a file pushes nothing out of
-    memory. If it raises, no thread is left.
+    Bytes of a large file that are not in the page cache are read past it, so that checking pushes nothing
+    out of memory. If it raises, no thread is left.
 
     Args:
         file: The file.
