@@ -213,9 +213,10 @@ def _published(storage: Storage, path: str, state: list[object]) -> Checkpoint:
             state.append(names := list_names(folder))
             _check_plain(storage, folder, path, names)
         else:
+            state.append((manifest.attempt, manifest.order))
             problems = missing_files(folder, manifest, sizes=manifest.world_size <= _MANY_RANKS)
             if problems:
-                state += [(manifest.attempt, manifest.order), list_names(folder)]
+                state.append(list_names(folder))
                 more = f" and {len(problems) - 5} more problems" if len(problems) > 5 else ""
                 raise CorruptCheckpointError(
                     f"the checkpoint is not what its manifest says: {', '.join(problems[:5])}{more}: {path}",

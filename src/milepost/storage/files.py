@@ -149,9 +149,9 @@ class LocalOpenFile(OwnedByProcess):
     def __init__(self, path: str, descriptor: int, size: int) -> None:
         self.path = path
         self.size = size
-        self._descriptor = descriptor
-        self._direct: int | None = None
         self._lock = threading.Lock()
+        self._direct: int | None = None
+        self._descriptor = descriptor
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         total = sum(map(len, buffers))
