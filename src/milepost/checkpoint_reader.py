@@ -181,19 +181,19 @@ class CheckpointReader:
         *,
         alone: bool,
     ) -> tuple[PlainSource | CheckpointSource, Match | None, str]:
-        """Open what is to be read, and compare it with the template; also the checkpoint's identity.
+        """Open what is to be read, and compare it with the template; also the identity that ranks compare.
 
         A save that replaces it may take a file away meanwhile: then look again.
         """
         for final in (*[False] * _TRIES, True):
             checkpoint, source = locate(self._storage, path), None
             try:
-                source = self._opened(checkpoint, map_location, verify, alone=alone)
                 with gc_paused():
+                    source = self._opened(checkpoint, map_location, verify, alone=alone)
                     found = None if state_dict is None else source.match(state_dict, names)
                     if found is None:
                         source.open_all()
-                return source, found, checkpoint.identity
+                return source, found, "" if alone else checkpoint.identity
             except BaseException as error:
                 if source is not None:
                     source.__exit__(None, None, None)
@@ -258,20 +258,19 @@ class CheckpointReader:
                 "%s was saved by %d ranks; rank %d loads per-rank values from rank %d",
                 *(checkpoint.path, manifest.world_size, self._rank_info.global_rank, rank),
             )
-        with gc_paused():
-            shards = checkpoint.shards()
-            if shards is None:
-                shards = ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
-            return CheckpointSource(
-                rank,
-                shards,
-                lambda rank: (checkpoint.index(rank), checkpoint.data(rank)),
-                lambda index: checkpoint.data(index.rank),
-                map_location,
-                verify,
-                own_only=alone and manifest.world_size == self._rank_info.global_world_size,
-                close=checkpoint.close,
-            )
+        shards = checkpoint.shards()
+        if shards is None:
+            shards = ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
+        return CheckpointSource(
+            rank,
+            shards,
+            lambda rank: (checkpoint.index(rank), checkpoint.data(rank)),
+            lambda index: checkpoint.data(index.rank),
+            map_location,
+            verify,
+            own_only=alone and manifest.world_size == self._rank_info.global_world_size,
+            close=checkpoint.close,
+        )
 
 
 def _checked(

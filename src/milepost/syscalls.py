@@ -17,6 +17,7 @@ import stat
 import sys
 import weakref
 from contextlib import suppress
+from functools import lru_cache
 
 __all__ = [
     "O_DIRECT",
@@ -204,7 +205,7 @@ def is_network_file_system(descriptor: int) -> bool:
 
 def _file_system(descriptor: int) -> int | bytes | None:
     """The number, or on macOS the name, of the kind of file system of an open file."""
-    buffer = ctypes.create_string_buffer(4096)
+    buffer = _bytes_type(4096)()
     if _LIBC.fstatfs(ctypes.c_int(descriptor), buffer) != 0:
         return None
     if _LINUX:
@@ -251,17 +252,19 @@ if _LINUX or sys.platform == "darwin":
 def private_memory(size: int) -> memoryview:
     """Zeroed private memory, in huge pages where the system has them; aligned for direct I/O.
 
-    Nothing is touched yet: pages come with their first use. It is returned to the system when the last
-    view of it is gone. (Python's ``mmap(-1, n)`` alone is *shared* memory, which writes far slower.)
+    Of a huge page or more nothing is touched yet: pages come with their first use. It is returned to the
+    system when the last view of it is gone. (Python's ``mmap(-1, n)`` alone is *shared* memory, which
+    writes far slower.)
     """
     huge = size >= _HUGE_PAGE
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    region = mmap.mmap(-1, max(size, 1) + (_HUGE_PAGE if huge else 0), flags=flags)
-    view = memoryview(region)
-    start = -(address_of(view) or 0) % _HUGE_PAGE if huge else 0
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong
-            region.madvise(mmap.MADV_HUGEPAGE)
+    if huge:
+        region = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong
+                region.madvise(mmap.MADV_HUGEPAGE)
+    # The heap has pages that were used before; new ones would take longer than what is done with them.
+    view = memoryview(region if huge else bytearray(size + mmap.PAGESIZE))
+    start = -(address_of(view) or 0) % (_HUGE_PAGE if huge else mmap.PAGESIZE)
     return view[start : start + size]
 
 
@@ -275,14 +278,19 @@ def map_file_private(descriptor: int, size: int) -> memoryview:
     address = _LIBC.mmap(None, size, protection, mmap.MAP_PRIVATE, descriptor, 0)
     if address is None or address == ctypes.c_void_p(-1).value:
         raise _fail()
-    array = (ctypes.c_char * size).from_address(address)
+    array = _bytes_type(size).from_address(address)
     weakref.finalize(array, _LIBC.munmap, address, size).atexit = False
     return memoryview(array).cast("B")
 
 
 def memory_at(address: int, length: int) -> memoryview:
     """A view of raw memory, which the caller keeps alive."""
-    return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
+    return memoryview(_bytes_type(length).from_address(address)).cast("B")
+
+
+@lru_cache(maxsize=64)
+def _bytes_type(length: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * length  # a new class each time, which is a reference cycle
 
 
 def address_of(view: memoryview) -> int | None:

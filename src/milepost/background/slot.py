@@ -110,7 +110,6 @@ class Slot:
                 self._copies.append((number, view))
             elif layout.lengths[record]:
                 self._raw.append(record)
-        builder.forget()  # it is part of a reference cycle, and would count as a user until collected
 
     def fill(
         self, parts: Parts, shared: SharedRecords | None = None, copy: Copy | None = None

@@ -119,8 +119,7 @@ def _locate_settled(storage: Storage, path: str) -> Checkpoint:
 
 def _locate_once(storage: Storage, path: str, state: list[object]) -> Checkpoint:
     """One look. `state` collects what was seen, to compare it with the last look."""
-    found = storage.stat(path)
-    if found is not None and found.kind == "symlink":
+    if os.path.islink(path):
         path = os.path.realpath(path)
     waiting = _waiting(storage, path)
     try:
@@ -209,15 +208,15 @@ def _published(storage: Storage, path: str, state: list[object]) -> Checkpoint:
             raise
         raise _not_found(storage, path, f"a checkpoint is a folder, but this is a file: {path}") from None
     try:
-        names = list_names(folder)
-        state.append(names)
         manifest = read_manifest(folder)
         if manifest is None:
+            state.append(names := list_names(folder))
             _check_plain(storage, folder, path, names)
         else:
             state.append((manifest.attempt, manifest.order))
             problems = missing_files(folder, manifest, sizes=manifest.world_size <= _MANY_RANKS)
             if problems:
+                state.append(list_names(folder))
                 more = f" and {len(problems) - 5} more problems" if len(problems) > 5 else ""
                 raise CorruptCheckpointError(
                     f"the checkpoint differs from its manifest: {', '.join(problems[:5])}{more}: {path}",

@@ -38,13 +38,14 @@ class Checker:
 
 
 def decode_object(kind: type[_T], data: bytes, name: str, path: str, *, columns: tuple[str, ...] = ()) -> _T:
-    """Decode one JSON object; version and features first, so that later formats get the right error."""
+    """Decode one JSON object; version and features first, so that later formats get the right error.
+
+    What is not the exact bytes that Milepost writes for such an object is looked at more closely: its
+    fields, and those of the objects in `columns`.
+    """
     problem = excess(data)
     Checker(path)(problem is None, f"the file is too large: {problem}")
     try:
-        fields = _fields(data)
-        for column in columns:
-            _fields(bytes(fields.get(column, b"")))
         head = msgspec.json.decode(data, type=_Head)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise CorruptCheckpointError(f"not valid {name} JSON ({error}): {path}", path=path) from None
@@ -58,9 +59,14 @@ def decode_object(kind: type[_T], data: bytes, name: str, path: str, *, columns:
             hint="update Milepost: pip install -U milepost",
         )
     try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        decoded = msgspec.json.decode(data, type=kind)
+        if msgspec.json.encode(decoded) != data:
+            fields = _fields(data)
+            for column in columns:
+                _fields(bytes(fields.get(column, b"")))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise CorruptCheckpointError(f"not valid {name} JSON ({error}): {path}", path=path) from None
+    return decoded
 
 
 class _Head(msgspec.Struct):
@@ -73,10 +79,9 @@ def _fields(data: bytes) -> dict[str, msgspec.Raw]:
     """The fields of a JSON object, refusing repeated names and white space.
 
     A decoder keeps the last of two fields of one name, another may keep the first; so that all
-    readers see the same, the lengths of the fields must add up to the length of the object.
+    readers see the same, the fields must make up the whole object again.
     """
     fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    length = 1 + sum(len(msgspec.json.encode(name)) + len(bytes(raw)) + 2 for name, raw in fields.items())
-    if length != len(data):
+    if msgspec.json.encode(fields) != data:
         raise ValueError("a field is repeated, or there is white space between the fields")
     return fields

@@ -22,6 +22,8 @@ __all__ = ["key_trie", "with_global_columns", "with_shards"]
 
 def with_global_columns(tensors: Tensors, shards: ShardMap) -> Tensors:
     """The columns of an index, with the global tensors behind its own."""
+    if not shards.key:
+        return tensors
     return Tensors(
         record=[*tensors.record, *(-1 - alias for alias in shards.alias)],
         byte_offset=[*tensors.byte_offset, *[0] * len(shards.key)],

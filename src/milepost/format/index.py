@@ -8,7 +8,7 @@ values or raise `CorruptCheckpointError` (`UnsupportedFormatError` for files of 
 from __future__ import annotations
 
 import hashlib
-from itertools import pairwise
+from operator import lt
 from typing import Annotated, Any
 
 import msgspec
@@ -251,15 +251,16 @@ def _check_tensors(tensors: Tensors, records: Records, check: Checker) -> None:
         tensors.kind,
         tensors.device,
     )
-    check(all(len(column) == count for column in columns), "the columns of the tensors differ in length")
+    check({len(column) for column in columns} == {count}, "the columns of the tensors differ in length")
     problem = check_leaves(tensors)
     check(problem is None, problem or "")
     for device in set(tensors.device):
         check(is_device(device), f"a tensor was saved on an unknown device: {device[:80]!r}")
     for name in ("requires_grad", "conj", "neg"):
         numbers: list[int] = getattr(tensors, name)
-        check(all(0 <= n < count for n in numbers), f"{name} names a tensor that does not exist")
-        check(all(a < b for a, b in pairwise(numbers)), f"{name} is not ascending")
+        check(all(map(lt, numbers, numbers[1:])), f"{name} is not ascending")
+        inside = not numbers or 0 <= numbers[0] <= numbers[-1] < count
+        check(inside, f"{name} names a tensor that does not exist")
     check(
         all("complex" in tensors.dtype[n] for n in tensors.conj),
         "a tensor that is not complex has the conjugate bit",

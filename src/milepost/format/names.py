@@ -87,7 +87,7 @@ def is_plain_name(name: str) -> bool:
         0 < len(name) <= 4096
         and "\0" not in name
         and "\\" not in name
-        and all(part not in ("", ".", "..") for part in name.split("/"))
+        and {"", ".", ".."}.isdisjoint(name.split("/"))
     )
 
 

@@ -10,7 +10,7 @@ import base64
 import reprlib
 import struct
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from milepost.format.limits import (
     MAX_DEPTH,
@@ -85,7 +85,7 @@ def check_tree(root: Node, *, tensors: int = 0, records: Sequence[int] = ()) -> 
             if depth > MAX_DEPTH + (node[0] not in _CONTAINERS):
                 raise ValueError(f"the tree is nested more than {MAX_DEPTH} deep")
             if inner is not None:
-                inner(node, depth, key)
+                inner(check, node, depth, key)
     except ValueError as error:
         place = place_of(root, node)
         raise ValueError(f"{error} (at {place})" if place else str(error)) from None
@@ -104,13 +104,6 @@ class _TreeCheck:
 
     def __init__(self, tensors: int, records: Sequence[int]) -> None:
         self.stack: list[tuple[Node, int, bool]] = []
-        self.inner: dict[str, Callable[[Node, int, bool], None]] = {
-            **dict.fromkeys(("list", "tuple"), self._items),
-            "set": self._set,
-            **dict.fromkeys(("dict", "ordered", "default"), self._entries),
-            "tensor": self._tensor,
-            **dict.fromkeys(("array", "blob", "object"), self._record),
-        }
         self._tensors, self._records = tensors, records
         self._named: set[int] = set()
 
@@ -157,6 +150,14 @@ class _TreeCheck:
         length = self._records[record]
         if tag == "array" and not is_array(node[2], node[3], length):
             raise ValueError(f"a numpy array does not fit its record of {length} bytes: {_excerpt(node)}")
+
+    inner: ClassVar[dict[str, Callable[..., None]]] = {
+        **dict.fromkeys(("list", "tuple"), _items),
+        "set": _set,
+        **dict.fromkeys(("dict", "ordered", "default"), _entries),
+        "tensor": _tensor,
+        **dict.fromkeys(("array", "blob", "object"), _record),
+    }
 
 
 def check_node(node: Node, *, key: bool = False) -> None:

@@ -172,13 +172,10 @@ def _verify_all(run: _Verification, manifest: Manifest) -> None:
             index = run.checkpoint.index(rank)
             run.report.bytes += listed.size
             described.update({file.name: (index, number) for number, file in enumerate(index.files)})
-    ring = Ring()
-    try:
+    with closing(Ring()) as ring:
         for file in manifest.files:
             with run.file(file.name):
                 _verify_data(run, file, described.get(file.name), ring)
-    finally:
-        ring.close()
     for attachment in (*manifest.attachments, *([manifest.shards] if manifest.shards else [])):
         written = not run.checkpoint.in_place or run.folder.stat(attachment.name) is not None
         if attachment is manifest.shards and not written:

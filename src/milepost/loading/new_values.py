@@ -45,17 +45,21 @@ class NewValues:
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._globals: dict[int, torch.Tensor] = {}
         self._made: dict[tuple[int, str, bool], Any] = {}
-        self._builder = TensorBuilder(
-            tensors,
+
+    @cached_property
+    def _builder(self) -> TensorBuilder:
+        index = self._file.index
+        return TensorBuilder(
+            index.tensors,
             self._storage_of,
             self._bytes_of,
-            partial(place_of, self._file.index.tree),
-            lambda number: self._global(number - lookup.first),
+            partial(place_of, index.tree),
+            lambda number: self._global(number - self._lookup.first),
         )
 
     def forget(self) -> None:
         """Drop all values: only their users keep them alive."""
-        self._builder.forget()
+        vars(self).pop("_builder", None)  # it refers to this object: the collector would have to free both
         for known in (self._storages, self._globals, self._made):
             known.clear()
         self._map = None

@@ -8,7 +8,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -157,10 +157,6 @@ class TensorBuilder:
                 self._built[number] = self._build(number)
         return self._built[number]
 
-    def forget(self) -> None:
-        """Let go of what was built: nothing but its users keeps it alive from now on."""
-        self._built.clear()
-
     def tensor(self, number: int) -> torch.Tensor:
         """The plain tensor of this number, over its record's storage, without gradient."""
         columns = self._tensors
@@ -207,6 +203,7 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:500]
 
 
+@lru_cache(maxsize=64)
 def device_of(name: str) -> torch.device:
     """The device of this name; `CorruptCheckpointError` if this torch has none."""
     try:

@@ -6,8 +6,8 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, StorageError
@@ -22,15 +22,20 @@ _READ_BYTES = 1 << 30
 _IOVECS = 1024
 
 
-@contextmanager
-def wrapped(operation: str, path: str) -> Iterator[None]:
+class wrapped:  # noqa: N801 - used as a function is; a generator would take most of the time of a short call
     """Turn any OSError inside into the StorageError for it."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError.wrap(error, operation, path) from error
+
+    __slots__ = ("_operation", "_path")
+
+    def __init__(self, operation: str, path: str) -> None:
+        self._operation, self._path = operation, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            raise StorageError.wrap(error, self._operation, self._path) from error
 
 
 # ---------------------------------------------------------------------------- writing
@@ -144,9 +149,9 @@ class LocalOpenFile(OwnedByProcess):
     def __init__(self, path: str, descriptor: int, size: int) -> None:
         self.path = path
         self.size = size
-        self._descriptor = descriptor
-        self._direct: int | None = None
         self._lock = threading.Lock()
+        self._direct: int | None = None
+        self._descriptor = descriptor
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         total = sum(map(len, buffers))
@@ -256,5 +261,5 @@ class LocalOpenFile(OwnedByProcess):
                     os.close(descriptor)  # type: ignore[arg-type]  # None was taken out above
 
     def __del__(self) -> None:
-        if hasattr(self, "_lock"):
+        if getattr(self, "_descriptor", -1) >= 0:
             self.close()

@@ -12,8 +12,10 @@ import logging
 import os
 import stat as stat_modes
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 
@@ -29,6 +31,7 @@ _logger = logging.getLogger(__name__)
 _O_PATH: int = getattr(os, "O_PATH", os.O_RDONLY)
 _FOLDER_FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_T = TypeVar("_T")
 _NO_SUCH_KIND = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV})
 
 
@@ -48,14 +51,12 @@ class _LocalFolder(OwnedByProcess):
 
     def stat(self, name: str) -> Stat | None:
         try:
-            with self._parent(name) as (parent, last), wrapped("stat", self._join(name)):
-                return _stat(last, parent)
+            return self._at(name, "stat", _stat)
         except EntryNotFoundError:
             return None
 
     def read(self, name: str, limit: int) -> bytes:
-        file = self.open(name)
-        try:
+        with closing(self.open(name)) as file:
             if file.size > limit:
                 raise CorruptCheckpointError(
                     f"the file has {file.size} bytes, more than the {limit} allowed: {file.path}",
@@ -64,53 +65,34 @@ class _LocalFolder(OwnedByProcess):
             data = bytearray(file.size)
             file.read_into(0, [memoryview(data)])
             return bytes(data)
-        finally:
-            file.close()
 
     def open(self, name: str) -> LocalOpenFile:
-        path = self._join(name)
-        with self._parent(name) as (parent, last), wrapped("open", path):
-            try:
-                descriptor = os.open(last, _FILE_FLAGS, dir_fd=parent)
-            except OSError as error:
-                if error.errno in _NO_SUCH_KIND:
-                    raise _no_regular_file(path) from error
-                raise
-        try:
-            with wrapped("stat", path):
-                found = os.fstat(descriptor)
-            if not stat_modes.S_ISREG(found.st_mode):
-                raise _no_regular_file(path)
-            return LocalOpenFile(path, descriptor, found.st_size)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        return self._at(name, "open", partial(_open, self._join(name)))
 
     def _join(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"
 
-    @contextmanager
-    def _parent(self, name: str) -> Iterator[tuple[int, str]]:
-        """The descriptor of the folder that `name` lies in, and its last component."""
+    def _at(self, name: str, operation: str, use: Callable[[str, int], _T]) -> _T:
+        """Call `use` with the last component of `name`, and the descriptor of the folder that it lies in."""
         *folders, last = plain_components(name, self.path)
         descriptor = self._descriptor
-        try:
-            for folder in folders:
-                above = descriptor
-                try:
-                    with wrapped("open", self._join(name)):
+        with wrapped(operation, self._join(name)):
+            try:
+                for folder in folders:
+                    above = descriptor
+                    try:
                         descriptor = os.open(folder, _O_PATH | _FOLDER_FLAGS, dir_fd=above)
-                except StorageError as error:
-                    if error.errno in _NO_SUCH_KIND:
-                        raise _no_regular_file(self._join(name)) from error
-                    raise
-                finally:
-                    if above not in {self._descriptor, descriptor}:
-                        os.close(above)
-            yield descriptor, last
-        finally:
-            if descriptor != self._descriptor:
-                os.close(descriptor)
+                    except OSError as error:
+                        if error.errno in _NO_SUCH_KIND:
+                            raise _no_regular_file(self._join(name)) from error
+                        raise
+                    finally:
+                        if above not in {self._descriptor, descriptor}:
+                            os.close(above)
+                return use(last, descriptor)
+            finally:
+                if descriptor != self._descriptor:
+                    os.close(descriptor)
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -123,6 +105,23 @@ class _LocalFolder(OwnedByProcess):
             self.close()
 
 
+def _open(path: str, name: str, parent: int) -> LocalOpenFile:
+    try:
+        descriptor = os.open(name, _FILE_FLAGS, dir_fd=parent)
+    except OSError as error:
+        if error.errno in _NO_SUCH_KIND:
+            raise _no_regular_file(path) from error
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat_modes.S_ISREG(found.st_mode):
+            raise _no_regular_file(path)
+        return LocalOpenFile(path, descriptor, found.st_size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def _no_regular_file(path: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"not a regular file, or a link leads to it: {path}", path=path)
 
@@ -130,7 +129,7 @@ def _no_regular_file(path: str) -> CorruptCheckpointError:
 def plain_components(name: str, folder: str) -> list[str]:
     """The components of a relative path; CorruptCheckpointError if it could lead out of `folder`."""
     parts = name.split("/")
-    if "\0" in name or any(part in {"", ".", ".."} for part in parts):
+    if "\0" in name or not {"", ".", ".."}.isdisjoint(parts):
         raise CorruptCheckpointError(f"the name {name!r} does not stay in its folder: {folder}", path=folder)
     return parts
 

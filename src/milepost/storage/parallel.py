@@ -29,11 +29,14 @@ def blocks_down(position: int) -> int:
     return position // ALIGNMENT * ALIGNMENT
 
 
-def cached_regions(file: OpenFile, region_bytes: int) -> Callable[[int], bool]:
-    """A function that tells whether the region around an offset is in the page cache.
+def cached_regions(file: OpenFile, region_bytes: int, small_bytes: int) -> Callable[[int], bool]:
+    """A function that tells whether to read the region around an offset through the page cache.
 
-    It asks the system once for each region.
+    That is so if the region is in the cache, or if the file is small: it pushes little out of memory.
+    The function asks the system once for each region.
     """
+    if file.size <= small_bytes:
+        return lambda _: True
     known: dict[int, bool] = {}
 
     def cached(offset: int) -> bool:
@@ -171,6 +174,9 @@ def run_workers(workers: Sequence[Callable[[], None]], stop: Callable[[], None])
 
     `stop` is called after an error and makes the workers end soon.
     """
+    if len(workers) == 1:
+        workers[0]()
+        return
     errors: list[BaseException] = []
 
     def guarded(work: Callable[[], None]) -> None:

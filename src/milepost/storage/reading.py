@@ -7,7 +7,8 @@ Each 64 MiB of the file is read in one of three ways. Whether it is in the page 
 - *cold*: some threads make large direct reads into a ring of private memory, others check and copy. (A
   target is rarely aligned for direct I/O, and one thread cannot do both at the disk's speed.)
 
-The caller's thread alone reads a few megabytes: starting threads takes longer.
+The caller's thread alone reads a few megabytes: starting threads takes longer. A file of that size counts as
+warm: a direct read would leave it on the disk for the next load as well.
 Nothing here knows tensors. Addresses must stay valid until the call is over.
 """
 
@@ -216,8 +217,8 @@ def scan_file(
 ) -> list[int]:
     """Read a whole file once and compute the CRC-32 of each of its pieces.
 
-    Bytes that are not in the page cache are read past it, so that checking a file pushes nothing out of
-    memory. If it raises, no thread is left.
+    Bytes of a large file that are not in the page cache are read past it, so that checking pushes nothing
+    out of memory. If it raises, no thread is left.
 
     Args:
         file: The file.
@@ -245,9 +246,8 @@ def scan_file(
             f"the file is too long: {end} bytes expected, {file.size} found: {file.path}", path=file.path
         )
     alone = end <= _INLINE_BYTES
-    cached = cached_regions(file, _REGION_BYTES)
-    # One read from the disk; from the page cache windows that stay in the processor's cache.
-    window_bytes = _SCAN_BYTES if alone and cached(0) else _WINDOW_BYTES
+    cached = cached_regions(file, _REGION_BYTES, _INLINE_BYTES)
+    window_bytes = _SCAN_BYTES if alone else _WINDOW_BYTES  # small ones stay in the processor's cache
     crcs = array("L", bytes(array("L").itemsize * len(ends)))
     split: list[tuple[int, int, int, int]] = []
 
@@ -291,7 +291,7 @@ class _Windows:
         self.cold: list[_Operation] = []
         self._chunk_bytes = chunk_bytes
         self._piece_bytes = max(_PIECE_BYTES // chunk_bytes, 1) * chunk_bytes
-        self._cached = cached_regions(file, _REGION_BYTES)
+        self._cached = cached_regions(file, _REGION_BYTES, _INLINE_BYTES)
         self._region_end = -1
         self._is_warm = False
         self._operation = _FULL
@@ -373,12 +373,12 @@ class _Targets:
             except IndexError:
                 return
             start = position = operation.start
-            if operation.end - start > len(scratch):
-                scratch = syscalls.private_memory(max(operation.end - start, _GROUP_BYTES))
             buffers: list[memoryview] = []
             checks: list[tuple[_Piece, memoryview]] = []
             for piece in operation.pieces:
                 offset, length, address, _, _ = piece
+                if (offset > position or address is None) and len(scratch) < operation.end - start:
+                    scratch = syscalls.private_memory(max(operation.end - start, 2 * len(scratch)))
                 if offset > position:
                     buffers.append(scratch[position - start : offset - start])
                 if address is None:

@@ -111,9 +111,9 @@ def siblings(storage: Storage, path: str) -> list[Hidden]:
     start = f".{stem_of(name)}."
     found = []
     for entry in names_of(storage, parent) or ():
-        for suffix in (PARTIAL, REPLACED):
+        for suffix in (PARTIAL, REPLACED) if entry.startswith(start) else ():
             attempt = entry[len(start) : -len(suffix)]
-            if entry.startswith(start) and entry.endswith(suffix) and is_attempt_id(attempt):
+            if entry.endswith(suffix) and is_attempt_id(attempt):
                 found.append(Hidden(os.path.join(parent, entry), attempt))
     return found
 
