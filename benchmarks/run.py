@@ -42,6 +42,8 @@ SIZES = (10, 100, 1000, 8000)
 COUNTS = (10, 100, 1000, 10_000)
 ROUNDS = {"gpt2": 5, "starts": 9, "size-10": 5, "size-100": 5, "size-8000": 1, "small": 15, "scale*": 1}
 FEW_ROUNDS, QUICK_ROUNDS = 3, 5
+FEW = ("limits", "DCP async, thread")
+"""The rows of `make bench` that take few turns: theirs take the longest."""
 NOT_IN_FULL = ("scale*", "*-8")
 
 
@@ -116,9 +118,10 @@ def all_groups(folder: str, *, small: bool, full: bool) -> dict[str, Callable[[]
     if small:  # without those whose writers import torch, which takes seconds
         scale.TENSORS, scale.ARRIVALS = 32, 3
         everyone = [name for name in everyone if name in (*BASIC, "DCP", "moonclip", "ravex")]
+    few = () if full else FEW
     gpt2 = workloads.gpt2(small=small)
     groups: dict[str, Callable[[], Group]] = {
-        "gpt2": lambda: cycle_group(gpt2, folder, everyone, full=full, asked="gpt2", few=["limits"])
+        "gpt2": lambda: cycle_group(gpt2, folder, everyone, full=full, asked="gpt2", few=few)
     }
 
     def add(
@@ -129,9 +132,8 @@ def all_groups(folder: str, *, small: bool, full: bool) -> dict[str, Callable[[]
         groups[name] = lambda: cycle_group(load, folder, names, **options)
 
     kib = 16 << 10
-    add("500x4MiB", "500 tensors of 4 MiB", 500, 4 * MIB, wide, asked="500x4MiB", few=["limits"])
+    add("500x4MiB", "500 tensors of 4 MiB", 500, 4 * MIB, wide, asked="500x4MiB", few=few)
     x: tuple[str, float] = ("count", 20_000)
-    few = ["limits", "DCP async, thread"]
     add("20000x16KiB", "20,000 tensors of 16 KiB", 20_000, kib, wide, asked="20000x16KiB", few=few, x=x)
     x = ("count", 100_000)
     add("100000x16KiB", "100,000 tensors of 16 KiB", 100_000, kib, most, x=x, limit=90)
@@ -183,7 +185,6 @@ def arguments() -> argparse.Namespace:
     )
     add("--resume", action="store_true", help="go on with what this commit has measured so far")
     add("--folder", default=None, help="where to write checkpoints; its disk is what is measured")
-    add("--wait", type=float, default=180, help="seconds to wait for the machine to become quiet")
     add("--list", action="store_true", help="name the groups")
     add("--compare", metavar="OLD.json", help="then print what changed against these results")
     add("--check", nargs="?", const=report.STORED, metavar="STORED.json",
@@ -216,7 +217,7 @@ def main() -> int:
     adopt_orphans()
     workloads.load_all()
     if not options.small:
-        wait_for_quiet(options.wait)
+        wait_for_quiet(180 if options.full else 60)
     results = Results(options.json, resume=options.resume)
     with scratch(options.folder) as folder:
         groups = all_groups(folder, small=options.small, full=options.full)
