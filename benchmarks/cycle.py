@@ -2,15 +2,18 @@
 
 One turn of a row makes new processes, in this order:
 
-1. A trainer builds the state and saves it: the *first* save, then *later* ones after steps of training. It
+1. A trainer builds the state and saves it: the *first* save, then *later* ones after steps of training. A
+   library that keeps nothing between saves does not need later ones, as all its saves are alike. The trainer
    waits until each is durable. It is killed with SIGKILL right after the last one; so the page cache holds
    what that save has left there.
 2. A new process with a state of its own, all memory touched, loads: the *restart*.
 3. In full runs another process loads the same: *again*. The page cache holds what the second one left there.
-4. The checkpoint is copied with `cp -r`, as users do to keep or to move one. Then the page cache holds all
-   of the copy, whatever the library, and a new process loads it: *warm*, and then *cold*: after fsync and
-   POSIX_FADV_DONTNEED, which the host of a virtual machine does not see.
-5. In full runs the trainer also loads right after a save, other ones prepare before they save or are watched
+4. *Warm* is a load by a new process while the page cache holds every byte. The last load was one, if the page
+   cache held all of it before. If not, the checkpoint is copied with `cp -r`, as users do to keep or to move
+   one: then the page cache holds all of the copy, whatever the library, and one more process loads that.
+5. The process that loaded warm loads *cold*: after fsync and POSIX_FADV_DONTNEED, which the host of a
+   virtual machine does not see.
+6. In full runs the trainer also loads right after a save, other ones prepare before they save or are watched
    for memory.
 """
 
@@ -21,6 +24,8 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peers
@@ -35,25 +40,28 @@ class Trainer:
     rank = 0
     peers = peers.ALL
 
-    def __init__(self, name: str, workload: Workload, folder: str, loads: bool) -> None:  # noqa: FBT001
-        self.workload = workload
-        self.peer = self.peers[name](folder)
-        if self.peer.objects:
+    def __init__(self, name: str, workload: Workload) -> None:
+        self.workload, self.library = workload, self.peers[name]
+        if self.library.objects:
             self.model, self.optimizer = workload.objects()  # type: ignore[attr-defined]
-        self.state = self._state(workload)
+        self.state = self._state()
+
+    def _state(self) -> Any:
+        if self.library.objects:
+            return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return self.workload.build()
+
+    def built(self) -> None:
+        """The state is there."""
+
+    def open(self, folder: str, loads: bool = False) -> None:  # noqa: FBT001, FBT002 - crosses a pipe
+        """Get the library ready, to save or to load what is in the folder."""
+        self.peer = self.library(folder)
         (self.peer.open_to_load if loads else self.peer.open)()
         if self.peer.objects:
             self.peer.track(self.model, self.optimizer)
         if loads:
             self.peer.find()
-
-    def _state(self, workload: Workload) -> Any:
-        if self.peer.objects:
-            return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return workload.build()
-
-    def ready(self) -> None:
-        """The state is there, and so is the library."""
 
     def meet(self) -> None:
         """Start at the same time as the other ranks."""
@@ -96,7 +104,7 @@ class Trainer:
         (self.peer.more_loads(self.state)[way] if way else lambda: self.peer.load(self.state))()
         seconds = time.perf_counter() - start
         if self.peer.objects:  # its loads put other tensors into them
-            self.state = self._state(self.workload)
+            self.state = self._state()
         if not way.startswith("no template") and sample(self.state) != wanted[self.rank]:
             raise ValueError("what was loaded is not what was saved")
         return {"seconds": seconds, "read": _read_bytes() - before, "cached": cached}
@@ -165,23 +173,38 @@ class Cycle:
             raise Failed("passed its time limit")
         return left
 
-    def _trainer(self, to_load: str = "") -> Worker:
-        """A new process with a state of its own, to save, or to load what is in a folder."""
-        worker = Worker(Trainer, self.peer.name, self.workload, to_load or self.folder, bool(to_load))
-        worker.call("ready", limit=self._left())
+    def _build(self) -> Worker:
+        """A new process, which has begun to build a state of its own."""
+        worker = Worker(Trainer, self.peer.name, self.workload)
+        worker.begin("built")
         return worker
 
+    @contextmanager
+    def _trainer(
+        self, to_load: str = "", meanwhile: Callable[[], object] = bool, **how: Any
+    ) -> Iterator[Worker]:
+        """A new process with a state of its own, to save, or to load what is in a folder; killed at the end.
+
+        `meanwhile` is called while it builds the state.
+        """
+        with self._build(**how) as worker:
+            meanwhile()
+            worker.end(limit=self._left())
+            worker.call("open", to_load or self.folder, bool(to_load), limit=self._left())
+            yield worker
+
     def _turn(self, found: dict[str, float]) -> None:
-        later = []
         with self._trainer() as trainer:
-            first = trainer.call("save", limit=self._left())
-            found |= {"first stall": first["stall"], "first durable": first["durable"]}
+            saves = [trainer.call("save", limit=self._left())]
+            found |= {f"first {name}": saves[0][name] for name in ("stall", "durable")}
             if self.full:
-                later.append(trainer.call("save", limit=self._left()))
+                saves.append(trainer.call("save", limit=self._left()))
                 if self.measure_loads and not self.peer.objects:
                     saved = trainer.call("sample")
                     found["same process"] = trainer.call("load", saved, limit=self._left())["seconds"]
-            later.append(trainer.call("save", limit=self._left()))
+            if self.full or self.peer.keeps:
+                saves.append(trainer.call("save", limit=self._left()))
+            later = saves[1:] if self.peer.keeps else saves
             for name in ("stall", "durable", "bytes"):
                 found[name] = sum(one[name] for one in later) / len(later)
             saved = trainer.call("sample", limit=self._left())
@@ -193,35 +216,50 @@ class Cycle:
             self.watched = True
             self._watched(found)
 
-    def _loads(self, found: dict[str, float], saved: dict[int, int]) -> None:
+    def _loads(self, found: dict[str, float], saved: dict[int, int]) -> str:
+        """Measure the loads; returns where the checkpoint is that was loaded warm."""
+
         def note(name: str, process: Worker) -> None:
             one = process.call("load", saved, limit=self._left())
             found[name] = one["seconds"]
             found[f"{name} read"] = one["read"]
             found[f"{name} cached"] = one["cached"]
 
-        for name in ("restart", "again") if self.full else ("restart",):
-            with self._trainer(self.folder) as process:
+        def cold(process: Worker) -> None:
+            process.call("cold")
+            note("cold", process)
+            if self.full and getattr(self.peer, "verify", None):
+                process.call("cold")
+                found["verify"] = process.call("verify", limit=self._left())
+
+        def rest(process: Worker) -> None:
+            """What is measured after the warm load."""
+            for way in process.call("more_loads") if self.full else ():
+                found[f"warm, {way}"] = process.call("load", saved, way, limit=self._left())["seconds"]
+            if not self.peer.objects:  # these load once a process
+                cold(process)
+
+        path, names = self.folder, ("restart", "again") if self.full else ("restart",)
+        for name in names:
+            with self._trainer(path) as process:
                 note(name, process)
-        copy = self.folder + "-copy"
-        subprocess.run(["cp", "-r", self.folder, copy], check=True)
-        sync(copy)
-        ways = (
-            (("warm",), ("cold",)) if self.peer.objects else (("warm", "cold"),)
-        )  # these load once a process
-        for names in ways:
-            with self._trainer(copy) as process:
-                if "warm" in names:
-                    note("warm", process)
-                    for way in process.call("more_loads") if self.full else ():
-                        one = process.call("load", saved, way, limit=self._left())
-                        found[f"warm, {way}"] = one["seconds"]
-                if "cold" in names:
-                    process.call("cold")
-                    note("cold", process)
-                    if self.full and getattr(self.peer, "verify", None):
-                        process.call("cold")
-                        found["verify"] = process.call("verify", limit=self._left())
+                if name == names[-1] and found[f"{name} cached"] == 1:
+                    found |= {f"warm{what}": found[name + what] for what in ("", " read", " cached")}
+                    rest(process)
+        if "warm" not in found:
+            path = self.folder + "-copy"
+            with self._trainer(path, meanwhile=lambda: self._copy(path)) as process:
+                note("warm", process)
+                rest(process)
+        if self.peer.objects:
+            with self._trainer(path) as process:
+                cold(process)
+        return path
+
+    def _copy(self, path: str) -> None:
+        """As users copy a checkpoint; without the search for holes, which takes longer than the copy."""
+        subprocess.run(["cp", "-r", "--sparse=never", self.folder, path], check=True)
+        sync(path)
 
     def _prepared(self, found: dict[str, float]) -> None:
         """A first save after `prepare`, in a fresh process."""

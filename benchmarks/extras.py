@@ -74,7 +74,8 @@ def lost(folder: str, *, small: bool) -> Group:
 
         def turn(limit: float) -> dict[str, float]:
             found: dict[str, float] = {}
-            with Worker(Computer, name, workload, path, False) as worker:
+            with Worker(Computer, name, workload) as worker:
+                worker.call("open", path, limit=limit)
                 worker.call("save", limit=limit)
                 for threads in sorted({max(cores - 1, 1), cores}):
                     found |= worker.call("lost", threads, limit=limit)

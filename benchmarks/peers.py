@@ -60,6 +60,7 @@ class Peer:
         loads_as: The name of the peer whose loads are the same, so that they are not measured twice.
         objects: It needs a module and an optimizer, not a state dict.
         prepares: It can get ready for the first save.
+        keeps: It keeps memory, threads or a process between saves; so later saves differ from the first.
         slow: It takes fewer turns.
     """
 
@@ -71,6 +72,7 @@ class Peer:
     loads_as = ""
     objects = False
     prepares = False
+    keeps = True
     slow = False
 
     def __init__(self, folder: str) -> None:
@@ -180,7 +182,7 @@ class MilepostSync(Milepost):
 
 
 class TorchSave(Peer):
-    name = "torch.save + fsync"
+    name, keeps = "torch.save + fsync", False
     config = "torch.save into a file, fsync; torch.load(mmap=True) and a copy for each tensor"
     lacks = f"not atomic; {UNVERIFIED}"
 
@@ -199,7 +201,7 @@ class TorchSave(Peer):
 
 
 class Safetensors(Peer):
-    name, module = "safetensors + fsync", "safetensors"
+    name, module, keeps = "safetensors + fsync", "safetensors", False
     config = "save_file of a flat dict, fsync; load_file and a copy for each tensor"
     lacks = f"not atomic, tensors only, no tied tensors; {UNVERIFIED}"
 

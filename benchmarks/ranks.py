@@ -15,7 +15,7 @@ from typing import Any, Self
 import peers
 import torch
 from cycle import Cycle, Trainer
-from harness import MIB, Bar, Failed, Group, Row, Worker
+from harness import MIB, Bar, Group, Row, Worker
 from limits import direct_write
 from workloads import Workload, tensors_of
 
@@ -162,8 +162,14 @@ class Job:
             rank.kill()
 
     def call(self, name: str, *args: Any, limit: float = 900, watch: bool = False) -> Any:
+        self.begin(name, *args)
+        return self.end(limit=limit)
+
+    def begin(self, name: str, *args: Any) -> None:
         for rank in self._ranks:
             rank.begin(name, *args)
+
+    def end(self, *, limit: float = 900) -> Any:
         results = [rank.end(limit=limit) for rank in self._ranks]
         if not isinstance(results[0], dict):
             return results[0]
@@ -180,24 +186,21 @@ class RankCycle(Cycle):
         self.world, self.other = world, other
         self.watched = True  # memory is measured with one rank
 
-    def _trainer(self, to_load: str = "", world: int = 0) -> Any:
-        job = Job(world or self.world, self.peer.name, self.workload, to_load or self.folder, bool(to_load))
-        try:
-            job.call("ready", limit=self._left())
-        except Failed:
-            job.__exit__()
-            raise
+    def _build(self, world: int = 0) -> Any:
+        job = Job(world or self.world, self.peer.name, self.workload)
+        job.begin("built")
         return job
 
-    def _loads(self, found: dict[str, float], saved: dict[int, int]) -> None:
-        super()._loads(found, saved)
+    def _loads(self, found: dict[str, float], saved: dict[int, int]) -> str:
+        path = super()._loads(found, saved)
         if not self.other:
-            return
-        with self._trainer(self.folder + "-copy", self.other) as job:
+            return path
+        with self._trainer(path, world=self.other) as job:
             for _ in range(3 if self.full else 2):  # saves, each after a step
                 job.call("step")
             wanted = job.call("sample")
             found["warm, resharded"] = job.call("load", wanted, limit=self._left())["seconds"]
+        return path
 
 
 def plain_row(workload: Layers, folder: str, world: int) -> Row:
@@ -205,7 +208,7 @@ def plain_row(workload: Layers, folder: str, world: int) -> Row:
         path = os.path.join(folder, "plain")
         shutil.rmtree(path, ignore_errors=True)
         os.mkdir(path)
-        with Job(world, "DCP", workload, path, False) as job:
+        with Job(world, "DCP", workload) as job:
             found = job.call("plain", path, limit=limit)
         shutil.rmtree(path)
         return found

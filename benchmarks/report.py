@@ -209,6 +209,8 @@ def remarks(entry: dict[str, Any]) -> Iterator[str]:
         words = [found["config"]] if found.get("config") else []
         if found.get("lacks"):
             words.append(found["lacks"])
+        if len(found["rounds"]) < entry["rounds"] and not found["error"]:
+            words.append(f"{len(found['rounds'])} rounds")
         if found["error"]:
             words.append(f"**{found['error']}**")
         if words:

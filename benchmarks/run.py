@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 warnings.simplefilter("ignore")
@@ -41,7 +41,9 @@ CURVE = ["milepost", "torch.save + fsync", "safetensors + fsync", "DCP async, th
 SIZES = (10, 100, 1000, 8000)
 COUNTS = (10, 100, 1000, 10_000)
 ROUNDS = {"gpt2": 5, "starts": 9, "size-10": 5, "size-100": 5, "size-8000": 1, "small": 15, "scale*": 1}
-FULL_ROUNDS, QUICK_ROUNDS = 3, 5
+FEW_ROUNDS, QUICK_ROUNDS = 3, 5
+FEW = ("limits", "DCP async, thread")
+"""The rows of `make bench` that take few turns: theirs take the longest."""
 NOT_IN_FULL = ("scale*", "*-8")
 
 
@@ -52,9 +54,13 @@ def cycle_group(
     *,
     full: bool = False,
     asked: str = "",
+    few: Collection[str] = (),
     **options: Any,
 ) -> Group:
-    """A table of the life of a checkpoint; `asked` names the bars, `full` adds figures and processes."""
+    """A table of the life of a checkpoint.
+
+    `asked` names the bars, `full` adds figures and processes, and rows in `few` take few turns.
+    """
     state = workload.shape()
     size = sum(value.nbytes for value in workloads.unique(state))
 
@@ -64,12 +70,13 @@ def cycle_group(
 
     def row(name: str) -> Row:
         loads = True if name == "DCP async, thread" and "DCP" not in names else None
-        rounds = FULL_ROUNDS if full and peers.ALL[name].slow else 0
+        rounds = FEW_ROUNDS if name in few or (full and peers.ALL[name].slow) else 0
         return Cycle(name, workload, folder, full=full, loads=loads, rounds=rounds).row()
 
     bars = bars_of(asked, size) if asked else []
     notes = f"{len(workloads.tensors_of(state)):,} float32 tensors."
-    return Group(workload.name, [Row("limits", limits), *map(row, names)], notes, bars, size, **options)
+    first = Row("limits", limits, rounds=FEW_ROUNDS if "limits" in few else 0)
+    return Group(workload.name, [first, *map(row, names)], notes, bars, size, **options)
 
 
 def bars_of(name: str, size: int) -> list[Bar]:
@@ -111,9 +118,10 @@ def all_groups(folder: str, *, small: bool, full: bool) -> dict[str, Callable[[]
     if small:  # without those whose writers import torch, which takes seconds
         scale.TENSORS, scale.ARRIVALS = 32, 3
         everyone = [name for name in everyone if name in (*BASIC, "DCP", "moonclip", "ravex")]
+    few = () if full else FEW
     gpt2 = workloads.gpt2(small=small)
     groups: dict[str, Callable[[], Group]] = {
-        "gpt2": lambda: cycle_group(gpt2, folder, everyone, full=full, asked="gpt2")
+        "gpt2": lambda: cycle_group(gpt2, folder, everyone, full=full, asked="gpt2", few=few)
     }
 
     def add(
@@ -124,11 +132,10 @@ def all_groups(folder: str, *, small: bool, full: bool) -> dict[str, Callable[[]
         groups[name] = lambda: cycle_group(load, folder, names, **options)
 
     kib = 16 << 10
-    add("500x4MiB", "500 tensors of 4 MiB", 500, 4 * MIB, wide, asked="500x4MiB")
-    add(
-        "20000x16KiB", "20,000 tensors of 16 KiB", 20_000, kib, wide, asked="20000x16KiB", x=("count", 20_000)
-    )
-    x: tuple[str, float] = ("count", 100_000)
+    add("500x4MiB", "500 tensors of 4 MiB", 500, 4 * MIB, wide, asked="500x4MiB", few=few)
+    x: tuple[str, float] = ("count", 20_000)
+    add("20000x16KiB", "20,000 tensors of 16 KiB", 20_000, kib, wide, asked="20000x16KiB", few=few, x=x)
+    x = ("count", 100_000)
     add("100000x16KiB", "100,000 tensors of 16 KiB", 100_000, kib, most, x=x, limit=90)
     add("lora", "250 tensors of 4 MiB, of which a step changes 10 %", 250, 4 * MIB, most, 0.1)
     add("small", "A state of 1 MiB", 1, MIB, BASIC)
@@ -151,7 +158,7 @@ def rounds_of(name: str, options: argparse.Namespace) -> int:
     for pattern, rounds in ROUNDS.items():
         if fnmatch.fnmatch(name, pattern):
             return rounds
-    return FULL_ROUNDS if options.full else QUICK_ROUNDS
+    return FEW_ROUNDS if options.full else QUICK_ROUNDS
 
 
 def wait_for_quiet(seconds: float) -> None:
@@ -159,7 +166,7 @@ def wait_for_quiet(seconds: float) -> None:
     end = time.monotonic() + seconds
     while os.getloadavg()[0] > report.MAX_LOAD and time.monotonic() < end:
         print(f"load average {os.getloadavg()[0]:.1f}: waiting until it is {report.MAX_LOAD}", flush=True)
-        time.sleep(min(15, max(0.0, end - time.monotonic())))
+        time.sleep(min(5, max(0.0, end - time.monotonic())))
 
 
 def arguments() -> argparse.Namespace:
@@ -178,7 +185,6 @@ def arguments() -> argparse.Namespace:
     )
     add("--resume", action="store_true", help="go on with what this commit has measured so far")
     add("--folder", default=None, help="where to write checkpoints; its disk is what is measured")
-    add("--wait", type=float, default=180, help="seconds to wait for the machine to become quiet")
     add("--list", action="store_true", help="name the groups")
     add("--compare", metavar="OLD.json", help="then print what changed against these results")
     add("--check", nargs="?", const=report.STORED, metavar="STORED.json",
@@ -211,7 +217,7 @@ def main() -> int:
     adopt_orphans()
     workloads.load_all()
     if not options.small:
-        wait_for_quiet(options.wait)
+        wait_for_quiet(180 if options.full else 60)
     results = Results(options.json, resume=options.resume)
     with scratch(options.folder) as folder:
         groups = all_groups(folder, small=options.small, full=options.full)

@@ -59,8 +59,8 @@ def sample(state: Any) -> int:
     """A checksum of a few elements of each tensor: what was loaded is what was saved."""
     found = 0
     for value in tensors_of(state):
-        flat = value.detach().flatten()
-        found = zlib.crc32(flat[:: max(1, flat.numel() // 16)].contiguous().numpy().tobytes(), found)
+        flat = value.detach().numpy().reshape(-1)
+        found = zlib.crc32(flat[:: max(1, flat.size // 16)].tobytes(), found)
     return found
 
 
@@ -81,8 +81,7 @@ def fill(tensors: list[torch.Tensor], scale: float = 1.0) -> None:
             start = number * 7919 % TILE
             for offset in range(0, flat.numel(), TILE):
                 part = flat[offset : offset + TILE]
-                part.copy_(numbers[start : start + part.numel()])
-        torch._foreach_mul_(tensors, scale)
+                torch.mul(numbers[start : start + part.numel()], scale, out=part)
 
 
 @dataclass(frozen=True)

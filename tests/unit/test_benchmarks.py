@@ -106,6 +106,13 @@ def test_a_peer_that_fails_is_named(report):
     assert "**passed its time limit of 90 s**" in report.group_text("one", entry)
 
 
+def test_a_row_with_fewer_turns_says_so(report):
+    """The table names how many rounds a row took part in, if not in all."""
+    text = report.group_text("one", group(rounds=3))
+    assert "- limits: 2 rounds.\n- milepost: defaults; 2 rounds.\n" in text
+    assert "2 rounds." not in report.group_text("one", group())
+
+
 def test_documents_are_made_of_results(report):
     """README's table names the best peer and the limit; the page and the charts come out of the same file."""
     content = {
