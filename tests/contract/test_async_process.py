@@ -15,9 +15,12 @@ from pathlib import Path
 import background
 import pytest
 import torch
-from background import ONE, PATIENCE, error_of, is_running, recording_writer, result, state_of, wait_until
-from scenarios import in_child
-from states import assert_same, load
+from support.background import error_of, recording_writer, result, state_of
+from support.processes import PATIENCE, is_running, wait_until
+from support.saves import ONE
+from support.processes import in_child
+from support.saves import load
+from support.states import assert_same
 
 from milepost.checkpoint_process import (
     CheckpointProcess,

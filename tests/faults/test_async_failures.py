@@ -13,23 +13,22 @@ import threading
 import warnings
 
 import pytest
-from background import (
-    ONE,
+from support.background import (
     Diary,
     Gate,
     arenas,
     close,
     error_of,
-    is_running,
     make,
     parts,
     result,
     state_of,
     step_at,
-    wait_until,
     writer_pid,
 )
-from scenarios import in_child
+from support.processes import is_running, wait_until
+from support.saves import ONE
+from support.processes import in_child
 
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig

@@ -8,25 +8,23 @@ import time
 
 import pytest
 import torch
-from background import (
-    PATIENCE,
+from support.background import (
     Diary,
     Gate,
     KillOnce,
     close,
     error_of,
-    is_running,
     kill_writer,
     make,
     parts,
     result,
     state_of,
     step_at,
-    wait_until,
     writer_pid,
 )
-from scenarios import in_child
-from states import load
+from support.processes import PATIENCE, is_running, wait_until
+from support.processes import in_child
+from support.saves import load
 
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_writer import CheckpointWriter

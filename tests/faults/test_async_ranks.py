@@ -9,7 +9,8 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from background import PATIENCE, close, error_of, make, parts, wait_until, writer_pid
+from support.background import close, error_of, make, parts, writer_pid
+from support.processes import PATIENCE, wait_until
 
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_reader import CheckpointReader

@@ -5,21 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from commit_steps import (
-    Killed,
-    MortalStorage,
-    NoExchange,
-    arrive,
-    assert_clean,
-    content,
-    hidden,
-    loaded_step,
-    make_folders,
-    put,
-    save,
-    tree,
-)
-from memory_storage import MemoryStorage
+from support.commits import arrive, assert_clean, content, loaded_step, save
+from support.disks import MemoryStorage, Killed, MortalStorage, NoExchange, hidden, make_folders, put, tree
 
 from milepost.commit import clean_up, roll_forward
 

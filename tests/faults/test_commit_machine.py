@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from commit_steps import (
-    Killed,
-    MortalStorage,
-    NoExchange,
-    arrive,
-    assert_clean,
-    hidden,
-    loaded_step,
-    make_folders,
-    put,
-    save,
-    tree,
-)
+from support.commits import arrive, assert_clean, loaded_step, save
+from support.disks import MemoryStorage, Killed, MortalStorage, NoExchange, hidden, make_folders, put, tree
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from memory_storage import MemoryStorage
 
 from milepost.commit import clean_up, roll_forward
 from milepost.errors import StorageError

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from memory_storage import MemoryStorage
-from power import RecordingStorage, disk_states
-from scenarios import SCENARIOS
+from support.disks import MemoryStorage
+from support.power import RecordingStorage, disk_states
+from support.saves import SCENARIOS
 
 from milepost.errors import MilepostError
 
@@ -42,8 +42,10 @@ def points(log, settled):
 def test_a_power_cut_at_any_point_loses_nothing(scenario):
     """Whatever of the unsynced was lost: the old state loads or the new one, whole; the next save works."""
     log, settled, path = recorded(scenario)
+    seen = set()
     for number in points(log, settled):
-        for seed, disk in enumerate(disk_states(log, number, settled=settled, seed=number, limit=24)):
+        disks = disk_states(log, number, settled=settled, seed=number, limit=24, seen=seen)
+        for seed, disk in enumerate(disks):
             try:
                 check(scenario, disk, path, (scenario.old, 2))
             except (AssertionError, MilepostError) as error:
@@ -55,7 +57,7 @@ def test_what_save_has_returned_from_survives_a_power_cut(scenario):
     """After `save` has returned the new state is there, and the user's files are, whatever was lost."""
     log, settled, path = recorded(scenario)
     count = 0
-    for disk in disk_states(log, settled=settled, limit=200):
+    for disk in disk_states(log, settled=settled, limit=200, seen=set()):
         check(scenario, disk, path, (2,), ended=True)
         count += 1
     assert count > 3
@@ -73,9 +75,10 @@ def test_every_fsync_is_needed(scenario):
 
 def violated(scenario, log, settled, path):
     """Whether a power cut in this log breaks a promise."""
+    ended, under_way = set(), set()
     for number in reversed(points(log, settled)):
-        allowed = (2,) if number == len(log) else (scenario.old, 2)
-        for disk in disk_states(log, number, settled=settled, seed=number, limit=16):
+        allowed, seen = ((2,), ended) if number == len(log) else ((scenario.old, 2), under_way)
+        for disk in disk_states(log, number, settled=settled, seed=number, limit=16, seen=seen):
             try:
                 check(scenario, disk, path, allowed, ended=number == len(log))
             except (AssertionError, MilepostError):

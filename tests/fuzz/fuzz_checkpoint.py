@@ -27,8 +27,9 @@ if atheris:
     with atheris.instrument_imports(include=["milepost"], enable_loader_override=False):
         from milepost import checkpoint_reader, manifest, tree, verify  # noqa: F401
 
-from forge import Forge, dump, write
-from scenarios import load, make_state, save
+from support.forge import Forge, dump, write
+from support.saves import load, save
+from support.states import make_state
 
 from milepost.errors import (
     ConfigError,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forge import dump
+from support.forge import dump
 from fuzz_checkpoint import TARGETS, Fuzzed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

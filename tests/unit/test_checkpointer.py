@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from states import assert_same, load, manifest_of
+from support.saves import load, manifest_of
+from support.states import assert_same
 
 import milepost
 from milepost import errors

@@ -6,21 +6,9 @@ import os
 
 import msgspec
 import pytest
-from commit_steps import (
-    StepClock,
-    Wrapper,
-    arrive,
-    assert_clean,
-    content,
-    hidden,
-    index_of,
-    loaded_step,
-    make_folders,
-    put,
-    save,
-    tree,
-)
-from memory_storage import MemoryStorage
+from support.commits import StepClock, arrive, assert_clean, content, index_of, loaded_step, save
+from support.disks import MemoryStorage, Wrapper, hidden, make_folders, put, tree
+from support.processes import in_child
 
 from milepost.commit import (
     Attempt,
@@ -108,13 +96,7 @@ def test_a_forked_child_is_another_process():
     """A forked child has a process id and a start id of its own."""
     reader, writer = os.pipe()
     own = (process_id(), attempt_id("/ids/fork", 0, 2))
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(writer, f"{process_id()} {attempt_id('/ids/fork', 1, 2)}".encode())
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+    in_child(lambda: os.write(writer, f"{process_id()} {attempt_id('/ids/fork', 1, 2)}".encode()))
     child = os.read(reader, 1000).decode().split()
     os.close(reader)
     os.close(writer)
@@ -567,12 +549,12 @@ def test_an_attempt_belongs_to_the_process_that_began_it(tmp_path):
     storage = LocalStorage()
     path = str(tmp_path / "step")
     attempt = arrive(storage, check_target(storage, path).path, 1)
-    pid = os.fork()
-    if pid == 0:
+
+    def ends_it():
         attempt.abort(ValueError("child"))
         attempt.close()
-        os._exit(0)
-    os.waitpid(pid, 0)
+
+    assert in_child(ends_it) == 0
     assert attempt.complete()
     attempt.close()
     assert loaded_step(storage, path) == 1

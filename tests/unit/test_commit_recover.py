@@ -6,22 +6,8 @@ import os
 import time
 
 import pytest
-from commit_steps import (
-    Killed,
-    MortalStorage,
-    StepClock,
-    Wrapper,
-    arrive,
-    assert_clean,
-    content,
-    hidden,
-    loaded_step,
-    make_folders,
-    put,
-    save,
-    tree,
-)
-from memory_storage import MemoryStorage
+from support.commits import StepClock, arrive, assert_clean, content, loaded_step, save
+from support.disks import MemoryStorage, Killed, MortalStorage, Wrapper, hidden, make_folders, put, tree
 
 from milepost.commit import Attempt, clean_up, roll_forward
 from milepost.commit.removal import remove_tree

@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from commit_steps import StepClock, arrive, save, tree
+from support.commits import StepClock, arrive, save
+from support.disks import tree
 from typer.testing import CliRunner
 
 import milepost

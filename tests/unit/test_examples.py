@@ -122,7 +122,7 @@ def test_the_distributed_demo_in_a_small_form(tmp_path):
 
 
 @needs_proc
-def test_an_interrupted_distributed_demo_leaves_nothing(tmp_path):
+def test_an_interrupted_distributed_demo_leaves_nothing(tmp_path, interruptible):
     """After Ctrl-C neither processes nor files are left."""
     script = str(ROOT / "examples" / "demo_distributed.py")
     command = [sys.executable, script, "--folder", str(tmp_path)]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from background import together, wait_until
+from support.processes import together, wait_until
 
 from milepost import CheckpointerConfig, RankInfo, make_async_checkpointer, make_sync_checkpointer
 from milepost.barriers import BarrierConfig, TCPStoreBarrier, create_barrier_from_config

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from background import together
+from support.processes import together
 
 from milepost import RankInfo, builder
 from milepost.barriers import Barrier, barrier_store

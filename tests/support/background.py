@@ -1,12 +1,9 @@
-"""What the tests of background saves have in common: checkpointers, hooks that wait, kills, waiting."""
+"""Background saves: checkpointers, hooks that wait, kills, writers of users."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-import threading
-import time
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +19,8 @@ from milepost.config import AsyncConfig, CheckpointerConfig, CheckpointProcessCo
 from milepost.health.verify import verify
 from milepost.staging import DefaultStager
 from milepost.storage import default_storage
-from milepost.types import RankInfo
-
-ONE = RankInfo(0, 1)
-PATIENCE = 60.0
-"""No wait of a test is longer, in seconds."""
+from support.processes import PATIENCE
+from support.saves import ONE, load
 
 
 def state_of(number, size=1000):
@@ -88,29 +82,13 @@ def error_of(future):
     return future.exception(PATIENCE)
 
 
-def wait_until(true, what="it"):
-    """Wait for something that another process does; fails after PATIENCE."""
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.005)
-
-
-def is_running(pid):
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def step_at(path):
     """The step of the verified checkpoint of a `state_of` at a path; None if there is none."""
     if not os.path.exists(f"{path}/manifest.json"):
         return None
     report = verify(default_storage(), str(path))
     assert not report.problems, report.problems
-    loaded = CheckpointReader(ONE).read(str(path))[0]
+    loaded = load(path)
     assert bool((loaded["w"] == loaded["step"]).all()), "old and new values are mixed"
     return loaded["step"]
 
@@ -277,11 +255,6 @@ def leave_a_process_behind(file):
     Path(file).write_text(str(pid))
 
 
-def held_socket():
-    """A socket pair of the kind that the channel uses."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
 def fail_to_start_with_rank(rank_info):
     raise LookupError(f"rank {rank_info.global_rank} of {rank_info.global_world_size}")
 
@@ -296,21 +269,3 @@ class ShoutingWriter:
 
 def shouting_writer(rank_info):
     return ShoutingWriter()
-
-
-def together(*works):
-    """What each rank's work returned or raised; each is run in a thread of its own."""
-    results = [None] * len(works)
-
-    def run(rank):
-        try:
-            results[rank] = works[rank]()
-        except BaseException as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
