@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = []
@@ -43,4 +45,4 @@ def python(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def bare(session: nox.Session) -> None:
     """A system without memfd, O_DIRECT and renameat2, which stands for macOS."""
-    run_tests(session, PYTHONPATH="tests/support/bare")
+    run_tests(session, PYTHONPATH=str(Path(__file__).parent / "tests" / "support" / "bare"))

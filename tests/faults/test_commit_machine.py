@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.commits import arrive, assert_clean, loaded_step, save
+from support.commits import arrive, assert_clean, loaded_step, save, let_die
 from support.disks import MemoryStorage, Killed, MortalStorage, NoExchange, hidden, make_folders, put, tree
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -86,7 +86,7 @@ class Commits(RuleBasedStateMachine):
         if how == "complete":
             attempt.complete()
         if how == "die":
-            attempt._release()
+            let_die(attempt)
         attempt.close()
         found = loaded_step(self.storage, PATH)
         if how == "die":

@@ -79,13 +79,13 @@ def test_one_writer_goes_on_after_every_failure(quick_path, scenario):
     writer = CheckpointWriter(CheckpointWriterConfig(), ONE, storage=storage)
     for number in range(1, 200):
         storage.operations.clear()
-        storage._faults = []
+        storage.faults = []
         storage.fail_at(number, OSError(errno.EIO, "broken"))
         with contextlib.suppress(MilepostError):
             writer.write(path, make_state(2))
         if len(storage.operations) < number:
             break
-        storage._faults = []
+        storage.faults = []
         writer.write(path, make_state(3))
         assert scenario.found(path) == 3
         scenario.check_tidy(path)

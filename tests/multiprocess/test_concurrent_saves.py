@@ -99,7 +99,7 @@ def replacing(path, at):
 
     def before(operation, target):
         if len(storage.operations) == at - 1:
-            storage._before = None
+            storage.before = None
             save(path, 2)
 
     storage = FaultyStorage(default_storage(), before=before)

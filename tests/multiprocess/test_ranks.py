@@ -53,21 +53,17 @@ class Meeting:
 
 
 @pytest.fixture
-def ranks(monkeypatch):
-    """Makes the writers of all ranks, with hooks; they are closed at the end."""
+def ranks():
+    """Makes the writers of all ranks, and their hooks; they are closed at the end."""
     made = []
 
-    def make(barrier=None, timeout=60, **hooks):
+    def make(barrier=None, timeout=60):
+        config = CheckpointWriterConfig(write_barrier_timeout_secs=timeout)
+        logs = [Log() for _ in range(WORLD)]
         made.extend(
-            CheckpointWriter(
-                CheckpointWriterConfig(write_barrier_timeout_secs=timeout),
-                RankInfo(rank, WORLD),
-                barrier,
-                hooks.get(f"rank{rank}") or Log(),
-            )
-            for rank in range(WORLD)
+            CheckpointWriter(config, RankInfo(rank, WORLD), barrier, log) for rank, log in enumerate(logs)
         )
-        return made
+        return made, logs
 
     yield make
     for writer in made:
@@ -93,7 +89,7 @@ def all_at_once(writers, path, step=0):
 
 def test_without_a_barrier_the_last_rank_commits(tmp_path, ranks):
     """Without a barrier each rank does its part and returns; the one that completes the set commits it."""
-    writers = ranks()
+    writers, logs = ranks()
     path = tmp_path / "c"
     for rank in (2, 0):
         writers[rank].write(str(path), state_of(rank), step=0)
@@ -104,7 +100,7 @@ def test_without_a_barrier_the_last_rank_commits(tmp_path, ranks):
     for rank in range(WORLD):
         assert_same(state_of(rank), load(path, rank))
         assert_same(state_of(rank), torch.load(path / f"checkpoint_{rank}.pt"))
-    hooks = [writer._commit_hook.calls for writer in writers]
+    hooks = [log.calls for log in logs]
     assert hooks == [["pre"], ["pre", "post"], ["pre"]]
     assert manifest_of(path).world_size == WORLD
     assert sorted(os.listdir(path)) == sorted(
@@ -117,33 +113,33 @@ def test_without_a_barrier_the_last_rank_commits(tmp_path, ranks):
 
 def test_without_a_barrier_in_threads(tmp_path, ranks):
     """Ranks that save at once, again and again, commit each one whole; exactly one runs post_commit."""
-    writers = ranks()
+    writers, logs = ranks()
     for step in range(5):
         assert all_at_once(writers, tmp_path / "c", step) == [None] * WORLD
         for rank in range(WORLD):
             assert_same(state_of(rank, step), load(tmp_path / "c", rank))
-    posts = sum(writer._commit_hook.calls.count("post") for writer in writers)
+    posts = sum(log.calls.count("post") for log in logs)
     assert posts == 5
-    assert all("post too early" not in writer._commit_hook.calls for writer in writers)
+    assert all("post too early" not in log.calls for log in logs)
 
 
 def test_with_a_barrier_all_see_the_commit(tmp_path, ranks):
     """With a barrier every rank returns when it is committed, and runs post_commit after that."""
     barrier = Meeting()
-    writers = ranks(barrier)
+    writers, logs = ranks(barrier)
     for step in range(3):
         assert all_at_once(writers, tmp_path / "c", step) == [None] * WORLD
         for rank in range(WORLD):
             assert_same(state_of(rank, step), load(tmp_path / "c", rank))
-    assert [writer._commit_hook.calls for writer in writers] == [["pre", "post"] * 3] * WORLD
+    assert [log.calls for log in logs] == [["pre", "post"] * 3] * WORLD
     assert barrier.calls == 3 * WORLD
 
 
 def test_a_rank_that_fails_stops_the_others(tmp_path, ranks):
     """When one rank fails the others stop at once with its error, and the old checkpoint still loads."""
-    writers = ranks(Meeting())
+    writers, logs = ranks(Meeting())
     assert all_at_once(writers, tmp_path / "c", 0) == [None] * WORLD
-    writers[1]._commit_hook.fail = True
+    logs[1].fail = True
     errors = all_at_once(writers, tmp_path / "c", 1)
     assert type(errors[1]) is OSError
     for error in (errors[0], errors[2]):
@@ -152,14 +148,14 @@ def test_a_rank_that_fails_stops_the_others(tmp_path, ranks):
         assert "rank 1" in str(error)
     for rank in range(WORLD):
         assert_same(state_of(rank, 0), load(tmp_path / "c", rank))
-    writers[1]._commit_hook.fail = False
+    logs[1].fail = False
     assert all_at_once(writers, tmp_path / "c", 2) == [None] * WORLD
     assert_same(state_of(1, 2), load(tmp_path / "c", 1))
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path, ranks):
     """A rank that waits longer than write_barrier_timeout_secs is told which ranks are missing."""
-    writers = ranks(Meeting(), timeout=0.3)
+    writers, _ = ranks(Meeting(), timeout=0.3)
     with pytest.raises(CommitTimeoutError, match="1, 2"):
         writers[0].write(str(tmp_path / "c"), state_of(0))
     assert not (tmp_path / "c").exists()

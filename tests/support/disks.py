@@ -375,7 +375,7 @@ class MortalStorage(FaultyStorage):
 
     def __init__(self, inner: Storage, dies_at: float = float("inf"), before=None) -> None:
         super().__init__(_Buried(inner, self), before=self._live)
-        self.dies_at, self.before = dies_at, before
+        self.dies_at, self.meanwhile = dies_at, before
         self._count, self._locks = 0, []
 
     @property
@@ -384,8 +384,8 @@ class MortalStorage(FaultyStorage):
 
     def _live(self, operation: str, path: str) -> None:
         if operation in MUTATIONS | {"lock"} - {"discard"}:
-            if self.before:
-                self.before(operation, path)
+            if self.meanwhile:
+                self.meanwhile(operation, path)
             self._count += 1
         if self.dead:
             for lock in self._locks:

@@ -6,7 +6,7 @@ import os
 
 import msgspec
 import pytest
-from support.commits import StepClock, arrive, assert_clean, content, index_of, loaded_step, save
+from support.commits import StepClock, arrive, assert_clean, content, index_of, loaded_step, save, let_die
 from support.disks import MemoryStorage, Wrapper, hidden, make_folders, put, tree
 from support.processes import in_child
 
@@ -144,7 +144,7 @@ def test_progress_never_raises(storage):
     attempt = Attempt.begin(faulty, PATH, attempt="job-1", rank=0, world_size=1)
     faulty.fail_at(len(faulty.operations) + 1, OSError(28, "full"), times=None)
     attempt.progress("write", 5)
-    faulty._faults.clear()
+    faulty.faults.clear()
     attempt.close()
 
 
@@ -195,7 +195,7 @@ def test_a_lost_writers_data_is_written_again(storage):
     """A retry with the same attempt finds the half-written data file of the lost writer gone."""
     first = Attempt.begin(storage, PATH, attempt="retry", rank=0, world_size=1)
     put(storage, first.data_path, b"half")
-    first._release()
+    let_die(first)
     assert save(storage, PATH, 1, attempt="retry")
     assert loaded_step(storage, PATH) == 1
 
@@ -203,7 +203,7 @@ def test_a_lost_writers_data_is_written_again(storage):
 def test_a_lost_writers_mark_is_taken_up(storage):
     """When the lost writer had marked, a retry has nothing to write, and its completion commits."""
     first = rank_of(storage, 0)
-    first._release()
+    let_die(first)
     again = Attempt.begin(storage, PATH, attempt="job-1", rank=0, world_size=2)
     assert again.marked
     assert not again.committed
@@ -532,10 +532,10 @@ def test_the_last_rank_publishes_what_a_dead_one_committed(storage):
         if operation == "rename" and path == PATH:
             raise KeyboardInterrupt
 
-    faulty._before = stop
+    faulty.before = stop
     with pytest.raises(KeyboardInterrupt):
         zero.complete()
-    zero._release()
+    let_die(zero)
     one.wait_for_commit(60)
     assert one.committed
     assert storage.stat(PATH) is None
