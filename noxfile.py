@@ -1,9 +1,9 @@
-"""Sessions that CI does not run: other versions of torch and of Python, and a system that lacks what Linux has.
+"""Sessions that CI does not run: other versions of torch and of Python, and a system with less than Linux.
 
-    pip install nox
-    nox --list
-    nox --session "torch-2.7.1"
-    nox --session "torch-2.7.1" -- tests/unit    # arguments for pytest
+pip install nox
+nox --list
+nox --session "torch-2.7.1"
+nox --session "torch-2.7.1" -- tests/unit    # arguments for pytest
 """
 
 from __future__ import annotations

@@ -16,10 +16,8 @@ import background
 import pytest
 import torch
 from support.background import error_of, recording_writer, result, state_of
-from support.processes import PATIENCE, is_running, wait_until
-from support.saves import ONE
-from support.processes import in_child
-from support.saves import load
+from support.processes import PATIENCE, in_child, is_running, wait_until
+from support.saves import ONE, load
 from support.states import assert_same
 
 from milepost.checkpoint_process import (

@@ -26,9 +26,8 @@ from support.background import (
     step_at,
     writer_pid,
 )
-from support.processes import is_running, wait_until
+from support.processes import in_child, is_running, wait_until
 from support.saves import ONE
-from support.processes import in_child
 
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig

@@ -22,8 +22,7 @@ from support.background import (
     step_at,
     writer_pid,
 )
-from support.processes import PATIENCE, is_running, wait_until
-from support.processes import in_child
+from support.processes import PATIENCE, in_child, is_running, wait_until
 from support.saves import load
 
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from support.commits import arrive, assert_clean, content, loaded_step, save, let_die
-from support.disks import MemoryStorage, Killed, MortalStorage, NoExchange, hidden, make_folders, put, tree
+from support.commits import arrive, assert_clean, content, let_die, loaded_step, save
+from support.disks import Killed, MemoryStorage, MortalStorage, NoExchange, hidden, make_folders, put, tree
 
 from milepost.commit import clean_up, roll_forward
 

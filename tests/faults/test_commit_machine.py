@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from support.commits import arrive, assert_clean, loaded_step, save, let_die
-from support.disks import MemoryStorage, Killed, MortalStorage, NoExchange, hidden, make_folders, put, tree
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.commits import arrive, assert_clean, let_die, loaded_step, save
+from support.disks import Killed, MemoryStorage, MortalStorage, NoExchange, hidden, make_folders, put, tree
 
 from milepost.commit import clean_up, roll_forward
 from milepost.errors import StorageError

@@ -88,9 +88,7 @@ def violations(setup, *, dropped=0, with_exchange=True, attach=False, limit=64):
     found, seen = [], (set(), set())
     for upto in range(settled, len(recording.log) + 1):
         finished = upto == len(recording.log)
-        disks = disk_states(
-            recording.log, upto, settled=settled, seed=upto, limit=limit, seen=seen[finished]
-        )
+        disks = disk_states(recording.log, upto, settled=settled, seed=upto, limit=limit, seen=seen[finished])
         for disk in disks:
             storage = disk if with_exchange else NoExchange(disk)
             problem = judge(

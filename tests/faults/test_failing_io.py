@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from support.processes import descriptors
-from support.saves import SCENARIOS, ONE, load, save
+from support.saves import ONE, SCENARIOS, load, save
 from support.states import make_state, same
 
 from milepost.checkpoint_reader import CheckpointReader

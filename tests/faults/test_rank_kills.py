@@ -433,7 +433,6 @@ def resume(path, expected, step):
     """One rank of another job: load what is expected into a template, then save, and load that."""
     import torch
     import torch.distributed as dist
-
     from support.states import differences
 
     from milepost import CheckpointerConfig, make_sync_checkpointer

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.background import error_of, make, result, state_of, step_at
-from support.processes import free_port
-from support.processes import in_child
+from support.processes import free_port, in_child
 from support.saves import load
 
 from milepost.config import BarrierConfig

@@ -1,6 +1,7 @@
 """Training under real parallelism that is saved in one layout and goes on in others, bit for bit.
 
-Each job is a process for each rank, with gloo, see `support.ranks`. A saving rank also keeps, in a file of its own, the full tensors of what it saved; loading ranks compare with that.
+Each job is a process for each rank, with gloo, see `support.ranks`. A saving rank also keeps, in
+a file of its own, the full tensors of what it saved; loading ranks compare with that.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from milepost.errors import CorruptCheckpointError, EntryNotFoundError, StorageE
 from milepost.storage import RenameMode, Stat, Storage
 from milepost.testing import MUTATIONS, FaultyStorage
 
+
 def _error(number: int, operation: str, path: str) -> StorageError:
     return StorageError.wrap(OSError(number, os.strerror(number)), operation, path)
 

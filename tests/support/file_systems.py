@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+
 from support.processes import in_child, wait_until
 
 LOOKS = 3

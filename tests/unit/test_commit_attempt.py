@@ -6,7 +6,7 @@ import os
 
 import msgspec
 import pytest
-from support.commits import StepClock, arrive, assert_clean, content, index_of, loaded_step, save, let_die
+from support.commits import StepClock, arrive, assert_clean, content, index_of, let_die, loaded_step, save
 from support.disks import MemoryStorage, Wrapper, hidden, make_folders, put, tree
 from support.processes import in_child
 

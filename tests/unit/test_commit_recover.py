@@ -6,8 +6,8 @@ import os
 import time
 
 import pytest
-from support.commits import StepClock, arrive, assert_clean, content, loaded_step, save, let_die
-from support.disks import MemoryStorage, Killed, MortalStorage, Wrapper, hidden, make_folders, put, tree
+from support.commits import StepClock, arrive, assert_clean, content, let_die, loaded_step, save
+from support.disks import Killed, MemoryStorage, MortalStorage, Wrapper, hidden, make_folders, put, tree
 
 from milepost.commit import Attempt, clean_up, roll_forward
 from milepost.commit.removal import remove_tree

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from support.commits import StepClock, arrive, save, let_die
+from support.commits import StepClock, arrive, let_die, save
 from support.disks import tree
 from typer.testing import CliRunner
 

@@ -7,15 +7,16 @@ import hashlib
 import itertools
 import json
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.forge import Forge, dump, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.disks import MemoryStorage
+from support.forge import Forge, dump, write
 from support.ranks import as_rank
 from support.states import raw_bytes
 from torch.distributed.device_mesh import DeviceMesh

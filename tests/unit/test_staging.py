@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from support.background import Collect, arenas, error_of, make, parts, result, state_of
-from support.saves import ONE
 from support.processes import in_child
-from support.saves import load
+from support.saves import ONE, load
 from support.states import (
     array_values,
     assert_same,
