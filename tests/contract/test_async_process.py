@@ -12,9 +12,9 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-import background
 import pytest
 import torch
+from support import background
 from support.background import error_of, recording_writer, result, state_of
 from support.processes import PATIENCE, in_child, is_running, wait_until
 from support.saves import ONE, load

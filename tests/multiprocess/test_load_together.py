@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import WORLD, join
+from support.ranks import WORLD
 
 from milepost import RankInfo
 from milepost.checkpoint_reader import CheckpointReader
@@ -65,11 +65,13 @@ def work(way, calls):
     del os.environ["MILEPOST_START_ID"]
     rank, store = int(os.environ["RANK"]), None
     if way == "group":
-        join()
+        dist.init_process_group("gloo")
         meeting = dist.distributed_c10d._get_default_store()
     else:
         meeting = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
         store = meeting if way == "store" else None
+    meeting.set(f"here/{rank}", b"")
+    meeting.wait([f"here/{other}" for other in range(WORLD)])
     result = Loaded()
     result.error, result.missing, result.values, result.text = None, None, {}, ""
     calls = calls[rank] if isinstance(calls[rank], list) else [calls[rank]]

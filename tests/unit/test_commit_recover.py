@@ -35,7 +35,7 @@ def die_at(storage, condition, step=2, **kwargs):
         if condition(operation, path):
             mortal.dies_at = 0
 
-    mortal.before = watch
+    mortal.meanwhile = watch
     with pytest.raises(Killed):
         save(mortal, PATH, step, **kwargs)
 
