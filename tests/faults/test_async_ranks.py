@@ -298,4 +298,5 @@ def test_a_warning_of_the_writer_process_is_in_the_trainers_log(tmp_path, caplog
         written = [each.save(str(tmp_path / "c"), same)[1] for each in (first, second)]
         assert [error_of(future) for future in written] == [None, None]
         told = [record for record in caplog.records if "are the same on all 2 ranks" in record.message]
-        assert [record.name for record in told] == ["milepost.commit.copies"]
+        # Once for each rank that saw the last mark come: they may be both.
+        assert {record.name for record in told} == {"milepost.commit.copies"}

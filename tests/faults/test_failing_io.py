@@ -6,12 +6,14 @@ import contextlib
 import errno
 import os
 import threading
+from unittest.mock import Mock
 
 import pytest
 from support.processes import descriptors
 from support.saves import ONE, SCENARIOS, load, save
 from support.states import make_state, same
 
+from milepost import syscalls
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.errors import MilepostError, StorageError, TargetError
@@ -133,6 +135,18 @@ CALLS = [
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EMFILE], ids=errno.errorcode.get)
 def test_whatever_system_call_fails_nothing_is_lost(quick_path, monkeypatch, name, number):
     """The first, second, … call of each function of `os` fails: as above, below the storage's interface."""
+    fail_each_call(quick_path, monkeypatch, name, number)
+
+
+@pytest.mark.parametrize("name", ["link", "mkdir", "rename", "unlink"])
+def test_no_rename_that_ends_halfway_is_in_the_way(quick_path, monkeypatch, name):
+    """As above, where one rename is two calls, as no flags of a rename are known."""
+    for function in ("rename_exchange", "rename_noreplace"):
+        monkeypatch.setattr(syscalls, function, Mock(side_effect=OSError(errno.EINVAL, "no flags")))
+    fail_each_call(quick_path, monkeypatch, name, errno.EIO)
+
+
+def fail_each_call(quick_path, monkeypatch, name, number):
     scenario = SCENARIOS[4]
     real = getattr(os, name)
     for at in range(1, 100):

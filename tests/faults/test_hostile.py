@@ -1034,6 +1034,8 @@ BOMBS = {
     "a deep tuple as a key": b"}" + _NESTED + b"Ns",
     "a deep tuple": _NESTED,
     "a tuple that doubles as a key": b"}" + _DOUBLED + b"Ns",
+    "a tuple that doubles as a function": b"N" + _DOUBLED + b"}R",
+    "a tuple that doubles as a class": _DOUBLED + b")\x81",
     "a tuple that doubles in a set": b"c__builtin__\nset\n](" + _DOUBLED + b"e\x85R",
     "a tuple that doubles in a list that is a key's part": b"}]" + _DOUBLED + b"a\x85Ns",
     "a large bytearray": _SIZED + b"R",

@@ -83,9 +83,7 @@ def work(way, calls):
         path, template, options = now
         template = None if template is None else template_of(way, rank, template)
         seconds, world = options.pop("timeout_seconds", 60), options.pop("world", WORLD)
-        ready = options.pop(
-            "ready", []
-        )  # so that no slow machine makes one of these late for a short timeout
+        ready = options.pop("ready", [])  # ranks that a slow machine must not make late
         at = store if world == WORLD else dist.PrefixStore("some", meeting)
         reader = CheckpointReader(RankInfo(rank, world), store=at, timeout_seconds=seconds)
         result.error = None

@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -314,10 +315,10 @@ def test_maps_go_with_their_last_view(tmp_path):
     folder = STORAGE.open_folder(str(tmp_path))
     file = folder.open("mapped-file")
     part = file.map()[10:20]
-    assert "mapped-file" in Path("/proc/self/maps").read_text()
+    assert b"mapped-file" in Path("/proc/self/maps").read_bytes()
     assert bytes(part) == b"x" * 10
     del part
-    assert "mapped-file" not in Path("/proc/self/maps").read_text()
+    assert b"mapped-file" not in Path("/proc/self/maps").read_bytes()
     file.close()
     folder.close()
 
@@ -476,6 +477,20 @@ def test_create_without_links_still_refuses_a_taken_name(tmp_path, monkeypatch):
         STORAGE.rename(f"{tmp_path}/a", f"{tmp_path}/b", "create")
     STORAGE.rename(f"{tmp_path}/a", f"{tmp_path}/c", "create")
     assert sorted(os.listdir(tmp_path)) == ["b", "c"]
+
+
+def test_a_create_that_ended_halfway_is_finished(tmp_path, monkeypatch):
+    """A file that has both names loses the old one; two files of one content stay two."""
+    refuse_rename_flags(monkeypatch)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_bytes(b"f")
+    os.unlink(tmp_path / "b" / "f")
+    os.link(tmp_path / "a" / "f", tmp_path / "b" / "f")
+    for source in "ac":
+        with suppress(EntryExistsError):
+            STORAGE.rename(f"{tmp_path}/{source}/f", f"{tmp_path}/b/f", "create")
+    assert [os.listdir(tmp_path / name) for name in "abc"] == [[], ["f"], ["f"]]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])

@@ -217,10 +217,11 @@ def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
                 if all(gone):
                     return False
                 continue  # the path is empty for a moment, as the later one is moved in
-            if storage.stat(path) is None:
+            free = storage.stat(path) is None
+            # Where no rename refuses a taken name, one that ended halfway leaves an empty folder.
+            if free or (_what_is_at(storage, path) == "empty" and _remove_if_empty(storage, path)):
                 storage.rename(source, path, "create")
                 return True
-            _what_is_at(storage, path)
             if source == partial:
                 # Slow ranks may still write to the partial's path: the old folder must not get that name.
                 if storage.stat(slot) is not None:
@@ -248,6 +249,7 @@ def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
         # Until the last of these there is no checkpoint at the path itself, but `locate` finds the new one.
         # Each must be durable before the next, or a power cut could let one folder take another's name.
         parent = os.path.dirname(path)
+        _remove_if_empty(storage, partial)  # of a rename that ended halfway
         storage.rename(slot, partial, "create")
         storage.sync_folder(parent)
         storage.rename(path, slot, "create")
@@ -353,6 +355,8 @@ def _move_beside(storage: Storage, old: str, folder: str, name: str) -> None:
     for number in range(1000):
         new = os.path.join(folder, f"{name}.{number}" if number else name)
         try:
+            if _is_folder(storage, old) and _is_folder(storage, new):
+                _remove_if_empty(storage, new)  # as a rename that ended halfway leaves it
             storage.rename(old, new, "create")
         except EntryExistsError:
             continue
@@ -376,13 +380,24 @@ def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str])
         with suppress(CorruptCheckpointError, EntryNotFoundError):
             found = folder.stat(name)
             if found is not None and found.kind == "folder":
+                # If this fails, the manifest is there still: the folder is known to be ours.
                 _remove_if_empty(storage, os.path.join(path, name))
     remove_file(storage, os.path.join(path, MANIFEST_NAME))
 
 
-def _remove_if_empty(storage: Storage, path: str) -> None:
+def _is_folder(storage: Storage, path: str) -> bool:
+    found = storage.stat(path)
+    return found is not None and found.kind == "folder"
+
+
+def _remove_if_empty(storage: Storage, path: str) -> bool:
+    """Whether this folder is gone."""
     try:
         storage.remove(path)
+    except EntryNotFoundError:
+        return True
     except StorageError as error:
         if error.errno not in NOT_EMPTY:
-            raise  # while the manifest is there still, so that this folder is known to be ours
+            raise
+        return False
+    return True

@@ -184,9 +184,16 @@ class _Scan:
         self.top(1)
         self.push()
 
+    def _named(self) -> tuple[_Stand, _Stand]:
+        """A class or function and its arguments: of any other value torch would make text or a hash."""
+        kind, arguments = self.top(2)
+        if "." not in kind.name:
+            raise ValueError("it calls what is no class and no function")
+        return kind, arguments
+
     def call(self) -> None:
         """Call a function."""
-        function, arguments = self.top(2)
+        function, arguments = self._named()
         users = function.name not in _CALLED and not function.name.startswith("torch.")
         self.push(name="the user's" if users else _CALLED.get(function.name, ""))
         self._check_call(function.name, arguments.parts or [], self._stack[-1])
@@ -194,7 +201,7 @@ class _Scan:
 
     def make(self) -> None:
         """Make an object of a class, without calling the class."""
-        kind, arguments = self.top(2)
+        kind, arguments = self._named()
         if kind.name in _CALLED:
             raise ValueError(f"it makes a {kind.name} in an unknown way")
         self.push(name="" if kind.name.startswith("torch.") else "the user's")

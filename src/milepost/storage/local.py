@@ -242,17 +242,15 @@ class LocalStorage:
         with wrapped("rename", target):
             if mode == "replace":
                 os.rename(source, target)
-                return
-            try:
-                (syscalls.rename_exchange if mode == "exchange" else syscalls.rename_noreplace)(
-                    source, target
-                )
-            except OSError as error:
-                if error.errno not in syscalls.UNSUPPORTED:
-                    raise
-                if mode == "exchange":
+            elif mode == "create":
+                _rename_to_free_name(source, target)
+            else:
+                try:
+                    syscalls.rename_exchange(source, target)
+                except OSError as error:
+                    if error.errno not in syscalls.UNSUPPORTED:
+                        raise
                     raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from error
-                _rename_without_flags(source, target)
 
     def remove(self, path: str) -> None:
         with wrapped("remove", path):
@@ -319,10 +317,33 @@ class LocalStorage:
             return _LocalLock(descriptor)
 
 
+def _rename_to_free_name(source: str, target: str) -> None:
+    try:
+        try:
+            syscalls.rename_noreplace(source, target)
+        except OSError as error:
+            if error.errno not in syscalls.UNSUPPORTED:
+                raise
+            _rename_without_flags(source, target)
+    except FileExistsError:
+        if not _has_both_names(source, target):
+            raise
+        os.unlink(source)
+
+
+def _has_both_names(source: str, target: str) -> bool:
+    """Whether `_rename_without_flags` ended halfway here: a file has both names, in two folders."""
+    found = os.lstat(source)
+    folders = {os.path.realpath(os.path.dirname(path)) for path in (source, target)}
+    is_file = not stat_modes.S_ISDIR(found.st_mode)
+    return len(folders) == 2 and is_file and os.path.samestat(found, os.lstat(target))
+
+
 def _rename_without_flags(source: str, target: str) -> None:
     """Rename to a name that is not taken, on a file system that cannot do so in one step.
 
-    A file gets its second name before it loses the first; a folder replaces an empty one made for it.
+    A file gets its second name before it loses the first; a folder replaces an empty one made for it. What
+    ends between the two steps leaves the file with two names, or the empty folder.
     Where there are no hard links either, the check and the rename are two steps.
     """
     if stat_modes.S_ISDIR(os.lstat(source).st_mode):
