@@ -203,16 +203,18 @@ def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
     """The renames. Returns False if another process has published the attempt, or a later one since."""
     attempt = manifest.attempt
     partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
+    late = False
     for _ in range(_TRIES):
         source = next((place for place in (partial, slot) if _holds(storage, place, attempt)), None)
         there = published_manifest(storage, path)
         if source is None:
-            if there and (there.attempt == attempt or there.order >= manifest.order):
+            if late or (there and (there.attempt == attempt or there.order >= manifest.order)):
                 return False
             continue  # it has been moved between the looks
         try:
             if there is not None and there.sequence > manifest.sequence > 0:
                 # A later save is there already, as when writers of a dead start commit late.
+                late = True
                 gone = [retire(storage, path, place, None) for place in (partial, slot)]
                 if all(gone):
                     return False
