@@ -508,10 +508,12 @@ def path(quick_path):
 
 @pytest.fixture(scope="module")
 def first(launcher, tmp_path_factory):
-    """A checkpoint of step 1, by the ranks that load what the others leave: they live on between tests."""
+    """A checkpoint of step 1."""
     folder = str(tmp_path_factory.mktemp("first"))
+    # From now on there are ranks that resume, for all tests.
+    assert launcher.ask(resume, f"{folder}/resumed/c", None, 1) == [[]] * WORLD
     os.mkdir(f"{folder}/run")
-    assert launcher.ask(resume, f"{folder}/run/c", None, 1) == [[]] * WORLD
+    assert launcher.run(folder, save, Save(f"{folder}/run/c", 1)) == [None] * WORLD
     assert listed(f"{folder}/run/c", {1}) == 1
     return f"{folder}/run/c"
 
