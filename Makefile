@@ -17,8 +17,8 @@ GAZETTEER := $(MAKE) -C gazetteer VENV=$(GAZETTEER_VENV) PYTHON=$(PYTHON)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-distributed test test-slow test-filesystems test-chaos test-storm cov check \
-	lint types docs bench bench-full fmt fmt-check size gazetteer gazetteer-demo clean
+.PHONY: help setup demo demo-distributed test test-slow test-filesystems test-chaos test-storm test-gazetteer cov \
+	check lint types docs docs-site dist bench bench-full fmt fmt-check size gazetteer gazetteer-demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -38,7 +38,7 @@ demo-distributed: $(STAMP) ## train on 4 ranks, kill them, go on on 2, kill them
 test: $(STAMP) ## what proves the promises, but for the long runs (test-slow, test-filesystems)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not filesystems" $(PYTEST_ARGS)
 ifneq ($(HAVE_GAZETTEER),)
-	$(GAZETTEER) test self NAME=Milepost
+	@if bash tools/touched.sh test-gazetteer gazetteer; then $(MAKE) test-gazetteer; fi
 endif
 
 test-slow: $(STAMP) ## soaks and long property runs only
@@ -60,7 +60,7 @@ cov: $(STAMP) ## the tests with branch coverage, child processes included
 	$(BIN)/python -m coverage combine
 	$(BIN)/python -m coverage report
 
-check: fmt-check lint types docs size ## all gates but the tests
+check: fmt-check lint types docs docs-site size ## all gates but the tests
 ifneq ($(HAVE_GAZETTEER),)
 	$(GAZETTEER) check
 endif
@@ -85,6 +85,15 @@ docs: $(STAMP) ## run the code in the documents, and compare what is generated i
 	$(BIN)/python -m cogapp --check --diff -p "import sys; sys.path.insert(0, 'tools')" docs/cli.md docs/filesystems.md
 	$(BIN)/python benchmarks/report.py --check
 
+docs-site: $(STAMP) $(VENV)/docs.stamp ## the documents and the API reference as a web site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: $(STAMP) $(VENV)/dist.stamp ## build wheel and sdist, check them, run README's example with the wheel
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tools/check_dist.py dist
+
 docs/filesystems.md: docs/filesystems.json
 
 docs/filesystems.json: $(STAMP) FORCE # as root
@@ -93,18 +102,17 @@ docs/filesystems.json: $(STAMP) FORCE # as root
 docs/cli.md docs/filesystems.md: $(STAMP) FORCE ## write the command line's help, and what was found, into them
 	$(BIN)/python -m cogapp -r -p "import sys; sys.path.insert(0, 'tools')" $@
 
-PEERS := $(VENV)/bench.stamp
 NAME ?=
 BENCH_ARGS ?=
 
-$(PEERS): $(STAMP)
-	bash tools/install.sh "$(VENV)" bench
+$(VENV)/bench.stamp $(VENV)/dist.stamp $(VENV)/docs.stamp: $(VENV)/%.stamp: $(STAMP)
+	bash tools/install.sh "$(VENV)" $*
 	@touch $@
 
-bench: $(PEERS) ## benchmarks against the peers, 10 minutes (NAME="gpt2 lost": these, --list names all)
+bench: $(VENV)/bench.stamp ## benchmarks against the peers, 10 minutes (NAME="gpt2 lost": these, --list names all)
 	$(BIN)/python benchmarks/run.py $(NAME) $(BENCH_ARGS)
 
-bench-full: $(PEERS) ## all of them, into docs/benchmarks and README; run again, it goes on where it ended
+bench-full: $(VENV)/bench.stamp ## all of them, into docs/benchmarks and README; run again, it goes on where it ended
 	$(BIN)/python benchmarks/run.py --full --resume $(NAME) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/report.py
 
@@ -115,6 +123,9 @@ size: $(STAMP) ## lines per module against the budget
 	$(BIN)/python tools/size.py
 
 ifneq ($(HAVE_GAZETTEER),)
+test-gazetteer: ## the tests of gazetteer/, and this repository documented by it
+	$(GAZETTEER) test self NAME=Milepost
+
 gazetteer: ## document this repository with the documentation system in gazetteer/, and follow every link
 	$(GAZETTEER) self NAME=Milepost
 

@@ -1,6 +1,6 @@
-"""What each file system gives and what Milepost does where it lacks something, for docs/filesystems.md.
+"""Tables for docs/filesystems.md: the features of each file system, and what Milepost does without one.
 
-Called by cog. tests/filesystems/test_features.py has written the facts to docs/filesystems.json.
+Cog calls this module. tests/filesystems/test_features.py has written the facts to docs/filesystems.json.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ FEATURES = {
     "noreplace": "rename that replaces nothing",
     "hard_links": "hard links",
     "locks": "`flock`",
-    "network": "local, as the kernel tells",
-    "mapped": "files are mapped",
+    "network": "the kernel says that it is local",
+    "mapped": "Milepost maps files",
     "fsync_folder": "fsync of a folder",
     "listing": "an open folder lists new names",
-    "removed": "a removed file is gone while it is open",
+    "removed": "an open file disappears when it is removed",
     "chmod": "chmod",
     "reflink": "reflink",
 }
 INSTEAD = {
-    "direct_open": "Files are written and read through the page cache.",
-    "direct_write": "From that write on the file is written through the page cache.",
-    "exchange": """The old checkpoint is renamed aside and the new one takes its place. Between the two
-        renames `load` finds the new one beside the path.""",
-    "noreplace": """A file gets its name by a hard link. A folder takes the place of an empty one that is made
-        for it.""",
-    "hard_links": "Milepost looks and then renames, if the rename that replaces nothing is missing as well.",
-    "locks": "Nobody can tell whether a save is alive, so what a dead one left stays.",
-    "network": """Locks of other hosts may not show. What a dead save left is removed when nothing in it has
-        changed for a day.""",
-    "mapped": "`load` reads files into memory of its own: another host could cut a file that is mapped.",
+    "direct_open": "Milepost writes and reads files through the page cache.",
+    "direct_write": "From that write on, Milepost writes the file through the page cache.",
+    "exchange": """Milepost renames the old checkpoint aside and renames the new one to the path. Between the
+        two renames `load` finds the new checkpoint beside the path.""",
+    "noreplace": """Milepost names a file by a hard link. A folder replaces an empty folder that Milepost
+        makes for this purpose.""",
+    "hard_links": """If the rename that replaces nothing is missing too, Milepost checks that the name is free
+        and then renames.""",
+    "locks": "Milepost cannot tell whether a save is alive. So it keeps the files of dead saves.",
+    "network": """Locks of other hosts may not be visible. Milepost removes the files of a dead save when
+        nothing in its folder has changed for a day.""",
+    "mapped": "`load` reads files into its memory. Another host could truncate a mapped file.",
     "fsync_folder": "Names are as durable as the file system makes them.",
-    "listing": "Milepost opens a folder anew each time that it lists it.",
-    "removed": """What stays in its place (`.nfs…`, `.fuse_hidden…`) is no part of a checkpoint, and goes when
-        the file is closed.""",
-    "chmod": "The checkpoint's folder keeps the mode 0700, and the log says so.",
-    "reflink": "Milepost does not use it.",
+    "listing": "Milepost opens a folder anew for each listing.",
+    "removed": """The file that stays in its place (`.nfs…`, `.fuse_hidden…`) does not belong to the
+        checkpoint. It disappears when the file is closed.""",
+    "chmod": "The checkpoint's folder keeps the mode 0700. The log says so.",
+    "reflink": "Milepost does not use reflinks.",
 }
 """What Milepost does without a feature."""
 
@@ -62,7 +63,7 @@ def _tried() -> dict[str, dict]:
     found = FACTS["file_systems"]
     tried = {name: dict(found[name]) for name in NAMES if found[name]}
     for facts in tried.values():
-        facts["network"] = not facts["network"]  # the table tells of what is there
+        facts["network"] = not facts["network"]  # the table lists the features that exist
     return tried
 
 
@@ -76,7 +77,7 @@ def markdown() -> str:
     """The tables."""
     tried = _tried()
     missing = [NAMES[name] for name in NAMES if name not in tried]
-    lines = [f"Found on Linux {FACTS['kernel']}, {FACTS['date']}."]
+    lines = [f"Tested on Linux {FACTS['kernel']}, {FACTS['date']}."]
     if missing:
         lines[0] += f" That kernel could not mount: {', '.join(missing)}."
     lines += ["", "| | " + " | ".join(NAMES[name] for name in tried) + " |"]
@@ -85,9 +86,9 @@ def markdown() -> str:
         lines.append(f"| {name} | " + " | ".join(_mark(facts, feature) for facts in tried.values()) + " |")
     lines += [
         "",
-        "What Milepost does where it is missing:",
+        "Milepost's behaviour without a feature:",
         "",
-        "| missing | on | instead |",
+        "| missing feature | missing on | Milepost's behaviour |",
         "|---|---|---|",
     ]
     for feature, name in FEATURES.items():

@@ -15,11 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gazetteer.collect import gather
+from gazetteer.cache import facts_of
 from gazetteer.model import Kind
-from gazetteer.scan import Found, scan
-from gazetteer.state import facts_of
-from gazetteer.workers import Workers, default_jobs
+from gazetteer.read.collect import gather
+from gazetteer.read.scan import Found, scan
+from gazetteer.read.workers import Workers, default_jobs
 
 BAR = 0.99
 Key = tuple[str, int, str, str]

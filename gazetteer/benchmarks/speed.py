@@ -20,10 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from gazetteer import grammars
-from gazetteer.analyze import read_text
-from gazetteer.collect import digest_all
-from gazetteer.scan import Found, scan
+from gazetteer.read import grammars
+from gazetteer.read.analyze import read_text
+from gazetteer.read.collect import digest_all
+from gazetteer.read.scan import Found, scan
 
 COLD_BAR = 4.0
 UNCHANGED_BAR = 2.0

@@ -11,8 +11,8 @@ import pytest
 from conftest import SAMPLE, Maker, git, tree
 
 import gazetteer
+from gazetteer.cache import fingerprint
 from gazetteer.errors import OutputError, RepositoryError, UsageError
-from gazetteer.state import fingerprint
 
 
 def test_two_builds_give_the_same_bytes_whatever_the_number_of_processes(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_another_version_builds_everything_anew(make: Maker, tmp_path: Path, mon
     out = tmp_path / "out"
     gazetteer.build(root, out)
     (root / "b.py").unlink()
-    monkeypatch.setattr("gazetteer.state._fingerprint", [fingerprint()[::-1]])
+    monkeypatch.setattr("gazetteer.cache._fingerprint", [fingerprint()[::-1]])
     summary = gazetteer.build(root, out)
     assert summary.parsed == 1
     assert not (out / "b.py_docs.md").exists()

@@ -9,10 +9,10 @@ import pytest
 from conftest import SAMPLE
 
 import gazetteer
-from gazetteer import grammars
-from gazetteer.analyze import analyze
 from gazetteer.model import FileFacts
-from gazetteer.scan import scan
+from gazetteer.read import grammars
+from gazetteer.read.analyze import analyze
+from gazetteer.read.scan import scan
 
 EXPECTED = Path(__file__).parent / "golden" / "expected.txt"
 

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 import gazetteer
 from gazetteer.markdown import clean, code, fence, slug, text, words
-from gazetteer.text import one_line
+from gazetteer.read.text import one_line
 
 TRAPS = [
     "</script><script>alert(1)</script>",

@@ -19,7 +19,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import gazetteer
-from gazetteer.serve import make_server
+from gazetteer.site.drawing import draw, read_mermaid
+from gazetteer.site.serve import make_server
 
 FLAGS = [
     "--headless",
@@ -244,3 +245,12 @@ def test_every_file_name_has_its_pages(make: Maker, tmp_path: Path) -> None:
     assert gazetteer.check(out).broken == []
     lines = [page.read_text() for page in (out / "_site" / "_source").rglob("*.html")]
     assert sum('id="L1"' in text for text in lines) == len(names)
+
+
+def test_a_drawing_escapes_its_labels_and_draws_cycles() -> None:
+    """Labels cannot get out of the drawing; an edge back is drawn as one."""
+    nodes, edges = read_mermaid('graph LR\n  n0["a#60;b#62;"]\n  n1["b"]\n  n0 --> n1\n  n1 -->|3| n0\n')
+    assert nodes == {"n0": "a<b>", "n1": "b"} and edges == {("n0", "n1"): 1, ("n1", "n0"): 3}
+    svg = draw(nodes, edges, {"n0": "x.html", "n1": '"><script>'})
+    assert "<b>" not in svg and "<script>" not in svg and "&lt;b&gt;" in svg
+    assert svg.count('class="back"') == 1

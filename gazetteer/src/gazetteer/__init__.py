@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from gazetteer.build import Summary, build
 from gazetteer.check import Broken, Report, check
-from gazetteer.collect import read_repository
 from gazetteer.errors import (
     BrokenLinksError,
     GazetteerError,
@@ -20,6 +19,7 @@ from gazetteer.errors import (
     SiteError,
     UsageError,
 )
+from gazetteer.read.collect import read_repository
 from gazetteer.search import Hit, search
 
 __all__ = [

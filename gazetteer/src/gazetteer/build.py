@@ -14,30 +14,30 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gazetteer.analyze import read_text
-from gazetteer.collect import checked_root, digest_all, gather, nothing, still_holding
+from gazetteer.cache import PageRecord, State, facts_of, fingerprint, load_facts, save_facts, write_atomic
 from gazetteer.errors import OutputError, UsageError
-from gazetteer.history import History, head_of, read_history
 from gazetteer.index import index_json
-from gazetteer.model import FileFacts, Status
+from gazetteer.model import FileFacts, History, Status
 from gazetteer.pages.file_docs import docs, purpose
 from gazetteer.pages.file_kw import keywords
 from gazetteer.pages.folder import description, index, subtree_keywords
 from gazetteer.pages.tree import Tree
 from gazetteer.pages.whole import all_keywords, book, root_sections
 from gazetteer.paths import BOOK, INDEX_JSON, KEYWORDS, STATE, Places, docs_page, folder_page, kw_page, parent
-from gazetteer.relations import Context, Relations, relate
-from gazetteer.resolve import Resolver
-from gazetteer.runs import test_runs
-from gazetteer.scan import Found, Scan, scan
-from gazetteer.state import PageRecord, State, facts_of, fingerprint, load_facts, save_facts, write_atomic
-from gazetteer.workers import Workers, default_jobs
+from gazetteer.read.analyze import read_text
+from gazetteer.read.collect import checked_root, digest_all, gather, nothing, still_holding
+from gazetteer.read.scan import Found, Scan, scan
+from gazetteer.read.workers import Workers, default_jobs
+from gazetteer.relate.history import head_of, read_history
+from gazetteer.relate.relations import Context, Relations, relate
+from gazetteer.relate.resolve import Resolver
+from gazetteer.relate.test_commands import test_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gazetteer.collect import Progress
     from gazetteer.markdown import Page
+    from gazetteer.read.collect import Progress
 
 __all__ = ["Summary", "build"]
 
@@ -370,7 +370,7 @@ def build(
         with _seldom_collecting():
             summary = work.run(json_index=json_index)
         if site:
-            from gazetteer.site import build_site  # only who wants a site needs its programs
+            from gazetteer.site.render import build_site  # only who wants a site needs its programs
 
             state = State.load(target)
             facts = {path: facts_of(data) for path, data in load_facts(target).items()}

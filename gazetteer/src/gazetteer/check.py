@@ -14,17 +14,17 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import msgspec
 from markdown_it import MarkdownIt
 
-from gazetteer.collect import nothing
 from gazetteer.errors import OutputError
 from gazetteer.paths import SITE, STATE
-from gazetteer.workers import Workers, default_jobs
+from gazetteer.read.collect import nothing
+from gazetteer.read.workers import Workers, default_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from markdown_it.token import Token
 
-    from gazetteer.collect import Progress
+    from gazetteer.read.collect import Progress
 
 __all__ = ["Broken", "Report", "check"]
 

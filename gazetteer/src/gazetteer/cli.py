@@ -22,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from gazetteer.build import Summary
 from gazetteer.build import build as build_pages
 from gazetteer.check import check as check_links
-from gazetteer.collect import read_repository
 from gazetteer.errors import GazetteerError
 from gazetteer.model import Kind
 from gazetteer.paths import SITE
+from gazetteer.read.collect import read_repository
 from gazetteer.search import search as search_facts
-from gazetteer.serve import make_server
+from gazetteer.site.serve import make_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

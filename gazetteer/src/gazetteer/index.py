@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gazetteer.model import FileFacts
-    from gazetteer.relations import Context, Relations
+    from gazetteer.relate.relations import Context, Relations
 
 __all__ = ["index_json"]
 

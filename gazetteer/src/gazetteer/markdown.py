@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from gazetteer.text import one_line
+from gazetteer.read.text import one_line
 
 __all__ = ["Page", "clean", "code", "fence", "link", "slug", "text", "words"]
 

@@ -1,10 +1,11 @@
 r"""What Gazetteer knows about files: plain records, the same in memory, in the cache and in the index.
 
-All of them are frozen. Lines count from 1, as editors do. Paths are relative to the repository's
+All records are frozen. Lines count from 1, as editors do. Paths are relative to the repository's
 root, with ``/`` between the parts; bytes of a name that are not UTF-8 appear as ``\xNN``.
 
-They hold only words, numbers and tuples of them, so none is ever part of a cycle: the collector need
-not look at them (``gc=False``), which counts when there are hundreds of thousands.
+The records of one file hold only words, numbers and tuples of them. They are never part of a
+reference cycle, so the garbage collector skips them (``gc=False``). This saves time when there
+are hundreds of thousands.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import enum
 import msgspec
 
 __all__ = [
+    "Commit",
     "FileFacts",
     "Finding",
+    "History",
     "Import",
     "Kind",
     "Status",
@@ -136,3 +139,25 @@ class FileFacts(msgspec.Struct, frozen=True, array_like=True, gc=False):
     findings: tuple[Finding, ...] = ()
     names: tuple[str, ...] = ()
     package: str = ""
+
+
+class Commit(msgspec.Struct, frozen=True, array_like=True):
+    """One commit, as much of it as pages show."""
+
+    id: str
+    date: str
+    subject: str
+
+
+class History(msgspec.Struct, frozen=True, array_like=True):
+    """The history of a repository's files.
+
+    Attributes:
+        head: The commit that was checked out; empty without git.
+        last: Path to its newest commit.
+        together: Path to the paths that changed in the same commits, with how often (twice at least).
+    """
+
+    head: str = ""
+    last: dict[str, Commit] = {}
+    together: dict[str, tuple[tuple[str, int], ...]] = {}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
 from gazetteer.markdown import Page, code, fence, link, text, words
 from gazetteer.model import FileFacts, Kind, Status, Symbol
 from gazetteer.paths import BOOK, Places, docs_page, folder_page, href, kw_page, parent
-from gazetteer.text import plain_sentence, sentence
+from gazetteer.read import grammars
+from gazetteer.read.text import plain_sentence, sentence
 
 if TYPE_CHECKING:
-    from gazetteer.relations import Context
+    from gazetteer.relate.relations import Context
 
 __all__ = ["docs", "purpose"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
 from gazetteer.markdown import Page, code, link, slug, text
 from gazetteer.model import FileFacts, Kind
 from gazetteer.paths import Places, docs_page, folder_page, href, kw_page, parent
+from gazetteer.read import grammars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

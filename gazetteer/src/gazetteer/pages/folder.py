@@ -6,11 +6,11 @@ from collections import Counter
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
 from gazetteer.markdown import Page, code, fence, link, words
 from gazetteer.model import Kind
 from gazetteer.pages.file_docs import plural
 from gazetteer.paths import BOOK, KEYWORDS, Places, docs_page, folder_page, href, kw_page, parent
+from gazetteer.read import grammars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from gazetteer.model import FileFacts, Symbol
-    from gazetteer.relations import Relations
+    from gazetteer.relate.relations import Relations
 
 __all__ = ["Tree"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
 from gazetteer.markdown import Page, code, fence, link, text, words
 from gazetteer.model import Kind, Status
 from gazetteer.pages.file_docs import plural
 from gazetteer.pages.folder import keyword_lines, mermaid
 from gazetteer.pages.readme import readable
 from gazetteer.paths import BOOK, KEYWORDS, Places, docs_page, folder_page, href, parent
+from gazetteer.read import grammars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

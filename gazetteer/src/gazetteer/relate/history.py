@@ -7,39 +7,17 @@ from collections import Counter
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-import msgspec
+from gazetteer.model import Commit, History
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Commit", "History", "head_of", "read_history"]
+__all__ = ["head_of", "read_history"]
 
 _COMMITS_MAX = 20_000
 _TOGETHER_COMMITS = 5_000
 _TOGETHER_FILES_MAX = 40
 _TOGETHER_MIN = 2
-
-
-class Commit(msgspec.Struct, frozen=True, array_like=True):
-    """One commit, as much of it as pages show."""
-
-    id: str
-    date: str
-    subject: str
-
-
-class History(msgspec.Struct, frozen=True, array_like=True):
-    """The history of a repository's files.
-
-    Attributes:
-        head: The commit that was checked out; empty without git.
-        last: Path to its newest commit.
-        together: Path to the paths that changed in the same commits, with how often (twice at least).
-    """
-
-    head: str = ""
-    last: dict[str, Commit] = {}
-    together: dict[str, tuple[tuple[str, int], ...]] = {}
 
 
 def _git(root: Path, *arguments: str) -> str:

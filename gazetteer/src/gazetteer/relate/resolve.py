@@ -13,8 +13,8 @@ import tomllib
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
 from gazetteer.paths import parent
+from gazetteer.read import grammars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,7 +75,6 @@ class Resolver:
             "rust": self._rust,
             "java": self._java,
             "relative": self._relative,
-            "none": lambda _path, _item: (),
         }
 
     def targets(self, path: str, item: Import) -> tuple[str, ...]:
@@ -94,7 +93,9 @@ class Resolver:
     def distribution(self, path: str, item: Import) -> str:
         """Return what an import from outside the repository belongs to; ``""`` for the unknown."""
         language = grammars.languages()[self._facts[path].language]
-        return _external(language, item)
+        if item.module.startswith(language.stdlib):
+            return f"{language.title} standard library"
+        return _PROVIDERS[language.resolver](item)
 
     def module_name(self, path: str) -> str:
         """Return the dotted name of a Python file; ``""`` for every other file."""
@@ -262,37 +263,56 @@ def _python_modules(
 
 
 _DISTRIBUTIONS: dict[str, str] = tomllib.loads(
-    resources.files("gazetteer").joinpath("languages").joinpath("distributions.toml").read_text("utf-8")
+    resources.files("gazetteer.relate").joinpath("distributions.toml").read_text("utf-8")
 )["python"]
 
 
-def _external(language: grammars.Language, item: Import) -> str:
-    module = item.module
-    if any(module == p or module.startswith(p) for p in language.stdlib):
-        return f"{language.title} standard library"
-    if language.resolver == "python":
-        top = module.split(".", 1)[0]
-        if top in sys.stdlib_module_names:
-            return "Python standard library"
-        return _DISTRIBUTIONS.get(top, top.replace("_", "-")) if top else ""
-    if language.resolver == "javascript":
-        if module.startswith((".", "/")):
-            return ""
-        if module.startswith("node:"):
-            return "Node.js"
-        return "/".join(module.split("/")[: 2 if module.startswith("@") else 1])
-    if language.resolver == "go":
-        if "." not in module.split("/", 1)[0]:
-            return "Go standard library"
-        return "/".join(module.split("/")[:3])
-    if language.resolver == "rust":
-        top = module.split("::", 1)[0]
-        return "" if top in ("crate", "self", "super") or item.style == "mod" else top
-    if language.resolver == "java":
-        return ".".join(module.split(".")[:3])
-    if language.resolver == "include":
-        name = module.strip('<>"')
-        return name.split("/", 1)[0] if "/" in name else ("system headers" if item.style == "system" else "")
-    if language.resolver == "relative" and item.style == "package":
-        return module
-    return ""
+def _python_distribution(item: Import) -> str:
+    top = item.module.split(".", 1)[0]
+    if top in sys.stdlib_module_names:
+        return "Python standard library"
+    return _DISTRIBUTIONS.get(top, top.replace("_", "-")) if top else ""
+
+
+def _include_library(item: Import) -> str:
+    folder, slash, _ = item.module.strip('<>"').partition("/")
+    return folder if slash else ("system headers" if item.style == "system" else "")
+
+
+def _npm_package(item: Import) -> str:
+    if item.module.startswith((".", "/")):
+        return ""
+    if item.module.startswith("node:"):
+        return "Node.js"
+    return "/".join(item.module.split("/")[: 2 if item.module.startswith("@") else 1])
+
+
+def _go_module(item: Import) -> str:
+    parts = item.module.split("/")
+    return "/".join(parts[:3]) if "." in parts[0] else "Go standard library"
+
+
+def _crate(item: Import) -> str:
+    top = item.module.split("::", 1)[0]
+    return "" if top in ("crate", "self", "super") or item.style == "mod" else top
+
+
+def _java_package(item: Import) -> str:
+    return ".".join(item.module.split(".")[:3])
+
+
+def _cmake_package(item: Import) -> str:
+    return item.module if item.style == "package" else ""
+
+
+_PROVIDERS: dict[str, Callable[[Import], str]] = {
+    "python": _python_distribution,
+    "include": _include_library,
+    "javascript": _npm_package,
+    "go": _go_module,
+    "rust": _crate,
+    "java": _java_package,
+    "relative": _cmake_package,
+    "none": lambda _item: "",
+}
+"""For each resolver of the registry: what provides an import from outside the repository."""

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gazetteer import grammars
+from gazetteer.cache import State, fingerprint, write_atomic
 from gazetteer.errors import SiteError
 from gazetteer.paths import BOOK, KEYWORDS, SITE, STATE, Places, docs_page, folder_page, kw_page, parent, source_page
-from gazetteer.staging import PageInfo, stage_page, stage_source
-from gazetteer.state import State, fingerprint, write_atomic
+from gazetteer.read import grammars
+from gazetteer.site.hugo_page import PageInfo, stage_page, stage_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from gazetteer.model import FileFacts
-    from gazetteer.scan import Found
+    from gazetteer.read.scan import Found
 
 __all__ = ["SiteSummary", "build_site"]
 
@@ -200,7 +200,7 @@ class _Site:
         with tempfile.TemporaryDirectory(dir=self.out / STATE, prefix="site-") as folder:
             work = Path(folder)
             (work / "hugo.json").write_text(_config(self.repository), "utf-8")
-            with resources.as_file(resources.files("gazetteer").joinpath("theme")) as theme:
+            with resources.as_file(resources.files("gazetteer.site").joinpath("theme")) as theme:
                 shutil.copytree(theme / "layouts", work / "layouts")
             for number, batch in enumerate(_batches(self._staged(todo, files))):
                 content = work / "content"
@@ -224,7 +224,7 @@ class _Site:
         self.progress("Site", len(todo), len(todo))
 
     def _assets(self) -> None:
-        for entry in resources.files("gazetteer").joinpath("theme").joinpath("static").iterdir():
+        for entry in resources.files("gazetteer.site").joinpath("theme").joinpath("static").iterdir():
             write_atomic(self.site / "_assets" / entry.name, entry.read_bytes())
 
     def _symbols(self, facts: Mapping[str, FileFacts]) -> None:

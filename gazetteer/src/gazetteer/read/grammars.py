@@ -32,7 +32,7 @@ class Language:
     Attributes:
         name: Key of the entry.
         grammar: Import path of the wheel's grammar function.
-        query: File name of the query.
+        queries: File names of the query; languages that share syntax share files.
         title: How pages name the language.
         fence: Word after the opening fence of a code block.
         highlight: Name that the site's highlighter knows it by, where that is not ``fence``.
@@ -51,7 +51,7 @@ class Language:
 
     name: str
     grammar: str
-    query: str
+    queries: tuple[str, ...]
     title: str
     fence: str
     highlight: str = ""
@@ -94,7 +94,7 @@ class Grammar:
 
 
 def _data(name: str) -> str:
-    return resources.files("gazetteer").joinpath("languages", name).read_text("utf-8")
+    return resources.files("gazetteer.read").joinpath("languages", name).read_text("utf-8")
 
 
 _T = TypeVar("_T")
@@ -173,7 +173,7 @@ def detect(name: str, head: bytes) -> str:
     return ""
 
 
-def _load(path: str, query_file: str, names: tuple[str, ...] = ()) -> Grammar:
+def _load(path: str, query_files: tuple[str, ...], names: tuple[str, ...] = ()) -> Grammar:
     module_name, _, function = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -182,16 +182,16 @@ def _load(path: str, query_file: str, names: tuple[str, ...] = ()) -> Grammar:
         msg = f"grammar {path!r} cannot be loaded: {error}. Install its wheel."
         raise LanguageError(msg) from error
     try:
-        query = tree_sitter.Query(language, _data(query_file) + "\n(ERROR) @error\n")
+        query = tree_sitter.Query(language, "\n".join([*map(_data, query_files), "(ERROR) @error\n"]))
         kinds = " ".join(f"({name})" for name in names)
         name_query = tree_sitter.Query(language, f"[{kinds}] @ref") if names else None
     except tree_sitter.QueryError as error:
-        msg = f"{query_file}: {error}"
+        msg = f"{' + '.join(query_files)}: {error}"
         raise LanguageError(msg) from error
     for index in range(query.capture_count):
         name = query.capture_name(index)
         if name.startswith("find.") and name[5:] not in rules():
-            msg = f"{query_file}: @{name} has no entry in rules.toml."
+            msg = f"{' + '.join(query_files)}: @{name} has no entry in rules.toml."
             raise LanguageError(msg)
     return Grammar(tree_sitter.Parser(language), query, name_query)
 
@@ -205,5 +205,5 @@ def grammar(name: str, *, inline: bool = False) -> Grammar:
     """
     language = languages()[name]
     if inline:
-        return _load(language.inline_grammar, language.inline_query)
-    return _load(language.grammar, language.query, language.names)
+        return _load(language.inline_grammar, (language.inline_query,))
+    return _load(language.grammar, language.queries, language.names)

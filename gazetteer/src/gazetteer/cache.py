@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from gazetteer.history import History
-from gazetteer.model import FileFacts
+from gazetteer.model import FileFacts, History
 from gazetteer.paths import STATE
 
 if TYPE_CHECKING:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
-from gazetteer.extract import extract
 from gazetteer.model import FileFacts, Status
-from gazetteer.relations import is_test
-from gazetteer.text import decode
+from gazetteer.read import grammars
+from gazetteer.read.extract import extract
+from gazetteer.read.text import decode
 
 if TYPE_CHECKING:
-    from gazetteer.scan import Found
+    from gazetteer.read.scan import Found
 
-__all__ = ["HUGE_BYTES", "analyze", "read_text"]
+__all__ = ["HUGE_BYTES", "analyze", "is_test", "read_text"]
 
 HUGE_BYTES = 4 * 1024 * 1024
 _LONG_LINE = 50_000
+_TEST_FOLDERS = {"test", "tests", "__tests__", "spec", "unittests"}
+_TEST_NAME = re.compile(
+    r"(?:^test_|^test-|_test$|-test$|\.test$|\.spec$|_spec$|^tests?$|^conftest$|Tests?$|^Test[A-Z])"
+)
+
+
+def is_test(path: str) -> bool:
+    """Tell whether a file is a test by the usual names: its folder's, or its own."""
+    *folders, name = path.split("/")
+    stem = name.rsplit(".", 1)[0]
+    return bool(_TEST_FOLDERS.intersection(folders)) or bool(_TEST_NAME.search(stem))
 
 
 def _head(found: Found) -> bytes:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import tree_sitter
 
-from gazetteer import grammars
 from gazetteer.model import FileFacts, Finding, Import, Kind, Status, Symbol
-from gazetteer.text import comment_text, first_line, is_licence, one_line, split_commas, split_scope, tidy, unquote
+from gazetteer.read import grammars
+from gazetteer.read.text import comment_text, first_line, is_licence, one_line, split_commas, split_scope, tidy, unquote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

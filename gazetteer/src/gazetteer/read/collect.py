@@ -6,17 +6,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gazetteer.analyze import analyze
+from gazetteer.cache import State, facts_of, load_facts, pack, save_facts
 from gazetteer.errors import RepositoryError
 from gazetteer.model import FileFacts, Status
-from gazetteer.scan import digest_file, scan
-from gazetteer.state import State, facts_of, load_facts, pack, save_facts
-from gazetteer.workers import Workers, default_jobs
+from gazetteer.read.analyze import analyze
+from gazetteer.read.scan import digest_file, scan
+from gazetteer.read.workers import Workers, default_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from gazetteer.scan import Found
+    from gazetteer.read.scan import Found
 
 __all__ = ["Progress", "checked_root", "digest_all", "gather", "nothing", "read_repository"]
 

@@ -1,4 +1,4 @@
-; Definitions
+; What JavaScript and TypeScript share: definitions
 (class_declaration name: (_) @name (class_heritage)? @bases body: (_) @body) @class
 (lexical_declaration (variable_declarator name: (identifier) @name value: (class (class_heritage)? @bases body: (_) @body))) @class
 [(function_declaration name: (identifier) @name body: (_) @body)
@@ -6,7 +6,6 @@
 (method_definition name: [(property_identifier) (private_property_identifier) (string) (computed_property_name)] @name body: (_) @body) @method
 [(lexical_declaration (variable_declarator name: (identifier) @name value: [(arrow_function body: (_) @body) (function_expression body: (_) @body) (generator_function body: (_) @body)]))
  (variable_declaration (variable_declarator name: (identifier) @name value: [(arrow_function body: (_) @body) (function_expression body: (_) @body)]))] @function
-(field_definition property: (_) @name value: [(arrow_function body: (_) @body) (function_expression body: (_) @body)]) @method
 (assignment_expression left: (member_expression property: (property_identifier) @name) right: [(arrow_function body: (_) @body) (function_expression body: (_) @body)]) @function
 ((program [(lexical_declaration "const" (variable_declarator name: (identifier) @name
             value: [(string) (number) (template_string) (true) (false) (null) (regex) (array) (object) (new_expression) (call_expression) (unary_expression) (binary_expression) (member_expression)] @_v)) @constant

@@ -7,14 +7,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gazetteer import grammars
-from gazetteer.analyze import read_text
-from gazetteer.drawing import draw, read_mermaid
 from gazetteer.markdown import code, fence
 from gazetteer.paths import Places, docs_page, folder_page, href, parent, source_page
+from gazetteer.read import grammars
+from gazetteer.read.analyze import read_text
+from gazetteer.site.drawing import draw, read_mermaid
 
 if TYPE_CHECKING:
-    from gazetteer.scan import Found
+    from gazetteer.read.scan import Found
 
 __all__ = ["PageInfo", "stage_page", "stage_source"]
 

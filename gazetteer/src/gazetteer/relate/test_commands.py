@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gazetteer.scan import Found
+    from gazetteer.read.scan import Found
 
 __all__ = ["test_runs"]
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import msgspec
 import networkx as nx
 
-from gazetteer import grammars
-from gazetteer.history import Commit, History
-from gazetteer.model import FileFacts, Kind
+from gazetteer.model import Commit, FileFacts, History, Kind
 from gazetteer.paths import parent
+from gazetteer.read import grammars
+from gazetteer.read.analyze import is_test
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gazetteer.resolve import Resolver
+    from gazetteer.relate.resolve import Resolver
 
-__all__ = ["Context", "Dependency", "Relations", "is_test", "relate"]
+__all__ = ["Context", "Dependency", "Relations", "relate"]
 
-_TEST_FOLDERS = {"test", "tests", "__tests__", "spec", "unittests"}
-_TEST_NAME = re.compile(
-    r"(?:^test_|^test-|_test$|-test$|\.test$|\.spec$|_spec$|^tests?$|^conftest$|Tests?$|^Test[A-Z])"
-)
 _NAME_LENGTH_MIN = 4
 
 
@@ -92,13 +87,6 @@ class Relations(msgspec.Struct, frozen=True):
     contexts: dict[str, Context]
     imports: dict[str, tuple[str, ...]]
     imported_by: dict[str, tuple[str, ...]]
-
-
-def is_test(path: str) -> bool:
-    """Tell whether a file is a test by the usual names: its folder's, or its own."""
-    *folders, name = path.split("/")
-    stem = name.rsplit(".", 1)[0]
-    return bool(_TEST_FOLDERS.intersection(folders)) or bool(_TEST_NAME.search(stem))
 
 
 def _twins(one: str, other: str) -> bool:

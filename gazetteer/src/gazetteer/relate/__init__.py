@@ -1,0 +1,1 @@
+"""What only the whole repository knows about a file: what its imports mean, who uses it, its history."""
