@@ -109,7 +109,7 @@ $(VENV)/bench.stamp $(VENV)/dist.stamp $(VENV)/docs.stamp: $(VENV)/%.stamp: $(ST
 	bash tools/install.sh "$(VENV)" $*
 	@touch $@
 
-bench: $(VENV)/bench.stamp ## benchmarks against the peers, 10 minutes (NAME="gpt2 lost": these, --list names all)
+bench: $(VENV)/bench.stamp ## benchmarks against the peers, about 17 minutes (NAME="gpt2 lost": these, --list names all)
 	$(BIN)/python benchmarks/run.py $(NAME) $(BENCH_ARGS)
 
 bench-full: $(VENV)/bench.stamp ## all of them, into docs/benchmarks and README; run again, it goes on where it ended
@@ -119,7 +119,7 @@ bench-full: $(VENV)/bench.stamp ## all of them, into docs/benchmarks and README;
 docs/benchmarks: $(STAMP) FORCE ## write the tables and charts of docs/benchmarks/results.json
 	$(BIN)/python benchmarks/report.py
 
-size: $(STAMP) ## lines per module against the budget
+size: $(STAMP) ## lines of code per package against the budget
 	$(BIN)/python tools/size.py
 
 ifneq ($(HAVE_GAZETTEER),)

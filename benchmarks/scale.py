@@ -31,8 +31,8 @@ from harness import MIB, Bar, Group, Row, in_worker, peak_private_bytes
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
-from milepost.commit.attempt import Attempt
-from milepost.commit.claim import Clock
+from milepost.commit import Attempt, Clock
+from milepost.commit import begin as begin_attempt
 from milepost.commit.marks import assemble
 from milepost.format.boxes import cut
 from milepost.format.index import Index, decode_index, encode_index
@@ -168,7 +168,7 @@ def planning(path: str, size: int, rank: int, template: dict) -> Callable[[], ob
         assert not found.misfits
         assert not found.missing
         assert len(found.fills) == TENSORS
-        assert {*source._ranks} == {rank, 2 * rank, 2 * rank + 1}
+        assert {*source._lookup._ranks} == {rank, 2 * rank, 2 * rank + 1}
         return source, found
 
     return work
@@ -274,7 +274,7 @@ def divide(size: int) -> dict[str, object]:
 
     def work() -> None:
         start = time.perf_counter()
-        encoder.encode(state)
+        encoder.take_apart(state)
         seconds.append(time.perf_counter() - start)
 
     peak = peak_private_bytes(work)
@@ -420,7 +420,7 @@ def put_ranks(kind: Kind, folder: str, index: Callable[[int], Index], ranks: set
 
 
 def begin(kind: Kind, storage: object, index: Index, clock: Clock | None = None) -> Attempt:
-    return Attempt.begin(
+    return begin_attempt(
         storage,
         kind.path,
         attempt=index.attempt,

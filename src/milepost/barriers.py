@@ -1,7 +1,20 @@
 """Barriers: where the ranks of a save meet before the checkpoint is committed.
 
-A barrier of your own is a subclass of `Barrier` with a class attribute ``barrier_type``, decorated with
-`register_barrier`; a `BarrierConfig` then names it.
+To use a barrier of yours, derive a class from `Barrier`, give it a class attribute ``barrier_type`` and
+decorate it with `register_barrier`. A `BarrierConfig` then names it:
+
+    >>> from milepost.barriers import Barrier, BarrierConfig, create_barrier_from_config, register_barrier
+    >>> @register_barrier
+    ... class Alone(Barrier):
+    ...     barrier_type = "alone"
+    ...     def __init__(self):
+    ...         self.calls = 0
+    ...     def execute_barrier(self):
+    ...         self.calls += 1
+    >>> barrier = create_barrier_from_config(BarrierConfig("alone"))
+    >>> barrier.execute_barrier()
+    >>> barrier.calls
+    1
 """
 
 from __future__ import annotations
@@ -17,7 +30,7 @@ import torch.distributed.elastic.utils.store as store_util
 
 from milepost.config import BarrierConfig
 from milepost.errors import CommitError, CommitTimeoutError, ConfigError, MilepostError, UnavailableError
-from milepost.ranks.start import group_store, start_at
+from milepost.ranks.start import start_at
 
 __all__ = [
     "BARRIER_REGISTRY",
@@ -34,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Barrier(abc.ABC):
-    """What holds every rank until all of them have arrived."""
+    """Holds every rank until all ranks have arrived."""
 
     @abc.abstractmethod
     def __init__(self, **kwargs: Any) -> None:
@@ -42,7 +55,7 @@ class Barrier(abc.ABC):
 
     @abc.abstractmethod
     def execute_barrier(self) -> None:
-        """Returns when every rank has called it; raises when one has not within the barrier's time."""
+        """Return when every rank has called this; raise if one has not within the barrier's timeout."""
 
 
 BARRIER_REGISTRY: dict[str, type] = {}
@@ -54,7 +67,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def register_barrier(barrier_class: _Class) -> _Class:
-    """Class decorator: make a barrier known by its ``barrier_type`` (a class without one is left alone)."""
+    """Class decorator: register a barrier by its ``barrier_type``. A class without one stays unregistered."""
     name = getattr(barrier_class, "barrier_type", None)
     if name is not None:
         BARRIER_REGISTRY[name] = barrier_class
@@ -62,11 +75,11 @@ def register_barrier(barrier_class: _Class) -> _Class:
 
 
 def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
-    """The barrier that a config describes, or None if it names none.
+    """Make the barrier that a config names; None if it names none.
 
     Raises:
-        ConfigError: There is no barrier of this type, and the message lists those there are; or the barrier
-            could not be made, and what its class raised is the cause.
+        ConfigError: No barrier of this type is registered (the message lists the known types), or the
+            barrier could not be made. The cause is what its class raised.
     """
     name = barrier_config.barrier_type
     if name is None:
@@ -92,15 +105,15 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
 
 
 def _group_arguments() -> dict[str, Any]:
-    """Arguments of a `TCPStoreBarrier` of all ranks of the default process group; rank 0 picks a port.
+    """Arguments of a `TCPStoreBarrier` of all ranks of the default process group. Rank 0 picks a port.
 
     Raises:
         ConfigError: There is no such group, or it has no store.
-        CommitTimeoutError: Rank 0 does not make one.
+        CommitTimeoutError: Rank 0 does not make a barrier, or the store is gone.
     """
     found = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if found else (0, 1)
-    start = start_at(group_store(rank, world_size), rank, world_size) if found else None
+    start = start_at(None, rank, world_size) if found else None
     if start is None:
         raise ConfigError(
             "a tcp_store barrier takes its arguments from the default process group, and there is none "
@@ -121,7 +134,7 @@ def _group_arguments() -> dict[str, Any]:
 
 
 def barrier_store(barrier: object) -> Any:
-    """The store of a barrier, if it has one as torch's are; barriers may call something else so."""
+    """The store of a barrier, if it has one like torch's. A barrier's ``store`` may be something else."""
     store = getattr(barrier, "store", None)
     return store if callable(getattr(store, "compare_set", None)) else None
 
@@ -145,13 +158,13 @@ class DistBarrier(Barrier):
             )
 
     def execute_barrier(self) -> None:
-        """Returns when every rank of the default group has called it."""
+        """Return when every rank of the default group has called this."""
         dist.barrier()
 
 
 @register_barrier
 class TCPStoreBarrier(Barrier):
-    """A barrier over a TCP store of its own, which rank 0 serves; needs no process group."""
+    """A barrier at a TCP store that rank 0 serves. It needs no process group."""
 
     barrier_type = "tcp_store"
 
@@ -171,7 +184,7 @@ class TCPStoreBarrier(Barrier):
         Args:
             global_rank: This rank.
             global_world_size: How many ranks meet.
-            barrier_prefix: Keeps the keys of this barrier apart from those of others.
+            barrier_prefix: Begins the keys of this barrier, so that they differ from those of others.
             timeout_barrier_init_secs: How long to wait for the store, in seconds.
             use_checkpoint_barrier_tcpstore_libuv: Accepted for compatibility; torch chooses.
             tcpstore_port: Port of the store on rank 0's host.
@@ -209,18 +222,20 @@ class TCPStoreBarrier(Barrier):
             ) from error
 
     def execute_barrier(self) -> None:
-        """Returns when every rank has called it.
+        """Return when every rank has called this.
 
-        One that failed is tried again by the next call: a rank that did not come to it is still in step.
+        After a failure the next call tries the same barrier again, so that a rank that did not come to it is
+        still in step.
 
         Raises:
-            CommitTimeoutError: After ``timeout_secs``; names the ranks that did not arrive.
+            CommitTimeoutError: After ``timeout_secs`` seconds. It names the ranks that did not arrive.
             CommitError: The store is gone: rank 0, which serves it, has ended.
         """
         key_prefix = f"{self._prefix}{self._sequence}"
         try:
             if self._stuck is not None and self._stuck.is_alive():
-                self._left.append(self.store)  # the thread waits with it, and on rank 0 it serves the others
+                # The thread still uses this store, and on rank 0 it serves the other ranks.
+                self._left.append(self.store)
                 self.store = getattr(self.store, "clone", lambda: self.store)()
             self._stuck = None
             self.store.set(f"rank{self._rank}", str(self._sequence))
@@ -238,7 +253,7 @@ class TCPStoreBarrier(Barrier):
             ) from error
 
     def _meet(self, key_prefix: str) -> None:
-        """The store's own barrier, within our time: its own is 300 seconds, if a rank dies in it."""
+        """Call the store's barrier with our timeout. The store's is 300 seconds if a rank dies in it."""
         errors: list[BaseException] = []
 
         def run() -> None:
@@ -262,7 +277,7 @@ class TCPStoreBarrier(Barrier):
             raise errors[0]
 
     def _await_all(self, key_prefix: str) -> None:
-        """Wait with our own timeout: the store's barrier knows only the store's, and names nobody."""
+        """Wait with our timeout, and name the missing ranks. The store's barrier does neither."""
         keys = [f"{key_prefix}/rank{rank}" for rank in range(self._world_size)]
         self.store.add(keys[self._rank], 1)
         try:

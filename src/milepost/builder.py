@@ -17,7 +17,7 @@ from milepost.checkpoint_writer import CheckpointWriter, WriterHook
 from milepost.checkpointer import AsyncCheckpointer, SyncCheckpointer
 from milepost.config import CheckpointerConfig, CheckpointWriterConfig, validate
 from milepost.errors import ConfigError
-from milepost.ranks.start import group_store, start_at
+from milepost.ranks.start import start_at
 from milepost.staging import DefaultStager
 from milepost.state.encode import StateEncoder
 from milepost.types import RankInfo
@@ -177,7 +177,12 @@ def _checked_rank(rank_info: RankInfo | None) -> RankInfo:
                 f"rank_info=RankInfo({own}, {world}); for a rank that saves alone, pass RankInfo(0, 1)",
             )
         return RankInfo(0, 1)
-    rank, size = (getattr(rank_info, name, None) for name in ("global_rank", "global_world_size"))
+    if not (hasattr(rank_info, "global_rank") and hasattr(rank_info, "global_world_size")):
+        raise ConfigError(
+            f"rank_info must be a RankInfo, not a {type(rank_info).__name__}: {rank_info!r}",
+            hint="rank_info=RankInfo(global_rank, global_world_size), such as RankInfo(0, 1)",
+        )
+    rank, size = rank_info.global_rank, rank_info.global_world_size
     if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
         raise ConfigError(f"rank_info must have 0 <= global_rank < global_world_size, not {rank_info!r}")
     return rank_info
@@ -201,18 +206,13 @@ def _meets(config: CheckpointerConfig, rank_info: RankInfo, *, own: bool = True)
                 hint="for one rank alone RankInfo(0, 1); for a group of some ranks a barrier_config; to have "
                 'each rank write its part and nobody wait, meeting="none"',
             )
-    if not meets or _start(rank_info) is None:
+    if not meets or start_at(None, rank, size) is None:
         logger.warning(
             "the ranks of this job do not meet when they save%s: a save that is over is written, not known "
             "to be committed",
             "" if not meets else ", as there is no default process group with a store",
         )
     return meets
-
-
-def _start(rank_info: RankInfo) -> object:
-    store = group_store(rank_info.global_rank, rank_info.global_world_size)
-    return store and start_at(store, rank_info.global_rank, rank_info.global_world_size)
 
 
 def _check_hook(hook: object) -> None:

@@ -18,16 +18,15 @@ from typing import Any
 import msgspec
 import torch
 
-from milepost.background.child import Child, Handle, Job, Orders, WriteAttempt, WriteFuture
-from milepost.background.futures import TrackedFuture, raise_unseen
+from milepost.background.child import Child, Handle, Orders, Request, WriteFuture
+from milepost.background.futures import Failures
 from milepost.background.messages import Channel, Init, Write, encode_path
 from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
-from milepost.commit import absolute_path, check_target, process_id
-from milepost.commit.save import Labels, SaveOptions, telling_others
+from milepost.commit import absolute_path, check_target, given_path, process_id
+from milepost.commit.save import SaveOptions, telling_others
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
-    AbortedError,
     ClosedError,
     CommitError,
     ConfigError,
@@ -38,14 +37,13 @@ from milepost.errors import (
 )
 from milepost.format.keys import decode_key
 from milepost.format.paths import path_text
-from milepost.format.snapshot import Packed
+from milepost.format.snapshot import Labels, Snapshot
 from milepost.ranks.save_meeting import Ranks
 from milepost.staging import DefaultStager
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
-from milepost.storage.writing import Ring
-from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import gc_paused
+from milepost.types import STATE_DICT, RankInfo, StrPath
+from milepost.utils import OwnedByProcess, gc_paused
 
 __all__ = [
     "CheckpointProcess",
@@ -94,7 +92,7 @@ class WorkerResponse:
 
 @dataclass
 class LeanWriter:
-    """What Milepost's own writer in the checkpoint process is to do; with it the child imports no torch.
+    """Milepost's own writer in the checkpoint process; with it the child imports no torch.
 
     Attributes:
         config: Options of the writer.
@@ -110,8 +108,68 @@ class LeanWriter:
     storage: Storage = field(default_factory=default_storage)
     meets: bool = False
 
+    tells = True
+    leaves_shared = False
 
-class CheckpointProcess:
+    @property
+    def stall_seconds(self) -> float:
+        """How long a save may show no sign of life."""
+        return 2 * self.config.write_barrier_timeout_secs + _STALL_SECONDS
+
+    @property
+    def wants_arguments(self) -> bool:
+        """Whether the child needs the keyword arguments of a save."""
+        return self.commit_hook is not None
+
+    def pickles(self) -> tuple[bytes, bytes]:
+        """The storage and the hook for the child, and no writer of the user's."""
+        return _pickled((self.storage, self.commit_hook)), b""
+
+    def labels(self, request: Request) -> Labels:
+        """Check a request; return what is recorded with it."""
+        labels = Labels.of(request.arguments, {"torch": str(torch.__version__), "pid": str(os.getpid())})
+        check_target(self.storage, request.options.target or "")
+        return labels
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Milepost's writer takes every snapshot."""
+
+
+class _CustomWriter:
+    """A writer of the user's own in the checkpoint process.
+
+    Args:
+        functions: The init function, its arguments, the function that makes the writer, its arguments.
+    """
+
+    tells = False
+    leaves_shared = wants_arguments = True
+    stall_seconds = None
+
+    def __init__(self, *functions: Any) -> None:
+        self.config = CheckpointWriterConfig(write_barrier_timeout_secs=_PATIENCE_SECONDS)
+        self.storage, self.barrier, self.meets = default_storage(), None, False
+        self._functions = functions
+
+    def pickles(self) -> tuple[bytes, bytes]:
+        """No storage and no hook, and the user's functions for the child."""
+        return _pickled((None, None)), _pickled(self._functions)
+
+    def labels(self, request: Request) -> Labels:  # noqa: ARG002 - the user's writer checks its arguments
+        """The user's writer records what it likes."""
+        return Labels()
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Refuse a part of a global tensor."""
+        if snapshot.shares is not None:
+            raise StateError(
+                "a writer of your own would take this rank's part of a DTensor or replica for the whole",
+                key=path_text(decode_key(snapshot.shares.decoded().key[0])),
+                hint="leave out checkpoint_writer_init_fn and subprocess_init_fn, or save full tensors",
+            )
+
+
+class CheckpointProcess(OwnedByProcess):
     """A child process that writes checkpoints, one after the other.
 
     The constructor does not wait for the child; `process_creation_future` is done when it is ready.
@@ -150,54 +208,42 @@ class CheckpointProcess:
                 "the checkpoint process cannot be started: sys.executable does not name a Python interpreter",
                 hint="set sys.executable to one that has Milepost, or use make_sync_checkpointer",
             )
+        arguments = {"rank_info": rank_info, **(checkpoint_writer_init_args or {})}
+        writer = lean or _CustomWriter(
+            subprocess_init_fn, subprocess_init_args, checkpoint_writer_init_fn, arguments
+        )
+        rank, size = rank_info.global_rank, rank_info.global_world_size
+        timeout = writer.config.write_barrier_timeout_secs
         self._make_encoder = encoder or (lambda: StateEncoder(rank_info))
-        self._rank_info = rank_info
-        self._config = config
-        self._lean = lean
+        self._rank, self._config, self._writer = rank, config, writer
         # Made here, in the caller's thread, which alone may know the process group.
         self._ranks = Ranks(
-            rank_info,
-            lean.config.start_id if lean else None,
-            lean.config.write_barrier_timeout_secs if lean else _PATIENCE_SECONDS,
-            lean.storage if lean else default_storage(),
-            store=barrier_store(lean.barrier if lean else None),
-            meets=lean is not None and lean.meets and lean.barrier is None,
+            SaveOptions(writer.storage, rank, size, timeout),
+            writer.config.start_id,
+            store=barrier_store(writer.barrier),
+            meets=writer.meets and writer.barrier is None,
         )
-        custom = b""
-        if lean is None:
-            arguments = {"rank_info": rank_info, **(checkpoint_writer_init_args or {})}
-            custom = _pickled(
-                (subprocess_init_fn, subprocess_init_args, checkpoint_writer_init_fn, arguments)
-            )
-        hook = lean.commit_hook if lean else None
-        parts = _pickled((lean.storage if lean else None, hook))
-        self._wants_arguments = lean is None or hook is not None
-        self._main = _main_module() if self._wants_arguments else b""
+        parts, custom = writer.pickles()
+        self._main = _main_module() if writer.wants_arguments else b""
         self._check_main(parts + custom)
-        init = Init(
-            rank=rank_info.global_rank,
-            world_size=rank_info.global_world_size,
-            process=process_id(),
-            timeout_seconds=lean.config.write_barrier_timeout_secs if lean else _PATIENCE_SECONDS,
-            has_barrier=lean is not None and lean.barrier is not None,
-            nice=config.nice,
-            idle_io=config.idle_io,
-        )
+        argv = pickle.dumps([*map(str, getattr(sys, "argv", ()))])
+        has_barrier = writer.barrier is not None
         self._orders = Orders(
-            init,
-            msgspec.msgpack.encode({"parts": parts, "main": self._main, "custom": custom}),
+            Init(rank, size, process_id(), timeout, has_barrier, config.nice, config.idle_io),
+            msgspec.msgpack.encode({"parts": parts, "main": self._main, "custom": custom, "argv": argv}),
             config.subprocess_init_timeout_secs,
-            lean.barrier if lean else None,
+            writer.barrier,
             on_progress or (lambda *_: None),
-            2 * lean.config.write_barrier_timeout_secs + _STALL_SECONDS if lean else None,
+            writer.stall_seconds,
+            plain=parts == _pickled((default_storage(), None))
+            and not (custom or config.nice or config.idle_io),
         )
         self._stager: DefaultStager | None = None
         self._lock = threading.RLock()
         self._submitted = threading.Condition(self._lock)
         self._awaited: set[int] = set()
         self._numbers = 0
-        self._unseen: list[TrackedFuture[None]] = []
-        self._owner = os.getpid()
+        self._failures = Failures()
         self._closed = False
         self._child = Child(self._orders)
 
@@ -219,7 +265,14 @@ class CheckpointProcess:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def write(self, state_dict: STATE_DICT | Future[STATE_DICT], path: str, **kwargs: Any) -> Future[None]:
+    @property
+    def takes_keywords(self) -> bool:
+        """Whether a hook or a writer of the user's gets the keyword arguments of `write`."""
+        return self._writer.wants_arguments or type(self) is not CheckpointProcess
+
+    def write(
+        self, state_dict: STATE_DICT | Future[STATE_DICT], path: StrPath, **kwargs: Any
+    ) -> Future[None]:
         """Have the child write a state dict; returns at once, with a future that is done when it has.
 
         On return (for a future: when that is done) the request is in the child's hands, and is carried out
@@ -237,157 +290,118 @@ class CheckpointProcess:
                 counts as a write, of which the others are told.
         """
         self._check_open()
-        future = WriteFuture(self._next_attempt(path))
-        with self._telling(path, future.attempt):
-            number = self._accept(future)
+        request = self._request(given_path(path), kwargs)
+        with self._ending(request):
+            future = self._accept(request)
             if isinstance(state_dict, Future):
                 with self._lock:
-                    self._awaited.add(number)
-                state_dict.add_done_callback(
-                    lambda done: self._submit_later(done, number, future, path, kwargs)
-                )
+                    self._awaited.add(future.number)
+                state_dict.add_done_callback(lambda done: self._submit_later(done, future))
             else:
-                self._submit(state_dict, number, future, path, kwargs)
+                self._submit(future, state_dict)
         return future
 
-    def write_again(self, lost: WriteFuture, path: str, **kwargs: Any) -> Future[None]:
-        """As `write`, of what a lost writer was to write to this path, as the same attempt of all ranks.
+    def write_again(self, lost: WriteFuture) -> Future[None]:
+        """As `write`, of a request whose writer was lost, as the same attempt of all ranks.
 
         Args:
-            lost: What `write` returned, which has failed with `LostWriterError`.
-            path: As it was.
-            kwargs: As they were.
+            lost: The result of `write`, which has failed with `LostWriterError`.
         """
-        assert lost.held is not None
-        future = WriteFuture(lost.attempt)
-        number = self._accept(future)
-        (staged, image), lost.held = lost.held, None
-        with self._telling(path, future.attempt):
-            self._submit(staged, number, future, path, kwargs, image)
+        future = self._accept(lost.request)
+        with self._ending(future.request):
+            self._submit(future)
         return future
 
-    def abandon(self, lost: WriteFuture, path: str, error: BaseException) -> None:
-        """Do without what a lost writer was to write: its memory is free, and the other ranks are told."""
-        if lost.held is not None:
-            lost.held = None
-            self._tell_others(path, lost.attempt, error)
+    def abandon(self, lost: WriteFuture, error: BaseException) -> None:
+        """Do not write a request again whose writer was lost; its memory is free on return."""
+        if lost.request.held is not None:
+            self._end(lost.request, error)
 
-    def _next_attempt(self, path: str) -> WriteAttempt:
-        """Count a save to a path, whatever becomes of it: that is how the ranks find each other."""
-        target = absolute_path(path) if self._lean else os.path.abspath(path)
-        name = self._ranks.next(target)
-        return WriteAttempt(target, name.attempt, name.private, name.meeting)
+    def give_up(self, path: str, error: BaseException) -> None:
+        """A save failed before `write` was called. It counts as one."""
+        with suppress(TargetError):  # an attempt needs a path
+            self._end(self._request(path, {}), error)
 
-    def _accept(self, future: WriteFuture) -> int:
+    def _request(self, path: str, arguments: dict[str, Any]) -> Request:
+        """Count a save to a path, even if it fails: that is how the ranks find each other."""
+        target = absolute_path(path) if self._writer.tells else os.path.abspath(path)
+        return Request(path, arguments, *self._ranks.next(target))
+
+    def _accept(self, request: Request) -> WriteFuture:
         with self._lock:
             self._check_open()
-            raise_unseen(self._unseen, AbortedError)  # of what another rank failed in, `close` tells
+            # What failed because another rank did is kept: `close` raises it.
+            self._failures.raise_oldest(refused=request.options.target)
             self._numbers += 1
-            number = self._numbers
-        future.set_running_or_notify_cancel()  # what was accepted is carried out: nobody can cancel it
+            future = WriteFuture(request, self._numbers)
+        future.set_running_or_notify_cancel()  # an accepted request is carried out: nobody can cancel it
         future.add_done_callback(self._note_end)  # no closure over it: that would keep all of this alive
-        return number
+        return future
 
-    def _submit_later(self, done: Future[STATE_DICT], *rest: Any) -> None:
-        future: WriteFuture = rest[1]
-        number, _, path, *_ = rest
+    def _submit_later(self, done: Future[STATE_DICT], future: WriteFuture) -> None:
         try:
-            with self._telling(path, future.attempt):
-                self._submit(done.result(), *rest)
+            with self._ending(future.request):
+                self._submit(future, done.result())
         except BaseException as error:  # noqa: BLE001 - the future carries it
             if not future.done():
                 future.set_exception(error)
         finally:
             with self._submitted:
-                self._awaited.discard(number)
+                self._awaited.discard(future.number)
                 self._submitted.notify_all()
 
-    def _submit(
-        self,
-        state_dict: STATE_DICT,
-        number: int,
-        future: WriteFuture,
-        path: str,
-        kwargs: dict[str, Any],
-        image: StagedImage | None = None,
-    ) -> None:
-        lean, attempt = self._lean, future.attempt
-        with error_context(path=path, rank=self._rank_info.global_rank), gc_paused():
-            labels = Labels.of(kwargs) if lean else Labels()
-            if lean:
-                check_target(lean.storage, attempt.target)
-            arguments = _pickled(kwargs) if self._wants_arguments else b""
+    def _submit(self, future: WriteFuture, state_dict: STATE_DICT | None = None) -> None:
+        """Send a request to the child, with the image of a state dict, or with the one that it holds."""
+        request = future.request
+        alone = request.options.world_size == 1
+        with error_context(path=request.path, rank=self._rank, alone=alone), gc_paused():
+            labels = self._writer.labels(request)
+            arguments = _pickled(request.arguments) if self._writer.wants_arguments else b""
             self._check_main(arguments)
-            image = image or image_of(state_dict)
-            if image is None:
-                state_dict, image = self._stage(state_dict)
-            if not lean and image.shares is not None:
-                raise StateError(
-                    "a writer of your own would take this rank's part of a DTensor or replica for the whole",
-                    key=path_text(decode_key(image.shares.decoded().key[0])),
-                    hint="leave out checkpoint_writer_init_fn and subprocess_init_fn, or save full tensors",
-                )
-        packed = Packed(
-            tree=image.tree,
-            tensors=msgspec.msgpack.encode(image.tensors),
-            lengths=list(image.layout.lengths),
-            objects=image.objects,
-            metadata=labels.metadata,
-            writer={"torch": str(torch.__version__), "pid": str(os.getpid())},
-            arguments=arguments,
-            shared=image.shared.records,
-        )
-        if image.shares is not None:
-            packed.shares, packed.agreement = image.shares.columns, image.shares.agreement
-            packed.crcs = image.shares.crcs()
-        job = Job(number, future, (state_dict, image))
-        request = Write(
-            number=number,
-            path=encode_path(path),
-            target=encode_path(attempt.target),
-            attempt=attempt.id,
-            private=attempt.private,
-            step=labels.step,
-            barrier_done=attempt.met,
-            meets=attempt.meeting is not None,
+            if request.held is None and state_dict is not None:
+                image = image_of(state_dict)
+                request.held = self._stage(state_dict) if image is None else (state_dict, image)
+            assert request.held is not None
+            image = request.held[1]
+            self._writer.check(image.snapshot)
+        snapshot = msgspec.structs.replace(image.snapshot, labels=labels, arguments=arguments)
+        options = request.options
+        message = Write(
+            number=future.number,
+            path=encode_path(request.path),
+            target=encode_path(options.target or ""),
+            attempt=options.attempt,
+            private=options.private,
+            barrier_done=request.met,
+            meets=request.meeting is not None,
         )
         with self._lock:
             self._check_open()
             if not self._child.usable():
                 self._child.handle.kill()  # its own thread sees to the rest
                 self._child = Child(self._orders)
-            with image.shared.opened() as attached:
-                self._child.send(job, request, packed, image.arena.descriptor, attached)
+            self._child.send(future, message, snapshot, image)
 
     @contextmanager
-    def _telling(self, path: str, attempt: WriteAttempt) -> Iterator[None]:
+    def _ending(self, request: Request) -> Iterator[None]:
+        """End the request's attempt if the context raises."""
         try:
             yield
         except BaseException as error:
-            self._tell_others(path, attempt, error)
+            self._end(request, error)
             raise
 
-    def give_up(self, path: str, error: BaseException) -> None:
-        """A save failed before `write` was called: it counts as one, and the other ranks are told."""
-        with suppress(TargetError):  # where the path is none, there is nowhere to tell them
-            self._tell_others(path, self._next_attempt(path), error)
-
-    def _tell_others(self, path: str, attempt: WriteAttempt, error: BaseException) -> None:
-        rank, size = self._rank_info.global_rank, self._rank_info.global_world_size
+    def _end(self, request: Request, error: BaseException) -> None:
+        """End an attempt in an error: its memory is free on return, and the other ranks are told."""
+        request.held = None
+        options = request.options
         if isinstance(error, MilepostError):
-            error.located(path=path, rank=rank)
-        if attempt.meeting is not None:
-            attempt.meeting.close(None, error)
-        if size == 1 or self._lean is None:
-            return
-        timeout = self._lean.config.write_barrier_timeout_secs
-        options = SaveOptions(
-            *(self._lean.storage, rank, size, attempt.id, timeout, Ring()),
-            private=attempt.private,
-            target=attempt.target,
-        )
-        with suppress(type(error)), telling_others(path, options):
-            raise error
+            error.located(path=request.path, rank=self._rank, alone=options.world_size == 1)
+        if request.meeting is not None:
+            request.meeting.close(None, error)
+        if self._writer.tells and options.world_size > 1:
+            with suppress(type(error)), telling_others(request.path, options):
+                raise error
 
     def _stage(self, state_dict: STATE_DICT) -> tuple[STATE_DICT, StagedImage]:
         """Copy a state dict that no `DefaultStager` has staged."""
@@ -395,7 +409,7 @@ class CheckpointProcess:
             self._check_open()
             if self._stager is None:
                 self._stager = DefaultStager(encoder=self._make_encoder())
-            return self._stager.stage_image(state_dict, leave_shared=self._lean is None)
+            return self._stager.stage_image(state_dict, leave_shared=self._writer.leaves_shared)
 
     def _check_main(self, pickled: bytes) -> None:
         """Refuse what the child could not find."""
@@ -411,19 +425,14 @@ class CheckpointProcess:
     def _note_end(self, future: Future[None]) -> None:
         assert isinstance(future, WriteFuture)
         if future.failure() is not None:
-            with self._lock:
-                self._unseen.append(future)
-        elif not future.committed and self._lean is not None:
-            self._ranks.wrote(future.attempt.target, future.attempt.id)
+            self._failures.add(future)
+        elif not future.committed and self._writer.tells:
+            options = future.request.options
+            self._ranks.wrote(options.target or "", options.attempt)
 
     def failures(self) -> list[CommitError]:
-        """What was written, not known to be committed, and is known to have failed since; told once."""
+        """The writes that were not known to be committed, and have failed since; each is returned once."""
         return self._ranks.failures()
-
-    def raise_unseen(self) -> None:
-        """Raise the oldest failure of a write that nobody has looked at; each is raised once."""
-        with self._lock:
-            raise_unseen(self._unseen)
 
     def close(self) -> None:
         """Finish the writes that were accepted, and end the child; it is gone on return.
@@ -434,7 +443,7 @@ class CheckpointProcess:
         Raises:
             Exception: A failure of a write that nobody has looked at.
         """
-        if self._owner != os.getpid():
+        if not self.is_owned:
             return
         with self._submitted:
             self._submitted.wait_for(lambda: not self._awaited, self._config.subprocess_shutdown_timeout_secs)
@@ -447,18 +456,14 @@ class CheckpointProcess:
             self._child.stop()
             if self._stager is not None:
                 self._stager.close()
-        self.raise_unseen()
+        self._failures.raise_oldest()
 
     def stalled(self) -> bool:
         """Whether nothing has moved for so long that `close` would not wait any more."""
         return self._child.stalled(self._config.subprocess_shutdown_timeout_secs)
 
     def _check_open(self) -> None:
-        if self._owner != os.getpid():
-            raise ClosedError(
-                f"the checkpoint process belongs to process {self._owner}, from which this one was forked",
-                hint="make a checkpointer in this process",
-            )
+        self.check_owner("checkpoint process", "a checkpointer")
         if self._closed:
             raise ClosedError("the checkpoint process is closed", hint="make a new checkpointer")
 

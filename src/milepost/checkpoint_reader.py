@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from milepost.commit import Located, locate
-from milepost.commit.marks import read_shard_map
+from milepost.commit import Checkpoint, given_path, locate
 from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
-    CorruptCheckpointError,
     EntryNotFoundError,
     MilepostError,
     MismatchError,
     error_context,
 )
-from milepost.format.index import Index, decode_index, digest
-from milepost.format.limits import MAX_INDEX_BYTES
-from milepost.format.names import data_name
 from milepost.format.shards import ShardMap
-from milepost.loading.rank_file import IndexedSource, PlainSource, Verify
+from milepost.loading.plain_file import PlainSource
+from milepost.loading.rank_file import Verify
 from milepost.loading.renames import Names
-from milepost.loading.sharded import ShardedSource
+from milepost.loading.source import CheckpointSource
 from milepost.loading.template import Match
 from milepost.ranks.load_meeting import Meeting, Report, default_meeting, refuse
-from milepost.storage import OpenFile, Storage, default_storage
-from milepost.types import STATE_DICT, RankInfo
-from milepost.utils import gc_paused, is_dtensor
+from milepost.storage import Storage, default_storage
+from milepost.types import STATE_DICT, RankInfo, StrPath
+from milepost.utils import gc_paused
 
 __all__ = ["CheckpointReader", "load_with"]
 
@@ -67,7 +62,7 @@ class CheckpointReader:
 
     def read(
         self,
-        path: str,
+        path: StrPath,
         state_dict: STATE_DICT | None = None,
         *,
         map_location: Any = None,
@@ -76,6 +71,7 @@ class CheckpointReader:
         allow_missing: Sequence[str] = (),
         rename: Mapping[str, str] | None = None,
         together: bool = True,
+        cast: bool = False,
         **kwargs: Any,
     ) -> tuple[STATE_DICT, list[str]]:
         """Read what this rank needs of the checkpoint at `path`.
@@ -103,14 +99,17 @@ class CheckpointReader:
             verify: True; False to skip the checksums; "first" to read twice, checking all before the
                 template is touched.
             strict: Refuse keys of the template that were not saved, before anything is changed. Otherwise
-                they, and saved keys that the template lacks, are one warning in the log.
+                they, and saved keys that the template lacks, are one warning in the log. If not strict, a
+                template that only lacks whole parts of what was saved, such as ``optimizer``, is none.
             allow_missing: Patterns (``*`` is any text) of paths that need not have been saved; what is let
                 pass is named in the log, and is not among the missing keys.
             rename: From the path at which something was saved to the one that it has in the template, such
                 as ``{"model.old.*": "model.new.*"}``; what is renamed is named in the log, and so are
                 renames that fit nothing.
+            cast: Convert what was saved to the dtypes of the template's tensors and arrays, as
+                ``load_state_dict`` does. Complex values are converted to complex dtypes only.
             together: False to load on this rank alone although there is a process group.
-            kwargs: Accepted for compatibility with ``torch.load`` and ignored.
+            kwargs: Accepted and ignored; the log names those that ``torch.load`` does not have.
 
         Returns:
             The state dict (the template, if one was given), and the topmost paths in the template that
@@ -128,27 +127,28 @@ class CheckpointReader:
         if unknown:
             logger.warning("load ignores the unknown arguments %s", sorted(unknown))
         rank = self._rank_info.global_rank
+        path = given_path(path, CheckpointNotFoundError)
         meeting = self._meeting() if together else None
-        with error_context(path=path, rank=rank, phase="load"):
-            with nullcontext() if meeting is None else meeting.telling(str(path)):
-                names = _checked(state_dict, verify, rename, allow_missing)
+        alone = self._rank_info.global_world_size == 1
+        with error_context(path=path, rank=rank, phase="load", alone=alone):
+            with nullcontext() if meeting is None else meeting.telling(path):
+                names = _checked(state_dict, verify, rename, allow_missing, cast)
                 source, found, identity = self._prepared(
                     path, state_dict, map_location, verify, names, alone=meeting is None
                 )
             with source:
-                report = Report(str(path), identity, strict=strict, first=verify == "first")
+                report = Report(path, identity, strict=strict, first=verify == "first")
                 first = self._judge(path, found or Match(), report, meeting)
                 loaded: list[STATE_DICT] = []
-                work = [(partial(self._load, source, state_dict, found, loaded), True)]
-                if first:
-                    work.insert(0, (partial(source.check, found.fills if found else ()), False))
+                work = [(source.check, False)] if first else []
+                work.append((partial(self._load, source, state_dict, found, loaded), True))
                 for part, modifies in work:
                     if meeting is None:
                         part()
                     else:
-                        meeting.agree(Report(str(path)), part, modifies=modifies)
+                        meeting.agree(Report(path), part, modifies=modifies)
         if found is not None:
-            _tell(path, found)
+            _tell(path, found, strict=strict)
         return loaded[0], found.missing if found is not None else []
 
     def _meeting(self) -> Meeting | None:
@@ -164,24 +164,24 @@ class CheckpointReader:
         names: Names,
         *,
         alone: bool,
-    ) -> tuple[PlainSource | IndexedSource | ShardedSource, Match | None, str]:
+    ) -> tuple[PlainSource | CheckpointSource, Match | None, str]:
         """Open what is to be read, and compare it with the template; also the checkpoint's identity.
 
         A save that replaces it may take a file away meanwhile: then look again.
         """
         for final in (*[False] * _TRIES, True):
-            located, source = locate(self._storage, path), None
+            checkpoint, source = locate(self._storage, path), None
             try:
-                source = self._opened(located, state_dict, map_location, verify, alone=alone)
+                source = self._opened(checkpoint, map_location, verify, alone=alone)
                 with gc_paused():
-                    found = source.match(state_dict, names) if state_dict is not None else None
-                    if found is None and isinstance(source, ShardedSource):
+                    found = None if state_dict is None else source.match(state_dict, names)
+                    if found is None:
                         source.open_all()
-                return source, found, located.identity
+                return source, found, checkpoint.identity
             except BaseException as error:
                 if source is not None:
                     source.__exit__(None, None, None)
-                located.folder.close()
+                checkpoint.close()
                 if final or not isinstance(error, EntryNotFoundError | CheckpointNotFoundError):
                     raise
         raise AssertionError("unreachable")
@@ -204,12 +204,15 @@ class CheckpointReader:
                 verdict.misfits,
             )
         if found.misfits or (strict and found.missing):
-            raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
+            hint = "nothing was changed"
+            if found.misfits:
+                hint += "; where dtypes alone differ, cast=True converts them"
+            raise MismatchError(_differences(path, found, strict=strict), hint=hint)
         return first
 
     def _load(
         self,
-        source: PlainSource | IndexedSource | ShardedSource,
+        source: PlainSource | CheckpointSource,
         state_dict: STATE_DICT | None,
         found: Match | None,
         loaded: list[STATE_DICT],
@@ -218,7 +221,7 @@ class CheckpointReader:
             loaded.append(source.whole())
             return
         try:
-            source.fill(found.fills)
+            source.fill()
             found.finish()
         except MilepostError as error:
             error.targets_modified = source.filling
@@ -226,111 +229,59 @@ class CheckpointReader:
         loaded.append(state_dict)
 
     def _opened(
-        self, located: Located, template: STATE_DICT | None, map_location: Any, verify: Verify, *, alone: bool
-    ) -> PlainSource | IndexedSource | ShardedSource:
-        """The source in a folder that was found. It takes over the folder, or that is closed."""
-        manifest = located.manifest
+        self, checkpoint: Checkpoint, map_location: Any, verify: Verify, *, alone: bool
+    ) -> PlainSource | CheckpointSource:
+        """The source of a checkpoint, which is closed with its source at the latest."""
+        manifest = checkpoint.manifest
         if manifest is None:
-            source = PlainSource(self._open_plain(located), map_location)
-            located.folder.close()
-            return source
+            with checkpoint:
+                return PlainSource(checkpoint.data(self._rank_info.global_rank), map_location)
         rank = self._rank_info.global_rank % manifest.world_size
         if rank != self._rank_info.global_rank:
             logger.warning(
-                "%s was saved by %d ranks: what is each rank's own, rank %d takes from rank %d",
-                *(located.path, manifest.world_size, self._rank_info.global_rank, rank),
+                "%s was saved by %d ranks; rank %d loads per-rank values from rank %d",
+                *(checkpoint.path, manifest.world_size, self._rank_info.global_rank, rank),
             )
-        if manifest.shards is None and not _has_dtensor(template):
-            with gc_paused():
-                index, file = _open_rank(located, rank)
-            located.folder.close()
-            return IndexedSource(index, file, map_location, verify)
         with gc_paused():
-            shards = read_shard_map(located.folder, manifest)
+            shards = checkpoint.shards()
             if shards is None:
                 shards = ShardMap(attempt=manifest.attempt, world_size=manifest.world_size)
-            return ShardedSource(
+            return CheckpointSource(
                 rank,
                 shards,
-                partial(_open_rank, located),
-                partial(_open_data, located),
+                lambda rank: (checkpoint.index(rank), checkpoint.data(rank)),
+                lambda index: checkpoint.data(index.rank),
                 map_location,
                 verify,
                 own_only=alone and manifest.world_size == self._rank_info.global_world_size,
-                close=located.folder.close,
+                close=checkpoint.close,
             )
 
-    def _open_plain(self, located: Located) -> OpenFile:
-        name = data_name(self._rank_info.global_rank)
-        try:
-            file: OpenFile = located.folder.open(name)
-        except FileNotFoundError:
-            raise CheckpointNotFoundError(
-                f"there is no {name} in {located.path}",
-                path=located.path,
-                hint=f"it holds {', '.join(located.folder.names()[:5]) or 'nothing'}",
-            ) from None
-        return file
 
-
-def _checked(template: object, verify: object, rename: Any, allow_missing: Sequence[str]) -> Names:
+def _checked(
+    template: object, verify: object, rename: Any, allow_missing: Sequence[str], cast: object
+) -> Names:
     """The names to use; raises for arguments that are not right."""
     if template is not None and not isinstance(template, dict):
         raise MismatchError(f"the template must be a dict, not {type(template).__name__}")
     if not (isinstance(verify, bool) or verify == "first"):
         raise ConfigError(f'verify must be True, False or "first", not {verify!r}')
-    names = Names(rename, allow_missing)
-    if template is None and names.renames:
-        raise ConfigError("rename needs a template: pass the state dict to load into")
+    if not isinstance(cast, bool):
+        raise ConfigError(f"cast must be True or False, not {cast!r}")
+    names = Names(rename, allow_missing, cast=cast)
+    if template is None and (names.renames or cast):
+        option = "rename" if names.renames else "cast"
+        raise ConfigError(f"{option} needs a template: pass the state dict to load into")
     return names
 
 
-def _open_rank(located: Located, rank: int) -> tuple[Index, OpenFile]:
-    """A rank's index, checked, and its data file."""
-    manifest = located.manifest
-    assert manifest is not None
-    listed = manifest.indexes[rank]
-    name = f"{located.path}/{listed.name}"
-    data = located.folder.read(listed.name, MAX_INDEX_BYTES)
-    if digest(listed.name, data) != listed:
-        raise CorruptCheckpointError(
-            f"the index does not have the SHA-256 of the manifest: {name}", path=name
-        )
-    index = decode_index(data, name)
-    if (index.attempt, index.rank, index.world_size) != (manifest.attempt, rank, manifest.world_size):
-        raise CorruptCheckpointError(f"the index belongs to another checkpoint: {name}", path=name)
-    if len(index.files) != 1 or index.files[0] not in manifest.files:
-        raise CorruptCheckpointError(f"the index lists other files than the manifest: {name}", path=name)
-    return index, _open_data(located, index)
-
-
-def _open_data(located: Located, index: Index) -> OpenFile:
-    """The data file of an index, of the size that was written."""
-    file: OpenFile = located.folder.open(index.files[0].name)
-    if file.size != index.files[0].size:
-        file.close()
-        raise CorruptCheckpointError(
-            f"the file has {file.size} bytes, {index.files[0].size} were written: {file.path}",
-            path=file.path,
-        )
-    return file
-
-
-def _has_dtensor(value: Any) -> bool:
-    """Whether there is a DTensor in a template (not without torch's module of it, which is not imported)."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    if isinstance(value, dict):
-        return any(map(_has_dtensor, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_has_dtensor, value))
-    return is_dtensor(value)
-
-
-def _tell(path: str, found: Match) -> None:
+def _tell(path: str, found: Match, *, strict: bool) -> None:
     """Name in the log what differs, what was let pass and what was renamed."""
-    if found.missing or found.unexpected or found.unused:
+    differs = found.missing or found.unexpected or found.unused
+    if differs and (strict or found.missing or found.unused or set(found.unexpected) - found.sections):
         logger.warning("%s", _differences(path, found))
+    elif differs:
+        logger.info("%s: the template does not ask for %s", path, "; ".join(found.unexpected))
     if found.allowed:
         logger.warning("%s lacks what is allowed to be missing: %s", path, "; ".join(found.allowed))
     if found.renamed:

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from milepost.barriers import Barrier, barrier_store
-from milepost.commit import absolute_path, check_target
-from milepost.commit.save import Labels, SaveOptions, partial_directory, save_snapshot, telling_others
+from milepost.commit import absolute_path, check_target, given_path
+from milepost.commit.save import Copied, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
 from milepost.format.names import data_name
+from milepost.format.snapshot import Labels
 from milepost.ranks.save_meeting import Ranks
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.telemetry import Event, Observer, notify
-from milepost.types import STATE_DICT, RankInfo
+from milepost.types import STATE_DICT, RankInfo, StrPath
 from milepost.utils import gc_paused
 
 __all__ = ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook", "partial_directory"]
@@ -81,26 +82,31 @@ class CheckpointWriter:
         meets: bool = False,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self._config = config
         self._rank_info = rank_info
-        self._barrier = barrier
-        self._commit_hook = commit_hook
         self._storage = default_storage() if storage is None else storage
         self._encoder = StateEncoder(rank_info, config.replicated)
         self._ring = Ring()
         self._lock = threading.RLock()  # a hook may write, too
         self._closed = False
         self._observers = list(observers)
-        self._ranks = Ranks(
-            rank_info,
-            config.start_id,
-            config.write_barrier_timeout_secs,
+        self._has_hook = commit_hook is not None
+        options = SaveOptions(
             self._storage,
-            store=barrier_store(barrier),
-            meets=meets and barrier is None,
+            rank_info.global_rank,
+            rank_info.global_world_size,
+            config.write_barrier_timeout_secs,
+            barrier=None if barrier is None else barrier.execute_barrier,
+            hook=commit_hook,
         )
+        meets = meets and barrier is None
+        self._ranks = Ranks(options, config.start_id, store=barrier_store(barrier), meets=meets)
 
-    def write(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
+    @property
+    def takes_keywords(self) -> bool:
+        """Whether a hook or a subclass may read the keyword arguments of `write` that Milepost does not."""
+        return self._has_hook or type(self) is not CheckpointWriter
+
+    def write(self, path: StrPath, state_dict: STATE_DICT, **kwargs: Any) -> None:
         """Write a state dict to ``<path>/checkpoint_<rank>.pt`` and commit the checkpoint.
 
         On return this rank's part is durable; with one rank, or with a barrier, the whole checkpoint is
@@ -111,8 +117,8 @@ class CheckpointWriter:
             path: A folder that does not exist, is empty, or holds a checkpoint to replace. A relative
                 path means the folder at the time of the call.
             state_dict: What to save. It is read during the call only.
-            kwargs: Passed to the hooks. ``step`` (an integer) and ``metadata`` (plain values) are also
-                recorded in the checkpoint.
+            kwargs: Passed to the hooks; any are accepted. ``step`` (an integer) and ``metadata`` (plain
+                values) are also recorded in the checkpoint.
 
         Raises:
             StateError: The state dict, step or metadata cannot be saved; nothing was written.
@@ -122,6 +128,7 @@ class CheckpointWriter:
                 only now that an earlier write has failed on another rank: this one was written all the same.
             ClosedError: The writer was closed.
         """
+        path = given_path(path)
         earlier = self._ranks.failures()
         if not self.carry_out(path, state_dict, kwargs):
             logger.info("%s: this rank's part is written, not known to be committed", path)
@@ -131,43 +138,34 @@ class CheckpointWriter:
 
     def carry_out(self, path: str, state_dict: STATE_DICT, arguments: dict[str, Any]) -> bool:
         """Do what `write` does; whether the checkpoint is known to be committed."""
-        with self._lock, error_context(path=path, rank=self._rank_info.global_rank):
+        info = self._rank_info
+        alone = info.global_world_size == 1
+        with self._lock, error_context(path=path, rank=info.global_rank, alone=alone):
             if self._closed:
                 raise ClosedError("the writer is closed", hint="make a new one")
             target = absolute_path(path)
-            name = self._ranks.next(target)
-            options = SaveOptions(
-                storage=self._storage,
-                target=target,
-                rank=self._rank_info.global_rank,
-                world_size=self._rank_info.global_world_size,
-                attempt=name.attempt,
-                private=name.private,
-                timeout_seconds=self._config.write_barrier_timeout_secs,
-                ring=self._ring,
-                barrier=None if self._barrier is None else self._barrier.execute_barrier,
-                meeting=name.meeting,
-                hook=self._commit_hook,
-                writer={"torch": str(torch.__version__)},
-            )
+            options, meeting = self._ranks.next(target)
             try:
                 # From here on this save counts: if this rank fails, the others are told.
                 with telling_others(path, options):
                     check_target(self._storage, target)
-                    labels = Labels.of(arguments)
+                    labels = Labels.of(arguments, {"torch": str(torch.__version__)})
                     with gc_paused():
-                        snapshot = self._encoder.encode(state_dict)
-                outcome = save_snapshot(path, snapshot, options, labels, arguments)
+                        parts = self._encoder.take_apart(state_dict)
+                parts.snapshot.labels = labels
+                crcs = parts.crcs if parts.division is not None else None
+                records = Copied(parts.copier(), self._ring, crcs)
+                outcome = save_snapshot(path, parts.snapshot, records, options, arguments)
             except BaseException as error:
-                if name.meeting is not None and not isinstance(error, PostCommitError):
-                    name.meeting.close(None, error)
+                if meeting is not None and not isinstance(error, PostCommitError):
+                    meeting.close(None, error)
                 raise
             finally:
-                if name.meeting is not None:
-                    name.meeting.join(_LAST_WORD_SECONDS)
+                if meeting is not None:
+                    meeting.join(_LAST_WORD_SECONDS)
             if not outcome.committed:
-                self._ranks.wrote(target, name.attempt)
-        logger.debug("wrote %s of %s", data_name(self._rank_info.global_rank), path)
+                self._ranks.wrote(target, options.attempt)
+        logger.debug("wrote %s of %s", data_name(info.global_rank), path)
         return outcome.committed
 
     def close(self) -> None:

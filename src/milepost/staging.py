@@ -19,20 +19,15 @@ from typing import Any
 
 import torch
 
-from milepost import syscalls
 from milepost.background.arena import Arena, available_bytes
+from milepost.background.slot import Copy, Slot, arena_bytes
 from milepost.background.staged import SharedRecords, StagedImage
 from milepost.config import CheckpointStagerConfig
 from milepost.errors import ClosedError, LowMemoryError, StateError, UnavailableError
 from milepost.format.paths import path_text
-from milepost.loading.template import is_dense
-from milepost.state import accelerator
-from milepost.state.accelerator import copy_tensors
-from milepost.state.decode import TensorBuilder
 from milepost.state.encode import Parts, StateEncoder
-from milepost.state.shares import mark_share
 from milepost.types import STATE_DICT
-from milepost.utils import gc_paused
+from milepost.utils import OwnedByProcess, gc_paused
 
 __all__ = [
     "CheckpointStager",
@@ -43,9 +38,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Copy = Callable[[int, int, int, int], None]
-
-_TAIL_BYTES = 1 << 20
 _LOW_PRIORITY = 10
 
 
@@ -83,7 +75,7 @@ class StagingPlan:
         return self.available_bytes is None or self.arena_bytes <= self.available_bytes
 
 
-class DefaultStager(CheckpointStager):
+class DefaultStager(OwnedByProcess, CheckpointStager):
     """Stages into arenas of shared memory, which are reused from save to save.
 
     Args:
@@ -106,11 +98,10 @@ class DefaultStager(CheckpointStager):
             )
         self._available = available
         self._encoder = encoder or StateEncoder()
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._background: list[threading.Thread] = []
-        self._owner = os.getpid()
         self._closed = False
 
     def stage(self, state_dict: STATE_DICT, **kwargs: Any) -> STATE_DICT | Future[STATE_DICT]:  # noqa: ARG002
@@ -191,7 +182,7 @@ class DefaultStager(CheckpointStager):
             parts = self._encoder.take_apart(state_dict)
         layout = parts.plan.layout
         return StagingPlan(
-            arena_bytes=_arena_bytes(parts),
+            arena_bytes=arena_bytes(parts),
             tensor_bytes=sum(layout.lengths),
             tensors=len(parts.walk.tensors),
             available_bytes=self._available(),
@@ -199,7 +190,7 @@ class DefaultStager(CheckpointStager):
 
     def close(self) -> None:
         """Wait for copies that are under way and release the arenas; idempotent."""
-        if self._owner != os.getpid():
+        if not self.is_owned:
             return
         self._closed = True
         if self._pool is not None:
@@ -214,15 +205,11 @@ class DefaultStager(CheckpointStager):
             self._slots = []
 
     def _check_open(self) -> None:
-        if self._owner != os.getpid():
-            raise ClosedError(
-                f"the stager belongs to process {self._owner}, from which this one was forked",
-                hint="make one in this process",
-            )
+        self.check_owner("stager")
         if self._closed:
             raise ClosedError("the stager is closed", hint="make a new one")
 
-    def _fill_later(self, slot: _Slot, parts: Parts, versions: list[int], copy: Copy) -> STATE_DICT:
+    def _fill_later(self, slot: Slot, parts: Parts, versions: list[int], copy: Copy) -> STATE_DICT:
         staged, _ = slot.fill(parts, copy=copy)
         after = _versions(parts.sources)
         if after == versions:
@@ -238,9 +225,9 @@ class DefaultStager(CheckpointStager):
             hint="checkpointer.guard(optimizer), or checkpointer.wait_staged() before the update",
         )
 
-    def _free_slot(self, parts: Parts) -> _Slot:
+    def _free_slot(self, parts: Parts) -> Slot:
         """An arena that nobody uses and that is large enough, or a new one if it fits into memory."""
-        need = _arena_bytes(parts)
+        need = arena_bytes(parts)
         free = [slot for slot in self._slots if slot.is_free()]
         slot = max(free, key=lambda slot: slot.arena.size, default=None)
         missing = need - (slot.arena.size if slot else 0)
@@ -260,7 +247,7 @@ class DefaultStager(CheckpointStager):
                 slot.close()
                 slot = None
         if slot is None:
-            slot = _Slot(Arena(need), pin=self._config.use_pinned_memory)
+            slot = Slot(Arena(need), pin=self._config.use_pinned_memory)
             self._slots.append(slot)
             if len(self._slots) == 1 and not self._background:
                 logger.debug("made an arena of %d bytes", need)
@@ -281,151 +268,3 @@ class DefaultStager(CheckpointStager):
 def _versions(tensors: list[torch.Tensor]) -> list[int]:
     """Torch's counters of changes; -1 for inference tensors, which have none."""
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]  # noqa: SLF001
-
-
-def _arena_bytes(parts: Parts) -> int:
-    """The size of the image, with room for its tail."""
-    layout = parts.plan.layout
-    objects = sum(len(data) + 512 for data in parts.walk.objects)
-    per_tensor = 512 * len(parts.walk.tensors)  # data.pkl and the central directory
-    return layout.end + objects + per_tensor + _TAIL_BYTES
-
-
-class _Slot:
-    """An arena, and the tensors that show the records of one layout in it."""
-
-    def __init__(self, arena: Arena, *, pin: bool | None) -> None:
-        self.arena = arena
-        self.busy = False
-        self.image: StagedImage | None = None
-        self._plan: Any = None
-        self._values: list[Any] = []
-        self._copies: list[tuple[int, torch.Tensor]] = []
-        self._raw: list[int] = []
-        self._shares: set[int] = set()
-        self._storages: list[torch.UntypedStorage] = []
-        self._baseline: list[int] = []
-        self._pin = pin if pin is not None else torch.cuda.is_available()
-        self._unpin: Callable[[], object] | None = None
-        self._pin_arena()
-
-    def _pin_arena(self) -> None:
-        address = syscalls.address_of(self.arena.view)
-        if self._pin and address is not None:
-            self._unpin = accelerator.pin(self, address, self.arena.size)
-
-    def _release_pin(self) -> None:
-        if self._unpin is not None:
-            self._unpin()
-            self._unpin = None
-
-    def grow(self, size: int) -> None:
-        """Make the arena larger; the views of before are dropped."""
-        self._drop()
-        self._release_pin()
-        self.arena.grow(size)
-        self._pin_arena()
-
-    def is_free(self) -> bool:
-        """Whether no copy is under way and nobody holds a view of the arena."""
-        return not self.busy and self._uses() == self._baseline
-
-    def _uses(self) -> list[int]:
-        """How often each view, and each storage below them, is referred to."""
-        counts = [*map(sys.getrefcount, self._values), *map(sys.getrefcount, self._storages)]
-        count = getattr(torch._C, "_storage_Use_Count", None)  # noqa: SLF001 - no public way to ask
-        if count is not None:
-            counts += [count(storage._cdata) for storage in self._storages]  # noqa: SLF001
-        return counts
-
-    def views(self, parts: Parts) -> list[Any]:
-        """Tensors over the arena for this layout, kept until the layout changes."""
-        plan = parts.plan
-        if self._plan is plan:
-            return self._values
-        self._drop()
-        with torch.inference_mode(mode=False):  # views that count their changes, and can be changed
-            self._make_views(plan)
-        self._plan = plan
-        self._baseline = self._uses()
-        return self._values
-
-    def _make_views(self, plan: Any) -> None:
-        layout, memory = plan.layout, self.arena.view
-        self._storages = [
-            torch.frombuffer(memory[offset : offset + length], dtype=torch.uint8).untyped_storage()
-            if length
-            else torch.empty(0, dtype=torch.uint8).untyped_storage()
-            for offset, length in zip(layout.offsets, layout.lengths, strict=True)
-        ]
-        builder = TensorBuilder(plan.tensors, self._storages.__getitem__, lambda _: b"")
-        self._values = [builder.value(number) for number in range(len(plan.tensors.record))]
-        self._copies, self._raw = [], []
-        for record, (number, _) in enumerate(plan.firsts):
-            view = builder.tensor(number)
-            whole = view.nbytes == layout.lengths[record] and is_dense(view)
-            if whole and not view.is_conj() and not view.is_neg():
-                self._copies.append((number, view))
-            elif layout.lengths[record]:
-                self._raw.append(record)
-        builder.forget()  # it is part of a reference cycle, and would count as a user until collected
-
-    def fill(
-        self, parts: Parts, shared: SharedRecords | None = None, copy: Copy | None = None
-    ) -> tuple[STATE_DICT, StagedImage]:
-        """Copy every record to its place; returns the state dict of views, and the image. Ends `busy`.
-
-        Args:
-            parts: What to copy.
-            shared: Records that need not be copied.
-            copy: The state's copier, if other states were taken apart since.
-        """
-        try:
-            return self._fill(parts, shared or SharedRecords(), copy)
-        finally:
-            self.busy = False
-
-    def _fill(self, parts: Parts, shared: SharedRecords, copy: Copy | None) -> tuple[STATE_DICT, StagedImage]:
-        values = self.views(parts)
-        tensors, left = parts.walk.tensors, {record for record, _, _ in shared.records}
-        copies, raw = self._copies, self._raw
-        if left:
-            numbers = {parts.plan.firsts[record][0] for record in left}
-            copies = [copy for copy in copies if copy[0] not in numbers]
-            raw = [record for record in raw if record not in left]
-        copy_tensors(
-            [view for _, view in copies],
-            [tensors[number] for number, _ in copies],
-            pinned=self._unpin is not None,
-        )
-        address = syscalls.address_of(self.arena.view)
-        if raw and address is not None:
-            copy, layout = copy or parts.copier(), parts.plan.layout
-            for record in raw:
-                copy(record, 0, layout.lengths[record], address + layout.offsets[record])
-        staged: STATE_DICT = parts.rebuild(values.__getitem__)
-        self.image = StagedImage(
-            self.arena,
-            parts.tree,
-            parts.plan.layout,
-            parts.plan.tensors,
-            parts.walk.objects,
-            shared=shared,
-            shares=parts.shares(),
-        )
-        shares = set(self.image.shares.numbers()) if self.image.shares else set()
-        for number in shares ^ self._shares:
-            mark_share(values[number], number in shares)
-        self._shares = shares
-        self.image.recognise(staged, values)
-        return staged, self.image
-
-    def _drop(self) -> None:
-        self._plan, self._values, self._copies, self._raw = None, [], [], []
-        self._storages, self._baseline, self._shares = [], [], set()
-
-    def close(self) -> None:
-        """Let go of the arena; views that somebody holds keep its memory."""
-        self._drop()
-        self._release_pin()
-        self.arena.close()

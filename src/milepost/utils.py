@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
-__all__ = ["beside", "gc_paused", "is_dtensor", "wrap_future"]
+from milepost.errors import ClosedError
+
+__all__ = ["OwnedByProcess", "beside", "gc_paused", "is_dtensor", "wrap_future"]
+
+
+class OwnedByProcess:
+    """An object that belongs to the process that made it. A forked process must not use or release it."""
+
+    _owner: int
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Remember the process."""
+        made = super().__new__(cls)
+        made._owner = os.getpid()
+        return made
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether this process made it."""
+        return self._owner == os.getpid()
+
+    def check_owner(self, name: str, what: str = "one") -> None:
+        """Refuse the use in a forked process.
+
+        Raises:
+            ClosedError: Says which process it belongs to, and what to make in this one.
+        """
+        if not self.is_owned:
+            raise ClosedError(
+                f"the {name} belongs to process {self._owner}, from which this one was forked",
+                hint=f"make {what} in this process",
+            )
 
 
 def wrap_future(original_result: Any) -> Future[None]:

@@ -21,7 +21,7 @@ from support.states import assert_same
 from milepost import syscalls
 from milepost.background.arena import Arena
 from milepost.background.messages import read_blob, write_blob
-from milepost.background.writer_main import Service
+from milepost.background.service import Service
 from milepost.errors import LowMemoryError, StorageError
 
 LIBC = ctypes.CDLL(None, use_errno=True)

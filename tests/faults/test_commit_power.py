@@ -32,6 +32,10 @@ class DropSync(Wrapper):
         if not self.drops(path):
             self.inner.sync_folder(path)
 
+    def sync_file(self, path):
+        if not self.drops(path):
+            self.inner.sync_file(path)
+
 
 class _File(Wrapper):
     def __init__(self, storage, path, inner):

@@ -713,8 +713,8 @@ ODD = {
     "more": ["model.extra", "rank 1 has", "rank 0 has not"],
     "shape": ["model.plain", "[5]", "[4]", "rank 0", "rank 1"],
     "dtype": ["model.plain", "float32", "float64", "rank 0", "rank 1"],
-    "bit": ["replicas differ", "model.plain", "ranks 0, 2", "ranks 1"],
-    "bit of a DTensor": ["replicas differ", "model.same", "ranks 0, 2", "ranks 1"],
+    "bit": ["tensors differ", "model.plain (ranks 0, 2 vs. rank 1)"],
+    "bit of a DTensor": ["tensors differ", "model.same (ranks 0, 2 vs. rank 1)"],
 }
 
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if atheris:
     with atheris.instrument_imports(include=["milepost"], enable_loader_override=False):
-        from milepost import checkpoint_reader, manifest, tree, verify  # noqa: F401
+        import milepost.checkpoint_reader
+        import milepost.health.verify  # noqa: F401
 
 from support.forge import Forge, dump, write
 from support.saves import load, save

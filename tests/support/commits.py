@@ -7,7 +7,7 @@ import itertools
 import threading
 import zlib
 
-from milepost.commit import Attempt, Clock, check_target, locate, new_attempt_id
+from milepost.commit import Attempt, Clock, begin, check_target, locate, new_attempt_id
 from milepost.errors import CheckpointNotFoundError, EntryNotFoundError
 from milepost.format.index import DataFile, Index, Records, Tensors, encode_index
 from milepost.format.names import MANIFEST_NAME, data_name, is_own
@@ -54,7 +54,7 @@ def arrive(
 ) -> Attempt:
     """One rank's part of a save, up to its mark."""
     target = check_target(storage, path)
-    begun = Attempt.begin(
+    begun = begin(
         storage, target.path, attempt=attempt or new_attempt_id(), rank=rank, world_size=world_size, **kwargs
     )
     try:

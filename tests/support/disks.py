@@ -258,6 +258,15 @@ class MemoryStorage:
             if self._get(path, "sync folder").kind != "folder":
                 raise _error(errno.ENOTDIR, "sync folder", path)
 
+    def sync_file(self, path: str) -> None:
+        with self._guard:
+            self._get(path, "fsync")
+
+    def is_network(self, path: str) -> bool:
+        with self._guard:
+            self._get(path, "statfs")
+            return False
+
     def lock(self, path: str, *, exclusive: bool = False) -> _MemoryLock | None:
         with self._guard:
             node = self._get(path, "lock")

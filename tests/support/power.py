@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from milepost.storage import Folder, Lock, NewFile, RenameMode, Stat, Storage
+from milepost.storage.writing import publish_bytes
 from support.disks import MemoryStorage, put
 
 __all__ = ["Event", "RecordingStorage", "copy_out", "disk_states"]
@@ -87,6 +88,19 @@ class RecordingStorage:
         """See `Storage.sync_folder`."""
         self.inner.sync_folder(path)
         self.log.append(Event("sync_folder", path))
+
+    def sync_file(self, path: str) -> None:
+        """Write the file anew, so that the events say what is durable."""
+        folder = self.inner.open_folder(os.path.dirname(path))
+        try:
+            data = folder.read(os.path.basename(path), 1 << 30)
+        finally:
+            folder.close()
+        publish_bytes(self, path, data, "replace")
+
+    def is_network(self, path: str) -> bool:
+        """See `Storage.is_network`."""
+        return self.inner.is_network(path)
 
     def make_public(self, path: str) -> None:
         """See `Storage.make_public`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,12 @@ PLANTED = [
     ("stowaway", "", LAYERS, "- milepost.stowaway"),
     ("format/tree", "import milepost.format.index", INSIDE, "milepost.format.tree -> milepost.format.index"),
     ("format/stowaway", "", INSIDE, "- milepost.format.stowaway"),
+    (
+        "commit/merge",
+        "import milepost.commit.by_rename.claim",
+        "Inside commit",
+        "milepost.commit.merge -> milepost.commit.by_rename.claim",
+    ),
     ("format/boxes", "import torch", TORCH_FREE, "milepost.format.boxes -> torch"),
     ("utils", "import numpy", TORCH_FREE, "milepost.utils -> numpy"),
     (
@@ -123,20 +130,22 @@ print(sorted(name for name, kind in kinds.items() if kind == "module"), len(kind
     assert run.stdout.split() == ["[]", str(len(milepost.__all__))]
 
 
-def test_import_milepost_loads_neither_torch_nor_numpy():
-    """`import milepost` loads no module of torch or numpy, nor any other third-party package."""
-    code = "import sys; before = set(sys.modules); import milepost; print(*set(sys.modules) - before)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    packages = {name.partition(".")[0] for name in loaded.split()}
-    assert "milepost" in packages
-    assert packages - sys.stdlib_module_names == {"milepost"}
+@pytest.mark.parametrize("module", ["milepost", "milepost.background.writer_main"])
+def test_what_starts_first_imports_little(module):
+    """`import milepost` and the writer process's first step load no third-party package, nor slow modules."""
+    code = f"import sys; before = set(sys.modules); import {module}; print(*set(sys.modules) - before)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert module in loaded
+    assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names == {"milepost"}
+    assert not loaded & {"typing", "dataclasses", "inspect", "logging", "subprocess"}
 
 
-def test_all_is_sorted_and_exactly_what_can_be_imported():
-    """Each name of __all__ is importable, __all__ is sorted, and type checkers are told of the same names."""
+def test_all_is_exactly_what_can_be_imported():
+    """Each name of __all__ is importable and occurs once, and type checkers are told of the same names."""
     import milepost
 
-    assert milepost.__all__ == sorted(milepost.__all__)
+    assert len(milepost.__all__) == len(set(milepost.__all__))
     for name in milepost.__all__:
         assert getattr(milepost, name) is not None
     public = {name for name in dir(milepost) if not name.startswith("_")}
@@ -209,33 +218,52 @@ def test_every_pin_is_exact_and_none_is_missing():
         assert requirement.split(">=")[0] in pinned
 
 
-def test_the_size_budget_counts_every_module(tmp_path):
-    """tools/size.py passes modules of 480 lines, and fails for a longer one and for too much code in all."""
-    (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools" / "size.py", tmp_path / "tools")
-    package = tmp_path / "src" / "milepost" / "storage"
-    package.mkdir(parents=True)
+SIZE = runpy.run_path(str(ROOT / "tools" / "size.py"))
 
-    def verdict() -> tuple[int, str]:
-        run = [sys.executable, str(tmp_path / "tools" / "size.py")]
-        result = subprocess.run(run, capture_output=True, text=True, check=False)
-        return result.returncode, result.stdout
 
-    (package / "fits.py").write_text("pass\n" * 480)
-    assert verdict()[0] == 0
-    (package / "bursts.py").write_text("pass\n" * 481)
-    code, table = verdict()
-    assert code == 1
-    assert "TOO LONG" in next(line for line in table.splitlines() if "storage/bursts.py" in line)
-    (package / "bursts.py").unlink()
-    (package / "prose.py").write_text('"""Not code."""\n\n# Nor this.\n' * 100 + "pass\n")
-    assert verdict()[1].splitlines()[-1].split()[:2] == ["781", "481"]
-    assert verdict()[0] == 0
-    for number in range(32):
-        (package / f"part{number}.py").write_text("pass\n" * 480)
-    code, table = verdict()
-    assert code == 1
-    assert table.splitlines()[-1].split()[:2] == ["16141", "15841"]
+def size_problems(texts, budgets=None, reasons=None):
+    return SIZE["problems"](texts, budgets or {"storage": 1000, SIZE["TOP"]: 1000}, reasons or {})
+
+
+def test_the_size_budget_counts_the_code_of_every_package():
+    """tools/size.py counts no prose, and names a package that has too much code, or no budget."""
+    texts = {
+        "storage/one.py": "pass\n" * 600,
+        "storage/two.py": '"""Not code."""\n\n# Nor this.\n' + "pass\n" * 400,
+    }
+    assert size_problems(texts) == []
+    texts["storage/three.py"] = "pass\n"
+    assert size_problems(texts) == ["storage: 1001 lines of code (at most 1000)"]
+    assert size_problems({"new/one.py": "pass\n"}) == ["new: 1 lines of code (at most 0)"]
+
+
+def test_the_size_budget_counts_rooms():
+    """At most 18 files at the top level, and 32 packages and top-level modules."""
+    top = {f"m{number}.py": "" for number in range(18)}
+    packages = {f"p{number}/{name}.py": "" for number in range(14) for name in "ab"}
+    assert size_problems(top | packages) == []
+    assert size_problems(top | packages | {"p14/a.py": ""}) == [
+        "33 packages and top-level modules (at most 32)"
+    ]
+    assert size_problems(top | {"m18.py": ""}) == ["19 files at the top level (at most 18)"]
+
+
+def test_the_size_budget_holds_classes_and_functions():
+    """Classes have at most 300 lines and functions 60, without docstrings, if there is no reason for more."""
+    body = '        """Not\n        counted."""\n' + "        pass\n" * 59
+    fits = f"class A:\n    def f(self):\n{body}" + "    x = 1\n" * 237
+    assert size_problems({"storage/a.py": fits}) == []
+    long = fits.replace("        pass\n    x", "        pass\n        pass\n    x")
+    expected = ["storage/a.py:A.f: 61 lines (at most 60)", "storage/a.py:A: 301 lines (at most 300)"]
+    assert size_problems({"storage/a.py": long}) == expected
+    reasons = {"storage/a.py:A.f": "one table", "storage/a.py:A": "one job"}
+    assert size_problems({"storage/a.py": long}, reasons=reasons) == []
+    assert len(size_problems({"storage/a.py": fits}, reasons=reasons)) == 2
+
+
+def test_the_package_is_within_its_budget():
+    """Every package of src/milepost, and its classes and functions, are within their limits."""
+    assert SIZE["problems"](SIZE["read"](PACKAGE), SIZE["BUDGETS"], SIZE["REASONS"]) == []
 
 
 def test_config_files_hold_what_they_promise():

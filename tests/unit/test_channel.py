@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import os
 import struct
+import subprocess
+import sys
 import threading
 
 import msgspec
@@ -31,7 +33,8 @@ from milepost.background.messages import (
     write_blob,
 )
 from milepost.background.remote_errors import Failure, describe_error, rebuild_error
-from milepost.background.writer_main import Service
+from milepost.background.service import Service
+from milepost.background.writer_main import READY
 from milepost.errors import MilepostError, RemoteError, StorageError
 
 
@@ -46,8 +49,8 @@ def line():
 
 MESSAGES = [
     Init(1, 2, "process", 3.5, has_barrier=True, nice=5, idle_io=False),
-    Write(1, b"p", b"/p", "a-1", private=True, step=None, barrier_done=False),
-    Write(2, encode_path("\udcff"), b"/\xff", "a-1", private=False, step=-(2**63), barrier_done=True),
+    Write(1, b"p", b"/p", "a-1", private=True, barrier_done=False),
+    Write(2, encode_path("\udcff"), b"/\xff", "a-1", private=False, barrier_done=True),
     Attached(3),
     Go(1),
     Go(1, Failure("m", "n", "text", {"rank": 1, "path": None, "flag": True}, "trace")),
@@ -126,6 +129,24 @@ def test_a_peer_that_dies_with_an_unread_message_loses_none_of_its_own(line):
     assert theirs.send(Ready())  # which ours never reads
     ours.close()
     assert [theirs.receive()[0] for _ in range(4)] == [Arrived(0), Arrived(1), Arrived(2), None]
+
+
+def test_a_writer_that_has_imported_nothing_yet_can_say_that_it_is_ready():
+    """The bytes that the writer process sends first are the message Ready."""
+    assert msgspec.msgpack.encode(Ready()) == READY
+
+
+def test_a_writer_starts_though_its_trainer_has_gone_already():
+    """A writer that cannot say that it is ready goes on to read what the trainer has sent before its end."""
+    ours, theirs = Channel.pair()
+    ours.close()
+    script = "from milepost.background.writer_main import main; main()"
+    command = [sys.executable, "-c", script, str(theirs.fileno()), str(os.getpid()), "plain"]
+    with theirs:
+        done = subprocess.run(
+            command, check=False, pass_fds=[theirs.fileno()], capture_output=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # -- errors ----------------------------------------------------------------------------------------

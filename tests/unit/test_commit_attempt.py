@@ -11,8 +11,8 @@ from support.disks import MemoryStorage, Wrapper, hidden, make_folders, put, tre
 from support.processes import in_child
 
 from milepost.commit import (
-    Attempt,
     attempt_id,
+    begin,
     check_target,
     clean_up,
     environment_start_id,
@@ -21,7 +21,7 @@ from milepost.commit import (
     process_id,
     roll_forward,
 )
-from milepost.commit.folders import read_beacons
+from milepost.commit.contents import read_beacons
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, StorageError
 from milepost.format.index import DataFile, encode_index
 from milepost.storage.local import LocalStorage
@@ -60,9 +60,9 @@ def test_attempt_ids_count_the_saves_of_each_rank_and_path(tmp_path):
     """All ranks get the same id for the n-th save of a path, however the path is written."""
     os.chdir(tmp_path)
     ids = [attempt_id("ids/step", rank, 4, "job") for rank in range(4)]
-    assert set(ids) == {"job-1"}
-    assert attempt_id(str(tmp_path / "ids/x/../step"), 0, 4, "job") == "job-2"
-    assert attempt_id("ids/other", 0, 4, "job") == "job-1"
+    assert set(ids) == {"job-3e64cc-1"}
+    assert attempt_id(str(tmp_path / "ids/x/../step"), 0, 4, "job") == "job-3e64cc-2"
+    assert attempt_id("ids/other", 0, 4, "job") == "job-d9298a-1"
 
 
 def test_the_start_id_comes_from_the_caller_or_the_environment_with_its_restart_counts(monkeypatch):
@@ -73,8 +73,8 @@ def test_the_start_id_comes_from_the_caller_or_the_environment_with_its_restart_
     monkeypatch.setenv("MILEPOST_START_ID", "run7")
     assert environment_start_id() == "run7-2"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert attempt_id("/ids/env", 0, 2) == "run7-2-1-1"
-    assert attempt_id("/ids/env2", 0, 2, "mine") == "mine-1"
+    assert attempt_id("/ids/env", 0, 2).startswith("run7-2-1-")
+    assert attempt_id("/ids/env2", 0, 2, "mine").startswith("mine-")
 
 
 def test_without_any_start_id_the_process_has_one_of_its_own(monkeypatch):
@@ -114,7 +114,7 @@ def test_nothing_is_left_of_a_save_that_fails(storage):
             attempt = arrive(storage, PATH, 1)
             attempt.abort(ValueError("no"))
         else:
-            attempt = Attempt.begin(storage, PATH, attempt="one", rank=0, world_size=1)
+            attempt = begin(storage, PATH, attempt="one", rank=0, world_size=1)
             put(storage, attempt.data_path, b"half")
             assert hidden(storage, PATH)
         attempt.close()
@@ -126,7 +126,7 @@ def test_nothing_is_left_of_a_save_that_fails(storage):
 def test_the_beacon_tells_phase_and_bytes_a_few_times_a_second(storage):
     """Progress rewrites the beacon at a change of phase, and within one phase at most every 0.25 s."""
     clock = StepClock()
-    attempt = Attempt.begin(storage, PATH, attempt="job-1", rank=3, world_size=4, clock=clock.clock)
+    attempt = begin(storage, PATH, attempt="job-1", rank=3, world_size=4, clock=clock.clock)
     told = []
     for tick in range(20):
         attempt.progress("write", tick)
@@ -141,7 +141,7 @@ def test_the_beacon_tells_phase_and_bytes_a_few_times_a_second(storage):
 def test_progress_never_raises(storage):
     """A beacon that cannot be written does not end a save."""
     faulty = FaultyStorage(storage)
-    attempt = Attempt.begin(faulty, PATH, attempt="job-1", rank=0, world_size=1)
+    attempt = begin(faulty, PATH, attempt="job-1", rank=0, world_size=1)
     faulty.fail_at(len(faulty.operations) + 1, OSError(28, "full"), times=None)
     attempt.progress("write", 5)
     faulty.faults.clear()
@@ -193,7 +193,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused_from_hooks(tmp_path, add, mess
 
 def test_a_lost_writers_data_is_written_again(storage):
     """A retry with the same attempt finds the half-written data file of the lost writer gone."""
-    first = Attempt.begin(storage, PATH, attempt="retry", rank=0, world_size=1)
+    first = begin(storage, PATH, attempt="retry", rank=0, world_size=1)
     put(storage, first.data_path, b"half")
     let_die(first)
     assert save(storage, PATH, 1, attempt="retry")
@@ -204,7 +204,7 @@ def test_a_lost_writers_mark_is_taken_up(storage):
     """When the lost writer had marked, a retry has nothing to write, and its completion commits."""
     first = rank_of(storage, 0)
     let_die(first)
-    again = Attempt.begin(storage, PATH, attempt="job-1", rank=0, world_size=2)
+    again = begin(storage, PATH, attempt="job-1", rank=0, world_size=2)
     assert again.marked
     assert not again.committed
     other = rank_of(storage, 1)
@@ -219,7 +219,7 @@ def test_a_lost_writers_mark_is_taken_up(storage):
 def test_a_lost_writers_commit_is_taken_up(storage):
     """When the lost writer had published, a retry with the same attempt is committed from the start."""
     save(storage, PATH, 1, attempt="retry")
-    again = Attempt.begin(storage, PATH, attempt="retry", rank=0, world_size=1)
+    again = begin(storage, PATH, attempt="retry", rank=0, world_size=1)
     assert again.committed
     assert again.marked
     assert not again.complete()
@@ -259,9 +259,9 @@ def test_a_mark_of_another_process_is_an_abort(storage):
 
 def test_a_mark_that_another_process_puts_meanwhile_is_an_abort(storage):
     """Also a mark that appears between begin and mark is found out (if the beacon was lost)."""
-    ours = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
+    ours = begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
     storage.remove(f"{ours.folder}/state_1.json")
-    theirs = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2, process="other")
+    theirs = begin(storage, PATH, attempt="job-1", rank=1, world_size=2, process="other")
     put(storage, theirs.data_path, content(2, 1))
     theirs.mark(encode_index(index_of(theirs, 2)))
     with pytest.raises(CommitError, match="in another process"):
@@ -274,10 +274,10 @@ def test_a_mark_that_another_process_puts_meanwhile_is_an_abort(storage):
 
 def test_a_second_process_of_one_rank_is_refused_before_it_touches_anything(storage):
     """Of two processes that are the same rank the second stops the attempt; the first one's data stay."""
-    ours = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
+    ours = begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
     put(storage, ours.data_path, content(2, 1))
     with pytest.raises(CommitError, match="in another process"):
-        Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2, process="other")
+        begin(storage, PATH, attempt="job-1", rank=1, world_size=2, process="other")
     assert storage.stat(ours.data_path) is not None
     with pytest.raises(AbortedError, match="rank 1 failed in begin"):
         ours.mark(encode_index(index_of(ours, 2)))
@@ -384,13 +384,13 @@ def test_an_attachment_changed_after_the_hooks_stops_the_commit(storage):
 
 def test_ranks_of_other_processes_without_a_start_id_are_refused(storage):
     """Processes with private start ids would never come together: the second to begin says how they can."""
-    first = Attempt.begin(storage, PATH, attempt="p1-1", rank=0, world_size=2, process="p1", private=True)
+    first = begin(storage, PATH, attempt="p1-1", rank=0, world_size=2, process="p1", private=True)
     with pytest.raises(CommitError, match="has no start id in common") as caught:
-        Attempt.begin(storage, PATH, attempt="p2-1", rank=1, world_size=2, process="p2", private=True)
+        begin(storage, PATH, attempt="p2-1", rank=1, world_size=2, process="p2", private=True)
     assert "MILEPOST_START_ID" in caught.value.hint
-    Attempt.begin(storage, PATH, attempt="p1-1", rank=1, world_size=2, process="p1", private=True).close()
+    begin(storage, PATH, attempt="p1-1", rank=1, world_size=2, process="p1", private=True).close()
     first.close()
-    Attempt.begin(storage, PATH, attempt="p2-1", rank=1, world_size=2, process="p2", private=True).close()
+    begin(storage, PATH, attempt="p2-1", rank=1, world_size=2, process="p2", private=True).close()
 
 
 # ---------------------------------------------------------------------------- waiting
@@ -403,7 +403,7 @@ def test_rank_0_says_that_all_have_arrived(storage):
     zero = rank_of(storage, 0, clock=clock.clock)
     zero.wait_for_marks(60)
     watched = FaultyStorage(storage)
-    other = Attempt.begin(watched, PATH, attempt="job-1", rank=1, world_size=2)
+    other = begin(watched, PATH, attempt="job-1", rank=1, world_size=2)
     before = len(watched.operations)
     other.wait_for_marks(60)
     assert [line.rpartition("/")[2] for line in watched.operations[before:]] == ["arrived.json"]
@@ -415,7 +415,7 @@ def test_a_rank_that_does_not_arrive_is_named_with_its_last_words(storage):
     """At the deadline the error names the missing ranks and what they were doing."""
     clock = StepClock()
     zero = rank_of(storage, 0, world_size=4, clock=clock.clock)
-    slow = Attempt.begin(storage, PATH, attempt="job-1", rank=2, world_size=4)
+    slow = begin(storage, PATH, attempt="job-1", rank=2, world_size=4)
     slow.progress("write", 77)
     with pytest.raises(CommitTimeoutError) as caught:
         zero.wait_for_marks(600)
@@ -472,7 +472,7 @@ def test_waiting_for_the_commit_ends_with_it_and_makes_sure_of_it(storage):
 def test_an_abort_stops_all_waiting_at_once(storage):
     """Whoever waits, or begins, or marks, or completes gets the error of the rank that failed."""
     zero, one, two = (rank_of(storage, rank, world_size=4) for rank in range(3))
-    late = Attempt.begin(storage, PATH, attempt="job-1", rank=3, world_size=4)
+    late = begin(storage, PATH, attempt="job-1", rank=3, world_size=4)
     two.abort(StorageError("write failed: no space left", phase="write"))
     for act in (
         lambda: zero.wait_for_marks(60),
@@ -480,7 +480,7 @@ def test_an_abort_stops_all_waiting_at_once(storage):
         lambda: one.wait_for_commit(60),
         zero.complete,
         lambda: late.mark(encode_index(index_of(late, 2))),
-        lambda: Attempt.begin(storage, PATH, attempt="job-1", rank=3, world_size=4),
+        lambda: begin(storage, PATH, attempt="job-1", rank=3, world_size=4),
     ):
         with pytest.raises(
             AbortedError, match="rank 2 failed in write with StorageError: write failed"
@@ -510,8 +510,8 @@ def test_an_abort_that_cannot_be_written_does_not_hide_the_error(storage):
     """`abort` and `close` never raise."""
     faulty = FaultyStorage(storage)
     attempts = [
-        Attempt.begin(faulty, PATH, attempt="one", rank=0, world_size=1),
-        Attempt.begin(faulty, PATH, attempt="job-1", rank=1, world_size=2),
+        begin(faulty, PATH, attempt="one", rank=0, world_size=1),
+        begin(faulty, PATH, attempt="job-1", rank=1, world_size=2),
     ]
     faulty.fail_at(len(faulty.operations) + 1, OSError(5, "broken"), times=None)
     for attempt in attempts:
@@ -523,7 +523,7 @@ def test_the_last_rank_publishes_what_a_dead_one_committed(storage):
     """When the committer dies between commit and publishing, the last rank to leave publishes."""
     zero, one = rank_of(storage, 0), rank_of(storage, 1)
     faulty = FaultyStorage(storage)
-    zero._storage = faulty
+    zero._place._storage = faulty
     faulty.fail_at(1000, OSError(5, "never"))
     names = []
 
@@ -562,7 +562,7 @@ def test_an_attempt_belongs_to_the_process_that_began_it(tmp_path):
 
 def test_the_note_says_who_began(storage):
     """attempt.json names the checkpoint, the attempt, and the process behind it."""
-    attempt = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
+    attempt = begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
     note = msgspec.json.decode(tree(storage, attempt.folder)["attempt.json"])
     assert (note["name"], note["attempt"], note["world_size"]) == ("step", "job-1", 2)
     assert (note["process"], note["pid"]) == (process_id(), os.getpid())
@@ -699,7 +699,7 @@ def test_a_commit_that_is_not_seen_is_never_told_as_published(storage):
 
     save(storage, PATH, 1)
     attempt = arrive(storage, PATH, 2)
-    attempt._storage = Hides(storage)
+    attempt._place._storage = Hides(storage)
     with pytest.raises(StorageError, match="committed, but not seen"):
         attempt.complete()
     attempt.close()

@@ -10,7 +10,7 @@ import pytest
 from support.commits import arrive, content, loaded_step, save
 from support.disks import MemoryStorage, Wrapper, make_folders, put, tree
 
-from milepost.commit import Attempt, locate
+from milepost.commit import begin, locate
 from milepost.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -182,7 +182,7 @@ def test_what_is_no_checkpoint_is_not_found(storage, path):
 
 def test_a_save_under_way_is_mentioned(storage):
     """Where a save has begun and not committed, the error says so."""
-    attempt = Attempt.begin(storage, PATH, attempt="job-1", rank=0, world_size=2)
+    attempt = begin(storage, PATH, attempt="job-1", rank=0, world_size=2)
     with pytest.raises(CheckpointNotFoundError, match="has not committed"):
         locate(storage, PATH)
     attempt.close()
@@ -211,7 +211,7 @@ def test_a_listing_shows_whole_and_partial_checkpoints_by_time(storage):
     save(storage, "/run/a", 1, hook=lambda folder: put(storage, f"{folder}/notes", b"12345"))
     waiting = arrive(storage, "/run/b", 2)
     partial = arrive(storage, "/run/c", 3, attempt="job-1", rank=1, world_size=3)
-    failing = Attempt.begin(storage, "/run/c", attempt="job-1", rank=0, world_size=3)
+    failing = begin(storage, "/run/c", attempt="job-1", rank=0, world_size=3)
     failing.progress("write", 10)
     make_folders(storage, "/run/other/inner")
     put(storage, "/run/readme.txt", b"")
@@ -225,7 +225,7 @@ def test_a_listing_shows_whole_and_partial_checkpoints_by_time(storage):
     assert (b.state, b.step, b.path) == ("committed", 2, waiting.folder)
     assert "not published" in b.problem
     assert (c.state, c.world_size, c.path) == ("partial", 3, partial.folder)
-    assert c.problem == "1 of 3 ranks arrived; rank 0: write; ranks 2 never began"
+    assert c.problem == "1 of 3 ranks arrived; rank 0: write; rank 2 has not begun"
     failing.abort(OSError("disk full"))
     told = explain(storage, partial.folder)
     assert told.arrived == [1]

@@ -9,8 +9,8 @@ import pytest
 from support.commits import StepClock, arrive, assert_clean, content, let_die, loaded_step, save
 from support.disks import Killed, MemoryStorage, MortalStorage, Wrapper, hidden, make_folders, put, tree
 
-from milepost.commit import Attempt, clean_up, roll_forward
-from milepost.commit.removal import remove_tree
+from milepost.commit import begin, clean_up, roll_forward
+from milepost.commit.by_rename.removal import remove_tree
 from milepost.errors import StorageError
 from milepost.format.names import join_hidden
 from milepost.storage.local import LocalStorage
@@ -268,7 +268,7 @@ def test_a_save_goes_on_when_old_leftovers_cannot_be_cleared(storage):
 
 def test_a_folder_that_is_just_being_cleared_is_begun_again(storage):
     """A begin that meets a cleaner waits until the folder is gone, and then makes its own."""
-    dead = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
+    dead = begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
     let_die(dead)
     lock = storage.lock(f"{dead.folder}/attempt.json", exclusive=True)
 
@@ -276,7 +276,7 @@ def test_a_folder_that_is_just_being_cleared_is_begun_again(storage):
         remove_tree(storage, dead.folder, lock)
 
     clock = StepClock(clear)
-    attempt = Attempt.begin(storage, PATH, attempt="job-1", rank=1, world_size=2, clock=clock.clock)
+    attempt = begin(storage, PATH, attempt="job-1", rank=1, world_size=2, clock=clock.clock)
     assert "attempt.json" in tree(storage, attempt.folder)
     assert clean_up(storage, PATH) == []
     attempt.close()
@@ -289,7 +289,7 @@ def test_a_begin_that_fails_leaves_nothing(storage):
         faulty = FaultyStorage(storage, counts=MUTATIONS | {"lock", "open_folder", "names"})
         faulty.fail_at(number, OSError(28, "No space left on device"))
         try:
-            attempt = Attempt.begin(faulty, PATH, attempt="one", rank=0, world_size=1)
+            attempt = begin(faulty, PATH, attempt="one", rank=0, world_size=1)
         except StorageError as error:
             seen.append((error.path is not None, error.phase, hidden(storage, PATH)))
             continue

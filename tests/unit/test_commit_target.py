@@ -9,7 +9,7 @@ from support.commits import assert_clean, content, loaded_step, save
 from support.disks import MemoryStorage, Wrapper, hidden, make_folders, put, tree
 
 from milepost.commit import check_target
-from milepost.commit.folders import siblings
+from milepost.commit.by_rename.folders import siblings
 from milepost.errors import StorageError, TargetError
 from milepost.format.names import data_name, join_hidden
 from milepost.storage import Stat

@@ -49,7 +49,7 @@ def test_every_word_is_defined():
     words = re.findall(r"^- \*\*([\w ]+)\*\*: ", (DOCS / "glossary.md").read_text(), re.MULTILINE)
     assert words[:4] == ["staged", "sealed", "written", "committed"]
     things = words[4:]
-    core = ["arena", "attempt", "image", "index", "layout", "manifest", "mark", "record"]
+    core = ["arena", "attempt", "image", "index", "layout", "manifest", "mark", "plan", "record", "snapshot"]
     assert things[: len(core)] == core
     assert things[len(core) :] == sorted(things[len(core) :])
 

@@ -16,15 +16,20 @@ from support.disks import tree
 from typer.testing import CliRunner
 
 import milepost
+from milepost import commit
+from milepost.checkpoint_writer import CheckpointWriter
 from milepost.cli import app
-from milepost.cli.doctor import advice, is_wrong, repair, words
-from milepost.commit import Attempt
+from milepost.cli.doctor import advice, words
+from milepost.commit.by_rename.discard import discard_emptied
+from milepost.config import CheckpointWriterConfig
 from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
 from milepost.format.index import digest
 from milepost.format.manifest import decode_manifest, encode_manifest
 from milepost.format.names import join_hidden
 from milepost.health.diagnosis import diagnose
+from milepost.health.repair import repair
 from milepost.storage.local import LocalStorage
+from milepost.types import RankInfo
 
 STORAGE = LocalStorage()
 BY_SIZE = "; its data were compared by size alone: --deep compares every byte"
@@ -43,7 +48,7 @@ def invoke(*arguments):
 
 
 def begin(path, rank, world_size, attempt="job-1", **kwargs):
-    return Attempt.begin(STORAGE, path, attempt=attempt, rank=rank, world_size=world_size, **kwargs)
+    return commit.begin(STORAGE, path, attempt=attempt, rank=rank, world_size=world_size, **kwargs)
 
 
 def die(*attempts):
@@ -115,7 +120,7 @@ def test_a_missing_rank_is_told_with_its_last_words(run):
     late.progress("write", 1_258_291)
     die(*arrived, late)
     finding = only(path)
-    assert (finding.state, finding.alive, is_wrong(finding)) == ("incomplete", False, True)
+    assert (finding.state, finding.alive, finding.is_wrong) == ("incomplete", False, True)
     assert words(finding, clock.now + 200) == (
         "incomplete: rank 3 never arrived (last seen writing, 1.2 MiB, 3 minutes ago); "
         "rank 2 never began; arrived: 0, 1"
@@ -281,7 +286,7 @@ def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
     os.truncate(f"{run}/step-5/checkpoint_0.pt", 100)
     result = invoke(f"{run}/step-5")
     assert result.exit_code == 1
-    what = f"checkpoint_0.pt of rank 0: has 100 bytes instead of {size}, in model.weight, model.bias"
+    what = f"checkpoint_0.pt of rank 0 has 100 bytes instead of {size}; affected: model.weight, model.bias"
     assert result.stdout.splitlines() == [
         f"step-5: damaged: {what}",
         f"  -> load step 4 ({run}/step-4) instead",
@@ -289,9 +294,7 @@ def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
     ]
     os.remove(f"{run}/step-5/index_0.json")
     result = invoke(f"{run}/step-5")
-    assert (
-        "step-5: damaged: 2 problems\n  index_0.json of rank 0: is missing\n  checkpoint_0" in result.stdout
-    )
+    assert "step-5: damaged: 2 problems\n  index_0.json of rank 0 is missing\n  checkpoint_0" in result.stdout
 
 
 def test_deep_finds_what_sizes_do_not_show(run):
@@ -311,7 +314,7 @@ def test_deep_finds_what_sizes_do_not_show(run):
     assert result.exit_code == 1
     assert "step-4: whole: step 4, 1 rank\n" in result.stdout
     assert (
-        "step-5: damaged: checkpoint_0.pt of rank 0: damaged: the CRC-32 is wrong, in model.weight\n"
+        "step-5: damaged: checkpoint_0.pt of rank 0: damaged: the CRC-32 is wrong; affected: model.weight\n"
         in result.stdout
     )
     assert result.stdout.splitlines()[-1] == f"newest loadable is step 4 ({run}/step-4)"
@@ -356,14 +359,14 @@ def test_an_index_that_cannot_be_read_is_damage(run, monkeypatch):
     """An index that fails to be read is told with the reason, and does not end the look at the others."""
     save(STORAGE, f"{run}/step-4", 4)
     save(STORAGE, f"{run}/step-5", 5)
-    real = milepost.health.diagnosis.file_digest
+    real = milepost.commit.checkpoint.file_digest
 
     def fails(folder, name):
         if folder.path.endswith("5"):
             raise StorageError("Input/output error", path=name)
         return real(folder, name)
 
-    monkeypatch.setattr("milepost.health.diagnosis.file_digest", fails)
+    monkeypatch.setattr("milepost.commit.checkpoint.file_digest", fails)
     found = diagnose(STORAGE, run)
     assert [finding.state for finding in found.findings] == ["whole", "damaged"]
     assert words(found.findings[1], 0) == (
@@ -400,7 +403,7 @@ def test_deep_keeps_what_a_plain_look_tells(run):
     os.remove(file)
     assert only(path, deep=True).damage == only(path).damage
     assert words(only(path, deep=True), 0) == (
-        "damaged: checkpoint_0.pt of rank 0: is missing, in model.weight, model.bias"
+        "damaged: checkpoint_0.pt of rank 0 is missing; affected: model.weight, model.bias"
     )
     shutil.rmtree(path)
     save_real(path, 5)
@@ -604,6 +607,60 @@ def test_repair_of_one_path_leaves_the_others(run):
     assert os.listdir(run) == []
 
 
+def age(path):
+    """What an hour does to the files of a checkpoint."""
+    for name in os.listdir(path):
+        os.utime(f"{path}/{name}", (time.time() - 3600,) * 2)
+
+
+def test_repair_removes_a_checkpoint_that_has_no_data_left(run):
+    """Without any data file it goes, if it is minutes old and has no files of the user's; else it stays."""
+    for rank in range(2):
+        writer = CheckpointWriter(CheckpointWriterConfig(start_id="a"), RankInfo(rank, 2))
+        writer.write(f"{run}/half", {"w": torch.ones(2)})
+        writer.close()
+    for name in ("step-5", "noted"):
+        save_real(f"{run}/{name}", 5)
+    for name in ("half", "step-5", "noted"):
+        os.remove(f"{run}/{name}/checkpoint_0.pt")
+    open(f"{run}/noted/notes.txt", "w").close()
+    early = invoke(run, "--repair")
+    assert early.stdout.count("it is new, so try again in a few minutes") == 2
+    for name in os.listdir(run):
+        age(f"{run}/{name}")
+    late = invoke(run, "--repair")
+    assert late.exit_code == 1
+    assert f"removed {run}/step-5 (it was damaged" in late.stdout
+    assert "files that are not the checkpoint's (notes.txt)" in late.stdout
+    assert sorted(os.listdir(run)) == ["half", "noted"]
+    assert sorted(os.listdir(f"{run}/half")) == [
+        "checkpoint_1.pt", "index_0.json", "index_1.json", "manifest.json"
+    ]  # fmt: skip
+
+
+def test_a_save_that_comes_as_its_path_is_cleared_stays(run, monkeypatch):
+    """A checkpoint that is published just when a repair removes an empty one from the path is kept."""
+    path = f"{run}/step-5"
+    save_real(path, 5)
+    os.remove(f"{path}/checkpoint_0.pt")
+    monkeypatch.setattr(
+        "milepost.commit.by_rename.discard.check_discardable", lambda _, path: save_real(path, 6)
+    )
+    assert not discard_emptied(STORAGE, path)
+    assert (os.listdir(run), only(path, deep=True).step) == (["step-5"], 6)
+
+
+def test_names_of_ours_without_our_content_stay(run):
+    """What is only named like a rest of `milepost rm`, a file or a folder of the user's, stays."""
+    name = ".step-5.0123456789abcdef.removed"
+    os.mkdir(f"{run}/{name}")
+    open(f"{run}/{name}/notes.txt", "w").close()
+    open(f"{run}/{name.replace('5', '6', 1)}", "w").close()
+    invoke(run, "--repair")
+    assert len(os.listdir(run)) == 2
+    assert os.listdir(f"{run}/{name}") == ["notes.txt"]
+
+
 def test_an_overtaken_save_is_removed(run):
     """A complete attempt that is older than what is published is no longer loadable, and goes."""
     path = f"{run}/step"
@@ -632,7 +689,7 @@ def test_left_overs_of_an_exchange(run):
     os.rename(path, aside)
     found = diagnose(STORAGE, path)
     assert found.newest.step == 1
-    assert "puts it back" in advice(found.findings[0], found)
+    assert "restores it" in advice(found.findings[0], found)
     assert [action.what for action in repair(STORAGE, found)] == ["published"]
     assert only(path).step == 1
     shutil.move(path, slot)
@@ -667,7 +724,7 @@ def test_what_was_replaced_and_is_empty_already_is_left_over(run, attempt, suffi
     assert result.exit_code == 0
     assert "step: left over: a former checkpoint, replaced by a later save (it is empty)\n" in result.stdout
     os.truncate(f"{path}/checkpoint_0.pt", 1)
-    assert "puts this one back" not in invoke(run).stdout
+    assert "restores this" not in invoke(run).stdout
     assert f"removed {slot}" in invoke(run, "--repair").stdout
     assert os.listdir(run) == ["step"]
 
@@ -722,7 +779,7 @@ def test_what_a_damaged_checkpoint_replaced_is_kept(run):
     result = invoke(path, "--repair")
     assert result.exit_code == 1
     assert f"not repaired {path}: the checkpoint there cannot be read whole" in result.stdout
-    assert "move that away, and `milepost doctor --repair` puts this one back" in result.stdout
+    assert "move that away; `milepost doctor --repair` restores this" in result.stdout
     assert invoke(slot, "--repair").exit_code == 1
     assert len(os.listdir(run)) == 2
     shutil.move(path, f"{run}-aside")
@@ -776,14 +833,14 @@ def test_a_repair_that_fails_goes_on_with_the_next(run, monkeypatch):
     """A failure at one path is told, with exit code 1, and the other paths are repaired all the same."""
     attempts = partial(f"{run}/step-5", (0,), 2) + partial(f"{run}/step-6", (0,), 2)
     die(*attempts)
-    broken = milepost.cli.doctor.roll_forward
+    broken = milepost.health.repair.roll_forward
 
     def fails(storage, path):
         if path.endswith("5"):
             raise StorageError("no permission", path=path)
         return broken(storage, path)
 
-    monkeypatch.setattr("milepost.cli.doctor.roll_forward", fails)
+    monkeypatch.setattr("milepost.health.repair.roll_forward", fails)
     result = invoke(run, "--repair")
     assert result.exit_code == 1
     assert f"not repaired {run}/step-5: no permission" in result.stdout
@@ -886,3 +943,20 @@ def test_a_committed_attempt_whose_file_is_gone(run):
         1,
         "checkpoint_0.pt is missing",
     )
+    result = invoke(path, "--repair")
+    assert "it is committed and stays until a later one is" in result.stdout
+    assert os.listdir(run) == [os.path.basename(attempt.folder)]
+    assert "committed, but files of it seem to be missing" in CliRunner().invoke(app, ["ls", run]).stdout
+
+
+def test_what_does_not_say_whose_it_is_is_called_so(run):
+    """A hidden folder whose attempt.json is lost, with nothing else that names its attempt, is left alone."""
+    folder = join_hidden(f"{run}/step-5", "lost")
+    os.mkdir(folder)
+    for name in ("attempt.json", "checkpoint_0.pt"):
+        with open(f"{folder}/{name}", "wb"):
+            pass
+    finding = only(f"{run}/step-5")
+    assert finding.state == "foreign"
+    assert "it is left alone" in advice(finding, diagnose(STORAGE, run))
+    assert repair(STORAGE, diagnose(STORAGE, run)) == []

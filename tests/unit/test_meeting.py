@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,8 +23,18 @@ from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.commit import Outcome, expect
 from milepost.commit import locate as locate_now
 from milepost.commit.locate import _expected
-from milepost.errors import AbortedError, CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from milepost.commit.save import SaveOptions
+from milepost.errors import (
+    AbortedError,
+    CheckpointNotFoundError,
+    CommitError,
+    CommitTimeoutError,
+    ConfigError,
+    CorruptCheckpointError,
+    PeerLoadError,
+)
 from milepost.format.manifest import identity_of
+from milepost.ranks.load_meeting import Report, default_meeting
 from milepost.ranks.save_meeting import Ranks, SaveMeeting
 from milepost.ranks.start import Start, start_at
 from milepost.storage import default_storage
@@ -70,17 +83,66 @@ def test_a_process_has_one_start_at_a_store_and_another_where_it_does_not_work()
     assert start_at(dist.Store(), 0, 2) is None
 
 
+@pytest.fixture(scope="module")
+def _served_before():
+    """The first store that a process serves leaves a pipe of libuv's."""
+    dist.TCPStore("127.0.0.1", 0, is_master=True)
+
+
+@pytest.fixture
+def dead_store(_served_before):
+    """Makes a client of a TCP store whose server has died; a new connection takes `seconds` to fail."""
+
+    def make(seconds):
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = server.port
+        client = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=seconds))
+        return dist.PrefixStore("group", client), port
+
+    yield make
+    start_at(dist.Store(), 0, 2)  # forgets the starts whose stores are gone
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_checkpointer_waits_for_a_store_whose_server_has_died(tmp_path, dead_store, rank):
+    """Making one returns at once; a save says that the store does not answer, a load too."""
+    store, port = dead_store(60)
+    (writer,) = writers(store, ranks=[rank], seconds=0.5)
+    start = start_at(store, rank, 2)
+    assert start.trouble
+    assert not start.lost  # so it is still connecting
+    with pytest.raises(CommitTimeoutError, match=r"the store at which they agree .* has not answered yet"):
+        writer.write(str(tmp_path / "c"), {"a": 1})
+    with pytest.raises(PeerLoadError, match="it has not answered yet"):
+        default_meeting(rank, 2, store, 0.5).hold(Report("c"))
+    server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    wait_until(lambda: not start.trouble)
+    del server, store
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_says_that_the_store_has_gone(tmp_path, dead_store, rank):
+    """When a new connection has failed, every save raises at once, and names the server."""
+    store, port = dead_store(1)
+    (writer,) = writers(store, ranks=[rank])
+    for _ in range(2):
+        with pytest.raises(CommitError, match=f"the process group has gone .*{port}"):
+            writer.write(str(tmp_path / "c"), {"a": 1})
+    assert os.listdir(tmp_path) == []
+
+
 def write(made, path, states, rank):
     made[rank].write(path, states[rank])
 
 
-def writers(store, world=2, seconds=60):
+def writers(store, world=2, seconds=60, ranks=None):
     """Writers of threads that meet at a store."""
     made = []
-    for rank in range(world):
+    for rank in range(world) if ranks is None else ranks:
         info = RankInfo(rank, world)
         writer = CheckpointWriter(CheckpointWriterConfig(write_barrier_timeout_secs=seconds), info)
-        writer._ranks = Ranks(info, None, seconds, default_storage(), store=store, meets=True)
+        options = SaveOptions(default_storage(), rank, world, seconds)
+        writer._ranks = Ranks(options, None, store=store, meets=True)
         made.append(writer)
     return made
 
@@ -99,6 +161,16 @@ def test_threads_meet_at_a_store_of_their_process(tmp_path):
             assert loaded == states[rank]
         sizes.append(store.num_keys())
     assert sizes[-1] <= sizes[-4]
+
+
+def test_a_copy_of_a_checkpoint_is_replaced_by_the_first_save_to_its_path(tmp_path):
+    """A checkpoint that was copied elsewhere is not taken for what the ranks save there."""
+    made = writers(new_store())
+    path, copied = str(tmp_path / "last"), str(tmp_path / "best")
+    assert all_ranks(partial(write, made, path, [{"step": 1}] * 2)) == [None, None]
+    shutil.copytree(path, copied)
+    assert all_ranks(partial(write, made, copied, [{"step": 2}] * 2)) == [None, None]
+    assert CheckpointReader(RankInfo(0, 2)).read(copied, together=False)[0] == {"step": 2}
 
 
 def test_a_path_that_differs_on_one_rank_is_told(tmp_path, monkeypatch, caplog):
@@ -225,12 +297,6 @@ def test_a_verdict_ends_the_wait_and_is_remembered_where_it_is_not_seen(tmp_path
     meetings[1].close(Outcome(identity=identity, hidden=True), None)
 
     assert _expected.pop(path) == identity
-
-
-@pytest.fixture(scope="module")
-def _served_before():
-    """The first store that a process serves leaves a pipe of libuv's."""
-    dist.TCPStore("127.0.0.1", 0, is_master=True)
 
 
 @pytest.mark.usefixtures("_served_before", "group")

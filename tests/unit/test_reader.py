@@ -477,7 +477,7 @@ def test_another_rank_than_those_that_saved(tmp_path, caplog):
     """A rank beyond those that saved takes what is each rank's own from rank r % N, with a warning."""
     path = save(tmp_path / "c", {"a": 1})
     assert CheckpointReader(RankInfo(1, 2)).read(path) == ({"a": 1}, [])
-    assert "rank 1 takes from rank 0" in caplog.text
+    assert "rank 1 loads per-rank values from rank 0" in caplog.text
     caplog.clear()
     assert CheckpointReader(RankInfo(0, 2)).read(path) == ({"a": 1}, [])
     assert not caplog.text

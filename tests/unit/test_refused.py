@@ -237,7 +237,7 @@ def test_too_many_values_are_refused(tmp_path, monkeypatch):
             with pytest.raises(StateError, match="tensors or numpy arrays") as caught:
                 save(tmp_path / "c", state)
             assert caught.value.key == key
-    monkeypatch.setattr("milepost.commit.save.MAX_METADATA_BYTES", 100)
+    monkeypatch.setattr("milepost.format.snapshot.MAX_METADATA_BYTES", 100)
     with pytest.raises(StateError, match="too many"), milepost.make_sync_checkpointer() as checkpointer:
         checkpointer.save(str(tmp_path / "c"), {}, metadata={"log": "x" * 100})
     assert os.listdir(tmp_path) == ["checkpoint"]
@@ -361,6 +361,6 @@ def test_an_address_as_a_pathlib_path_is_refused(tmp_path, monkeypatch):
     """Pathlib makes one slash of two, but s3:/bucket is no less an address for that."""
     monkeypatch.chdir(tmp_path)
     with milepost.make_sync_checkpointer() as checkpointer:
-        with pytest.raises(TargetError, match="this is an address: s3:/bucket/step"):
+        with pytest.raises(TargetError, match="this is an address: s3://bucket/step"):
             checkpointer.save(Path("s3://bucket/step"), {})
         checkpointer.save(tmp_path / "s3:" / "bucket", {"x": 1})

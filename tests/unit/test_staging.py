@@ -24,12 +24,13 @@ from support.states import (
     savable_dtypes,
 )
 
-from milepost import staging as staging_module
+from milepost.background.slot import Slot
 from milepost.background.staged import image_of
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.config import CheckpointStagerConfig
 from milepost.errors import ClosedError, ConfigError, LowMemoryError, StateError
 from milepost.staging import CheckpointStager, DefaultStager
+from milepost.state import accelerator
 from milepost.state.encode import StateEncoder
 from milepost.types import RankInfo
 
@@ -150,13 +151,13 @@ def test_tensors_are_copied_and_values_taken_at_save(checkpointer, tmp_path):
 def test_values_are_taken_at_save_with_async_staging_too(monkeypatch):
     """With asynchronous staging all but the tensors is taken before `stage` returns."""
     stager = DefaultStager(ASYNC)
-    go, real = threading.Event(), staging_module.copy_tensors
+    go, real = threading.Event(), accelerator.copy_tensors
 
     def later(*arguments, **options):
         assert go.wait(60)
         real(*arguments, **options)
 
-    monkeypatch.setattr(staging_module, "copy_tensors", later)
+    monkeypatch.setattr(accelerator, "copy_tensors", later)
     state = {"t": torch.zeros(3), "n": 1, "set": {1}, "list": [1], "words": np.array(["ab"])}
     future = stager.stage(state)
     state["n"], state["words"][0] = 2, "zz"
@@ -172,13 +173,13 @@ def test_values_are_taken_at_save_with_async_staging_too(monkeypatch):
 def test_another_state_may_be_planned_while_one_is_copied(monkeypatch):
     """A copy that is under way is not misled by another state of the same structure."""
     stager = DefaultStager(ASYNC)
-    go, real = threading.Event(), staging_module.copy_tensors
+    go, real = threading.Event(), accelerator.copy_tensors
 
     def later(*arguments, **options):
         assert go.wait(60)
         real(*arguments, **options)
 
-    monkeypatch.setattr(staging_module, "copy_tensors", later)
+    monkeypatch.setattr(accelerator, "copy_tensors", later)
     one, two = ({"t": torch.full((4, 4), float(n))[:, 1:3]} for n in (1, 2))  # no dense ones: copied raw
     future = stager.stage(one)
     stager.plan(two)
@@ -462,7 +463,7 @@ def held_copies(monkeypatch):
     class Held:
         begun, go = threading.Event(), threading.Event()
 
-    held, real = Held(), staging_module.copy_tensors
+    held, real = Held(), accelerator.copy_tensors
     held.begun, held.go = threading.Event(), threading.Event()
 
     def copy(*arguments, **options):
@@ -470,7 +471,7 @@ def held_copies(monkeypatch):
         assert held.go.wait(60)
         real(*arguments, **options)
 
-    monkeypatch.setattr(staging_module, "copy_tensors", copy)
+    monkeypatch.setattr(accelerator, "copy_tensors", copy)
     return held
 
 
@@ -731,8 +732,8 @@ def test_a_replica_that_changes_while_it_is_staged_is_named(monkeypatch, rank):
         value.add_(1)
         return real(slot, *arguments, **options)
 
-    real = staging_module._Slot.fill
-    monkeypatch.setattr(staging_module._Slot, "fill", fill)
+    real = Slot.fill
+    monkeypatch.setattr(Slot, "fill", fill)
     assert "changed while it was being staged" in str(error_of(stager.stage({"w": value})))
     stager.close()
 

@@ -15,7 +15,7 @@ from support.disks import MemoryStorage
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, StorageError
 from milepost.storage.local import LocalStorage
-from milepost.storage.reading import Damage, Part, default_threads, read_parts, scan_file
+from milepost.storage.reading import Damage, Part, check_mapped, default_threads, read_parts, scan_file
 from milepost.storage.writing import Ring
 
 CHUNK = 4096
@@ -58,7 +58,8 @@ def _small_regions(monkeypatch):
         "_WARM_GAP_BYTES": 1024,
         "_COLD_GAP_BYTES": 4096,
         "_WINDOW_BYTES": 32768,
-        "_INLINE_BYTES": 8192,
+        "_SCAN_BYTES": 8192,
+        "_INLINE_BYTES": 16384,
     }.items():
         monkeypatch.setattr(f"milepost.storage.reading.{name}", size)
 
@@ -243,12 +244,37 @@ def test_large_parts_are_read_in_pieces_by_several_threads():
     targets.check()
 
 
-def test_small_reads_start_no_thread(monkeypatch):
-    """A few kibibytes are read by the caller's thread."""
+@pytest.mark.parametrize("way", ["warm", "cold"])
+def test_small_files_start_no_thread(monkeypatch, way):
+    """A few kibibytes are read, scanned and checked by the caller's thread, in the cache or past it."""
     monkeypatch.setattr(threading, "Thread", None)
     targets = Targets(DATA, [(0, 100), (5000, 2000)])
-    read_parts(stored(DATA, "warm"), targets.parts, chunk_bytes=CHUNK)
+    read_parts(stored(DATA, way), targets.parts, chunk_bytes=CHUNK)
     targets.check()
+    told = []
+    assert scan_file(stored(DATA[:16_000], way), [(0, 9000), (9000, 7000)], progress=told.append) == [
+        zlib.crc32(DATA[:9000]),
+        zlib.crc32(DATA[9000:16_000]),
+    ]
+    assert told == ([8192, 16_000 - 8192] if way == "warm" else [16_000])
+    assert check_mapped(memoryview(DATA), targets.parts, chunk_bytes=CHUNK) == []
+
+
+@pytest.mark.parametrize("size", [9000, len(DATA)])
+def test_damage_in_a_mapped_file_is_found(size):
+    """Each chunk of a mapped file that changed is reported with its part and place, in the file's order."""
+    damaged = bytearray(DATA[:size])
+    for flip in (0, 4096, size - 1):
+        damaged[flip] ^= 1
+    parts = [Part(0, None, 4096, crcs_of(DATA[:4096]), "a")]
+    parts.append(Part(4096, None, size - 4096, crcs_of(DATA[4096:size]), "b"))
+    found = check_mapped(memoryview(damaged), parts, chunk_bytes=CHUNK)
+    last = (size - 1) // CHUNK
+    assert [(damage.tag, damage.chunk, damage.offset) for damage in found] == [
+        ("a", 0, 0),
+        ("b", 0, 4096),
+        ("b", last - 1, last * CHUNK),
+    ]
 
 
 def test_a_ring_too_small_is_not_used():

@@ -180,7 +180,7 @@ def test_kept_plans_are_few():
     for size in range(1, 30):
         tensor = torch.ones(size)
         tensors.append(weakref.ref(tensor))
-        encoder.encode({"t": tensor, "o": torch.ones(size).to_sparse()})
+        encoder.take_apart({"t": tensor, "o": torch.ones(size).to_sparse()})
     del tensor
     gc.collect()
     assert len(encoder._plans) <= _KEPT_PLANS
@@ -192,7 +192,7 @@ def test_kept_key_texts_are_bounded(monkeypatch):
     monkeypatch.setattr("milepost.format.tree._MAX_CACHED_KEYS", 10)
     encoder = StateEncoder()
     for number in range(100):
-        encoder.encode({f"key {number}": 1})
+        encoder.take_apart({f"key {number}": 1})
     assert len(encoder._encoder._keys) <= 10
 
 

@@ -16,7 +16,7 @@ from milepost import RankInfo, builder
 from milepost.barriers import Barrier, barrier_store
 from milepost.config import CheckpointerConfig
 from milepost.errors import PeerLoadError
-from milepost.ranks.load_meeting import Meeting, Report, Verdict, default_meeting, refuse
+from milepost.ranks.load_meeting import Meeting, Report, Round, Verdict, default_meeting, refuse
 from milepost.ranks.start import Start
 
 
@@ -194,13 +194,13 @@ def test_a_rank_that_gives_up_as_the_others_agree_agrees(meet, monkeypatch):
     monkeypatch.setattr("milepost.ranks.load_meeting._GRACE_SECONDS", 0)
     first, second = begun(meet, 0.01)
     verdicts = []
-    look = second._absent
+    look = Round.absent
 
-    def late(prefix):
+    def late(round_of_second):
         verdicts.append(first.hold(Report("a")))
-        return look(prefix)
+        return look(round_of_second)
 
-    second._absent = late
+    monkeypatch.setattr(Round, "absent", late)
     verdicts.append(second.hold(Report("a")))
     assert verdicts == [Verdict(), Verdict()]
 

@@ -56,6 +56,11 @@ class Arena:
             self.view = memoryview(mmap.mmap(self.descriptor, size))
         self.size = size
 
+    def first(self, size: int) -> memoryview:
+        """The first `size` bytes; the arena grows if it is smaller."""
+        self.grow(size)
+        return self.view[:size]
+
     def populate(self) -> None:
         """Touch every page now, in small steps that leave other threads alone; for a background thread.
 

@@ -9,13 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import msgspec
 
 from milepost import syscalls
 from milepost.background.futures import TrackedFuture
@@ -38,70 +36,63 @@ from milepost.background.messages import (
 from milepost.background.remote_errors import Failure, describe_error, rebuild_error
 from milepost.background.staged import StagedImage
 from milepost.commit import News, Outcome
+from milepost.commit.save import SaveOptions
 from milepost.errors import LostWriterError
-from milepost.format.snapshot import Packed
+from milepost.format.snapshot import Snapshot, encode_snapshot
 from milepost.ranks.save_meeting import SaveMeeting
 
-__all__ = ["Child", "Handle", "Job", "Orders", "WriteFuture"]
+__all__ = ["Child", "Handle", "Orders", "Request", "WriteFuture"]
 
 logger = logging.getLogger(__name__)
 
 _HOOKS = ("pre_commit", "post_commit")
-_GUARD_HINT = 'a child that imports your script must not run it: guard what it does by __name__ == "__main__"'
+_GUARD_HINT = (
+    "the writer process imports your script: put the code that starts training under "
+    'if __name__ == "__main__":'
+)
 
 
 @dataclass
-class WriteAttempt:
-    """What a write is on all ranks; it survives the loss of its writer.
+class Request:
+    """One write, whichever writers carry it out.
 
     Attributes:
-        target: The absolute path of the checkpoint.
-        id: The attempt's id.
-        private: Its id is known to this process alone.
+        path: The checkpoint's folder, as it was given.
+        arguments: The keyword arguments of the save.
+        options: The attempt that it is for all ranks.
         meeting: Where the ranks meet, if they do so without a barrier.
         met: Its barrier has been executed.
+        held: The staged state and its image. Their memory stays in use until this is None: when the write
+            is done, or has ended in an error.
     """
 
-    target: str
-    id: str
-    private: bool = False
+    path: str
+    arguments: dict[str, Any]
+    options: SaveOptions
     meeting: SaveMeeting | None = None
     met: bool = False
+    held: tuple[Any, StagedImage] | None = None
 
 
 class WriteFuture(TrackedFuture[None]):
-    """The future of a write.
+    """The future of a request, as one writer carries it out.
+
+    If that writer is lost, the request is to be written again or abandoned.
 
     Attributes:
-        attempt: What it is on all ranks.
+        request: The request.
+        number: Its number in the messages to the writer.
+        phase: How far the writer is.
         committed: True if the checkpoint is known to be committed; None if it is not, or not yet.
-        held: If its writer was lost, what that was to write: the staged state and its image. It is to be
-            written again or abandoned; until then, its memory stays in use.
     """
 
-    def __init__(self, attempt: WriteAttempt) -> None:
+    def __init__(self, request: Request, number: int) -> None:
         super().__init__()
-        self.attempt = attempt
+        self.request = request
+        self.what = f"the save to {request.options.target}"
+        self.number = number
+        self.phase = ""
         self.committed: bool | None = None
-        self.held: tuple[Any, StagedImage] | None = None
-
-
-@dataclass
-class Job:
-    """A write that was accepted: what a fresh writer would need to do it again, and who waits for it.
-
-    `held` is the staged state and its image, until the write is done.
-    """
-
-    number: int
-    future: WriteFuture
-    held: tuple[Any, StagedImage] | None
-    phase: str = ""
-
-    @property
-    def attempt(self) -> WriteAttempt:
-        """What it is on all ranks."""
-        return self.future.attempt
 
 
 @dataclass
@@ -116,6 +107,7 @@ class Orders:
         on_progress: Called with the absolute path of a save, its phase, bytes written and bytes in all.
         stall_seconds: How long a save may show no sign of life, unless a hook of the user's is running;
             None for any time.
+        plain: Nothing of the user's runs at its start, so that it cannot fail.
     """
 
     init: Init
@@ -124,6 +116,7 @@ class Orders:
     barrier: Any
     on_progress: Callable[[str, str, int, int], None]
     stall_seconds: float | None = None
+    plain: bool = False
 
 
 class Handle:
@@ -173,7 +166,7 @@ class Child:
 
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
-        self._jobs: dict[int, Job] = {}
+        self._writes: dict[int, WriteFuture] = {}
         self._lock = threading.Lock()
         self._moved = time.monotonic()
         self._gone = False
@@ -188,10 +181,11 @@ class Child:
                     [
                         sys.executable,
                         "-P",
-                        "-m",
-                        "milepost.background.writer_main",
+                        "-c",
+                        "from milepost.background.writer_main import main; main()",
                         str(theirs.fileno()),
                         str(os.getpid()),
+                        *(["plain"] if orders.plain else []),
                     ],
                     pass_fds=(theirs.fileno(),),
                     env={
@@ -227,37 +221,36 @@ class Child:
         """Whether nothing has moved for so long."""
         return time.monotonic() - self._moved >= seconds
 
-    def send(
-        self, job: Job, request: Write, packed: Packed, arena: int, attached: Sequence[int] = ()
-    ) -> None:
+    def send(self, future: WriteFuture, message: Write, snapshot: Snapshot, image: StagedImage) -> None:
         """Hand a request over.
 
         Args:
-            job: The write.
-            request: The request for it.
-            packed: Its blob.
-            arena: The arena's descriptor.
-            attached: Descriptors of memory beside the arena.
+            future: Done when the request is.
+            message: The message for it.
+            snapshot: What to write.
+            image: Holds the bytes of its records.
         """
-        blob = write_blob(msgspec.msgpack.encode(packed))
+        number, meeting = future.number, future.request.meeting
+        blob = write_blob(encode_snapshot(snapshot))
         with self._lock:
-            self._jobs[job.number] = job
+            self._writes[number] = future
             self._moved = time.monotonic()
             gone = self._gone
         try:
-            parts = range(0, len(attached), MAX_DESCRIPTORS)
-            sent = not gone and all(
-                self.channel.send(Attached(job.number), attached[start : start + MAX_DESCRIPTORS])
-                for start in parts
-            )
-            sent = sent and self.channel.send(request, [arena, blob])
-            if sent and job.attempt.meeting is not None:
-                job.attempt.meeting.listen(lambda news: self._pass_news(job.number, news))
+            with image.shared.opened() as attached:
+                parts = range(0, len(attached), MAX_DESCRIPTORS)
+                sent = not gone and all(
+                    self.channel.send(Attached(number), attached[start : start + MAX_DESCRIPTORS])
+                    for start in parts
+                )
+                sent = sent and self.channel.send(message, [image.arena.descriptor, blob])
+            if sent and meeting is not None:
+                meeting.listen(lambda news: self._pass_news(number, news))
         finally:
             os.close(blob)
         if not sent:  # its end is closed: it is about to end
             self._gone = True
-            self._lose(job)
+            self._lose(future)
 
     # -- listening ---------------------------------------------------------------------------------
 
@@ -301,8 +294,8 @@ class Child:
             return True
         stall = self._orders.stall_seconds
         with self._lock:
-            in_hook = any(job.phase in _HOOKS for job in self._jobs.values())
-            return bool(self._jobs) and not in_hook and stall is not None and self.stalled(stall)
+            in_hook = any(future.phase in _HOOKS for future in self._writes.values())
+            return bool(self._writes) and not in_hook and stall is not None and self.stalled(stall)
 
     def _end(self) -> None:
         """The child is gone or has to go: whoever waits for it is told, and what it took is released."""
@@ -311,11 +304,11 @@ class Child:
             self.handle.join(5)
         with self._lock:
             self._gone = True
-            jobs = list(self._jobs.values())
+            lost = list(self._writes.values())
         if not self.ready.done():
             self.ready.set_exception(RuntimeError(f"the checkpoint process ended at once:\n{self._output()}"))
-        for job in jobs:
-            self._lose(job)
+        for future in lost:
+            self._lose(future)
         self.channel.close()
         log, pidfd = self._log, self._pidfd
         self._log, self._pidfd = -1, None
@@ -334,65 +327,66 @@ class Child:
         elif isinstance(message, Moved):
             self._pass_on(message)
         elif isinstance(message, Finished):
-            if message.number < 0 and message.failure is not None:
+            if message.number >= 0:
+                self._finish_write(message)
+            elif message.failure is not None and not self.ready.done():
                 self.ready.set_exception(_start_error(message.failure))
-            else:
-                self._finish_job(message)
 
     def _pass_on(self, message: Moved) -> None:
-        job = self._jobs.get(message.number)
-        if job is None:
+        future = self._writes.get(message.number)
+        if future is None:
             return
-        job.phase = message.phase
-        target = job.attempt.target
+        future.phase = message.phase
+        target = future.request.options.target
         try:
-            self._orders.on_progress(target, message.phase, message.bytes_done, message.size_bytes)
+            self._orders.on_progress(target or "", message.phase, message.bytes_done, message.size_bytes)
         except Exception:
-            logger.exception("what is told of the progress failed")
+            logger.exception("reporting the progress of a save failed")
 
     def _arrive(self, number: int) -> None:
-        job = self._jobs.get(number)
-        if job is not None and job.attempt.meeting is not None:
-            job.attempt.meeting.arrive()
+        future = self._writes.get(number)
+        if future is not None and future.request.meeting is not None:
+            future.request.meeting.arrive()
         else:
-            threading.Thread(target=self._meet, args=(number,), name="milepost-barrier", daemon=True).start()
+            threading.Thread(
+                target=self._meet, args=(number, future), name="milepost-barrier", daemon=True
+            ).start()
 
     def _pass_news(self, number: int, news: News) -> None:
         failure = describe_error(news.failure) if news.failure is not None else None
         self.channel.send(Go(number, failure, news.arrived, news.identity))
 
-    def _meet(self, number: int) -> None:
+    def _meet(self, number: int, future: WriteFuture | None) -> None:
         """Execute the barrier for a save, at most once however often its writer is replaced."""
-        job = self._jobs.get(number)
         failure = None
         try:
-            if job is not None and not job.attempt.met:
-                job.attempt.met = True
+            if future is not None and not future.request.met:
+                future.request.met = True
                 self._orders.barrier.execute_barrier()
         except BaseException as error:  # noqa: BLE001 - the child reports it as the save's failure
             failure = describe_error(error)
         self.channel.send(Go(number, failure))
 
-    def _finish_job(self, message: Finished) -> None:
+    def _finish_write(self, message: Finished) -> None:
         with self._lock:
-            job = self._jobs.pop(message.number, None)
-        if job is None:
+            future = self._writes.pop(message.number, None)
+        if future is None:
             return
-        job.held = None
+        request = future.request
+        request.held = None
         error = rebuild_error(message.failure) if message.failure is not None else None
-        job.future.committed = message.committed or None
-        if job.attempt.meeting is not None:
-            job.attempt.meeting.close(Outcome(message.committed, message.identity, message.hidden), error)
+        future.committed = message.committed or None
+        if request.meeting is not None:
+            request.meeting.close(Outcome(message.committed, message.identity, message.hidden), error)
         if error is None:
-            job.future.set_result(None)
+            future.set_result(None)
         else:
-            job.future.set_exception(error)
+            future.set_exception(error)
 
-    def _lose(self, job: Job) -> None:
+    def _lose(self, future: WriteFuture) -> None:
         with self._lock:
-            if self._jobs.pop(job.number, None) is None:
+            if self._writes.pop(future.number, None) is None:
                 return
-        job.future.held, job.held = job.held, None
         code = self.handle.exitcode
         error = LostWriterError(
             f"Child process terminated unexpectedly (exit code {code})",
@@ -406,7 +400,7 @@ class Child:
             error.add_note(f"its last output:\n{output}")
         if self.ready.done() and self.ready.exception() is not None:
             error.add_note(f"it failed to start: {self.ready.exception()}")
-        job.future.set_exception(error)
+        future.set_exception(error)
 
     def _output(self) -> str:
         try:
@@ -420,10 +414,10 @@ class Child:
     def finish(self, stall_seconds: float) -> None:
         """Ask the child to end when it is done, and wait for it as long as it gets on."""
         self.channel.send(Exit())
-        if not self._jobs:
+        if not self._writes:
             self._moved = time.monotonic()
         while self.handle.is_alive() and not self.stalled(stall_seconds):
-            self.handle.join(0.05 if self._jobs else 0.01)
+            self.handle.join(0.05 if self._writes else 0.01)
 
     def stop(self) -> None:
         """End the child in any case, and wait until everything is released."""

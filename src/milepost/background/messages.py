@@ -65,7 +65,6 @@ class Write(msgspec.Struct, tag=True):
     target: bytes
     attempt: str
     private: bool
-    step: int | None
     barrier_done: bool
     meets: bool = False
 

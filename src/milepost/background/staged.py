@@ -17,10 +17,7 @@ import numpy as np
 import torch
 
 from milepost.background.arena import Arena
-from milepost.format.image import Layout
-from milepost.format.index import Tensors
-from milepost.format.snapshot import Shares
-from milepost.format.tree import Node
+from milepost.format.snapshot import Snapshot
 from milepost.state.encode import Parts
 from milepost.types import STATE_DICT
 
@@ -33,11 +30,12 @@ class SharedRecords:
 
     Attributes:
         storages: That memory.
-        records: (record, which of the storages, where in it) for each of them.
+        records: For each record: its number, which storage holds it, where that storage begins in its
+            file and how long it is, and where the record begins in the storage.
     """
 
     storages: list[torch.UntypedStorage] = field(default_factory=list)
-    records: list[tuple[int, int, int]] = field(default_factory=list)
+    records: list[tuple[int, int, int, int, int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, parts: Parts) -> SharedRecords:
@@ -57,8 +55,8 @@ class SharedRecords:
                     found.storages.append(storage)
             place = numbers[address]
             if place is not None:
-                offset = place[1] + int(tensor.storage_offset()) * tensor.element_size() + start
-                found.records.append((record, place[0], offset))
+                offset = int(tensor.storage_offset()) * tensor.element_size() + start
+                found.records.append((record, *place, int(storage.nbytes()), offset))
         return found
 
     @contextmanager
@@ -112,21 +110,13 @@ class StagedImage:
 
     Attributes:
         arena: Holds the records, each at its place in the file.
-        tree: The tree for the index.
-        layout: Where the records lie.
-        tensors: The tensor columns.
-        objects: The bytes of the records that are no tensors.
-        shared: Records that are not in the arena.
-        shares: This rank's part of global tensors; None without such.
+        snapshot: Everything else.
+        shared: The records that are not in the arena.
     """
 
     arena: Arena
-    tree: Node
-    layout: Layout
-    tensors: Tensors
-    objects: list[bytes]
-    shared: SharedRecords = field(default_factory=SharedRecords)
-    shares: Shares | None = None
+    snapshot: Snapshot
+    shared: SharedRecords
 
     def recognise(self, staged: STATE_DICT, views: list[Any]) -> None:
         """Remember what was staged, for `image_of`.
@@ -177,7 +167,7 @@ def image_of(state_dict: STATE_DICT) -> StagedImage | None:
 def staged_bytes(state_dict: STATE_DICT) -> int:
     """How many bytes of tensors were staged into the image behind a state dict; 0 if there is none."""
     image = _image_behind(state_dict)
-    return 0 if image is None else sum(image.layout.lengths)
+    return 0 if image is None else sum(image.snapshot.plan.layout.lengths)
 
 
 def _image_behind(state_dict: STATE_DICT) -> StagedImage | None:

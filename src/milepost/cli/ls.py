@@ -16,9 +16,9 @@ _STYLES = {"committed": "green", "partial": "yellow", "damaged": "bold red", "un
 
 
 def run(session: Session, folder: str, *, exact: bool, as_json: bool) -> int:
-    """List the checkpoints in a folder; return the exit code, in which a partial does not count.
+    """List the checkpoints in a folder; return the exit code, which partial ones do not change.
 
-    A checkpoint's own path is wrong usage: to say that it holds none would be true, and misleading.
+    The path of a checkpoint is wrong usage: "no checkpoints in it" would be true and misleading.
     """
     storage = default_storage()
     try:

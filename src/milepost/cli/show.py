@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import re
-from contextlib import closing
 from typing import Any
 
 from milepost.cli.output import OK, Session, moment, plain, size
-from milepost.commit import Located, locate
-from milepost.commit.marks import read_shard_map
-from milepost.errors import CheckpointNotFoundError, CorruptCheckpointError
-from milepost.format.global_tree import with_global_columns, with_shards
-from milepost.format.index import Index, decode_index, digest
+from milepost.commit import Checkpoint, locate
+from milepost.errors import CheckpointNotFoundError
+from milepost.format.index import Index
 from milepost.format.manifest import Manifest
 from milepost.format.names import data_rank
-from milepost.format.shards import ShardMap, Shards
 from milepost.format.tree import numbers_of
-from milepost.health.outline import Line, outline, plain_value, text_of
+from milepost.health.outline import Line, outline, outline_sharded, plain_value, text_of
 from milepost.storage import default_storage
 
 _MOST_CHARACTERS = 100
@@ -30,25 +26,23 @@ def run(
     session: Session, path: str, depth: int | None, only: str | None, rank: int, *, exact: bool, as_json: bool
 ) -> int:
     """Print what a checkpoint holds; return the exit code."""
-    located = locate(default_storage(), path)
-    with closing(located.folder):
-        manifest = located.manifest
+    with locate(default_storage(), path) as checkpoint:
+        manifest = checkpoint.manifest
         if manifest is None:
-            return _show_plain(session, path, located, exact=exact, as_json=as_json)
+            return _show_plain(session, path, checkpoint, exact=exact, as_json=as_json)
         if rank >= manifest.world_size:
             ranks = f"ranks 0 to {manifest.world_size - 1}"
             raise CheckpointNotFoundError(f"{path} has {ranks}, and no rank {rank}", path=path)
-        index = _index(located, manifest, rank)
-        shards = read_shard_map(located.folder, manifest)
-    lines = outline(index) if shards is None else _outline_with(shards, index)
+        index, shards = checkpoint.index(rank), checkpoint.shards()
+    index, lines = (index, outline(index)) if shards is None else outline_sharded(index, shards)
     pattern = _pattern(only) if only is not None else None
     left_out = sum(line.left_out for line in lines)
     if as_json:
         chosen = [line for line in lines[1:] if _is_chosen(line, depth, pattern)]
-        facts = _facts(path, located, manifest, index) | {"left_out": left_out}
+        facts = _facts(path, checkpoint, manifest, index) | {"left_out": left_out}
         session.json(facts | {"values": [_as_data(line) for line in chosen]})
         return OK
-    _print_head(session, path, located, manifest, index, lines[0].size_bytes, exact=exact)
+    _print_head(session, path, checkpoint, manifest, index, lines[0].size_bytes, exact=exact)
     rows = _filtered(lines, depth, pattern, exact) if pattern else _tree(lines, depth, exact)
     if rows:
         session.line()
@@ -57,31 +51,6 @@ def run(
         session.line()
         session.line(f"{left_out:,} more values are not described, as there are so many")
     return OK
-
-
-def _outline_with(shards: ShardMap, index: Index) -> list[Line]:
-    """A rank's values, with what the ranks hold between them as the whole tensors that they are."""
-    first = len(index.tensors.record)
-    own = set(index.shards.tensor) if isinstance(index.shards, Shards) else set()
-    index.tree, _ = with_shards(index.tree, shards.key, first, own)
-    index.tensors = with_global_columns(index.tensors, shards)
-    lines = outline(index)
-    for line in lines:
-        if line.kind in ("tensor", "parameter", "ndarray") and line.record < 0:
-            number = -1 - line.record  # see with_global_columns
-            table, dims = shards.where(number), len(shards.shape[number])
-            count = len(table.rank)
-            line.text += f", {shards.placement[number]}, {count} shard{'s' if count != 1 else ''}"
-            line.facts["placement"] = shards.placement[number]
-            line.facts["shards"] = [
-                {
-                    "rank": rank,
-                    "start": table.start[n * dims : (n + 1) * dims],
-                    "size": table.size[n * dims : (n + 1) * dims],
-                }
-                for n, rank in enumerate(table.rank)
-            ]
-    return lines
 
 
 def _by_rank(manifest: Manifest, *, exact: bool) -> str:
@@ -136,19 +105,6 @@ def _cells(line: Line, beginning: str = "", *, exact: bool) -> tuple[tuple[str, 
     return (plain(f"{text}: {beginning}" if beginning else text, _MOST_CHARACTERS), style), count
 
 
-def _index(located: Located, manifest: Manifest, rank: int) -> Index:
-    listed = manifest.indexes[rank]
-    data = located.folder.read(listed.name, listed.size)
-    place = f"{located.path}/{listed.name}"
-    if digest(listed.name, data) != listed:
-        raise CorruptCheckpointError(
-            f"the index is damaged: its SHA-256 is not what the manifest says: {place}",
-            path=place,
-            hint="`milepost verify` tells what else is damaged",
-        )
-    return decode_index(data, place)
-
-
 def _pattern(text: str) -> re.Pattern[str]:
     """What --filter means: part of a path or, with * or ?, a whole one."""
     if "*" not in text and "?" not in text:
@@ -157,14 +113,14 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(rf"\A{wild}\Z", re.DOTALL)
 
 
-def _facts(path: str, located: Located, manifest: Manifest, index: Index) -> dict[str, Any]:
+def _facts(path: str, checkpoint: Checkpoint, manifest: Manifest, index: Index) -> dict[str, Any]:
     """The facts about a checkpoint, for machines."""
     return {
         "path": path,
-        "folder": located.path,
+        "folder": checkpoint.path,
         "kind": "milepost",
         "version": list(manifest.version),
-        "published": not located.in_place,
+        "published": not checkpoint.in_place,
         "attempt": manifest.attempt,
         "step": manifest.step,
         "time": manifest.time,
@@ -191,7 +147,7 @@ def _as_data(line: Line) -> dict[str, Any]:
 def _print_head(
     session: Session,
     path: str,
-    located: Located,
+    checkpoint: Checkpoint,
     manifest: Manifest,
     index: Index,
     content: int,
@@ -200,7 +156,7 @@ def _print_head(
 ) -> None:
     step = f"step {manifest.step}" if manifest.step is not None else "no step recorded"
     session.line(
-        (path, "bold"), f"  {step}", "" if not located.in_place else "  (complete, not published yet)"
+        (path, "bold"), f"  {step}", "" if not checkpoint.in_place else "  (complete, not published yet)"
     )
     writer = dict(index.writer)
     place = f"{writer.pop('host', 'an unknown host')}, process {writer.pop('pid', 'unknown')}"
@@ -221,12 +177,12 @@ def _print_head(
         session.line("metadata  ", text_of(plain_value(manifest.metadata)))
 
 
-def _show_plain(session: Session, path: str, located: Located, *, exact: bool, as_json: bool) -> int:
+def _show_plain(session: Session, path: str, checkpoint: Checkpoint, *, exact: bool, as_json: bool) -> int:
     """Files of plain torch.save: only torch can tell what is in them."""
     files = [
         (name, stat.size_bytes)
-        for name in located.folder.names()
-        if data_rank(name) is not None and (stat := located.folder.stat(name))
+        for name in checkpoint.folder.names()
+        if data_rank(name) is not None and (stat := checkpoint.folder.stat(name))
     ]
     if as_json:
         session.json(

@@ -26,7 +26,7 @@ def run(session: Session, checkpoints: list[str], *, as_json: bool) -> int:
     codes, results = [], []
     for path in checkpoints:
         try:
-            with _bar(session, path) as progress:
+            with progress_bar(session, path) as progress:
                 report = verify(storage, path, progress)
         except MilepostError as error:
             codes.append(exit_code_of(error))
@@ -47,7 +47,7 @@ def run(session: Session, checkpoints: list[str], *, as_json: bool) -> int:
 
 
 @contextmanager
-def _bar(session: Session, path: str) -> Iterator[Progress]:
+def progress_bar(session: Session, path: str) -> Iterator[Progress]:
     """A progress bar on stderr, if that is a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
     from rich.text import Text

@@ -1,39 +1,165 @@
-"""One rank's part in one try at one path, from the hidden folder to the commit."""
+"""`Attempt`: one rank's part in one try at one path, from the first beacon to the commit."""
 
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
+import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Self
 
-from milepost.commit.folders import published_manifest
-from milepost.commit.locate import VISIBLE_SECONDS, is_at_least
+from milepost.commit.contents import read_manifest
 from milepost.commit.marks import assemble
-from milepost.commit.part import Part
-from milepost.commit.publish import is_pending, publish
-from milepost.commit.recover import commit_manifest, tidy
-from milepost.commit.waiting import News, Wait, raise_if_aborted, timeout_error
+from milepost.commit.place import Place
+from milepost.commit.presence import Presence
+from milepost.commit.view import View
+from milepost.commit.waiting import Clock, News, Wait, raise_if_aborted, wait_for_commit, wait_for_marks
 from milepost.errors import (
     CommitError,
-    CommitTimeoutError,
     EntryExistsError,
     EntryNotFoundError,
     LoadError,
+    MilepostError,
     error_context,
 )
-from milepost.format.manifest import identity_of
-from milepost.format.names import ABORTED_NAME, ARRIVED_NAME, MANIFEST_NAME, index_name, ranks_in
+from milepost.format.index import FileDigest, decode_mark
+from milepost.format.limits import MAX_INDEX_BYTES
+from milepost.format.manifest import Manifest
+from milepost.format.names import ARRIVED_NAME, MANIFEST_NAME, data_name, index_name, ranks_in
+from milepost.storage import Folder, NewFile
 
-__all__ = ["Attempt"]
+__all__ = ["Attempt", "same_rank_error"]
 
-_PUBLISH_SECONDS = 5.0
+_logger = logging.getLogger(__name__)
 
 
-class Attempt(Part):
+class Attempt(View):
     """One rank's part in one try at one path, and what it does for all ranks.
 
-    Its attributes are those of `Part`. For one thread at a time, in the process that made it.
+    For one thread at a time, in the process that made it. `milepost.commit.begin` makes one. Its other
+    attributes are those of `View`.
+
+    Attributes:
+        process: The random id of the process that the save belongs to.
+        clock: Where time comes from.
     """
+
+    def __init__(
+        self, place: Place, attempt: str, *, rank: int, world_size: int, process: str, clock: Clock
+    ) -> None:
+        super().__init__(place, attempt, rank, world_size)
+        self.process, self.clock = process, clock
+        self._presence = Presence(place, attempt, rank, process, clock)
+
+    @property
+    def data_path(self) -> str:
+        """Where this rank's data file goes."""
+        return os.path.join(self.folder, data_name(self.rank))
+
+    # ------------------------------------------------------------------ begin
+
+    @classmethod
+    def begin(
+        cls, place: Place, attempt: str, *, rank: int, world_size: int, process: str, clock: Clock
+    ) -> Self:
+        """Join the attempt at a place; see `milepost.commit.begin`, which also makes the place."""
+        self = cls(place, attempt, rank=rank, world_size=world_size, process=process, clock=clock)
+        with error_context(path=self.path, rank=rank, phase="begin"):
+            try:
+                self._begin()
+            except BaseException:
+                self.close()
+                raise
+        return self
+
+    def _begin(self) -> None:
+        self._place.prepare(tidy=self.rank == 0)
+        if self._is_published():
+            self.marked = self.committed = True
+            return
+        self._place.enter()
+        # No listing here: it would take each rank as long as there are ranks.
+        if self.has(index_name(self.rank)):
+            self._recognise_mark(self.inside(), self.names())
+        self.committed = self.has(MANIFEST_NAME)
+        self.stop_if_aborted()
+        if not self._presence.begin() and not self.marked:
+            error = same_rank_error(self.path, self.id, self.rank)
+            self.abort(error)
+            raise error
+        if self.has(data_name(self.rank)) and not self.marked:
+            self._place.discard(data_name(self.rank))  # of a writer that was lost
+        self.progress("begin")
+
+    def _is_published(self) -> bool:
+        """Whether this very attempt is published already: its writer was lost after the commit."""
+        with self._place.at_path() as folder:
+            published = None
+            with suppress(LoadError):  # a damaged one is not replaced, but the others must hear of it
+                published = None if folder is None else read_manifest(folder)
+            if folder is None or published is None:
+                return False
+            self._seen = published.sequence
+            if published.attempt != self.id:
+                return False
+            self._recognise_mark(folder, [MANIFEST_NAME])
+            return True
+
+    def _recognise_mark(self, folder: Folder, names: list[str]) -> None:
+        """Take up the mark that a lost writer of this process made; refuse another process's."""
+        name = index_name(self.rank)
+        mark = decode_mark(folder.read(name, MAX_INDEX_BYTES), os.path.join(folder.path, name))
+        self.marked = mark.process == self.process
+        if self.marked:
+            return
+        error = same_rank_error(self.path, self.id, self.rank)
+        if MANIFEST_NAME not in names and not ranks_in(names) >= set(range(self.world_size)):
+            self.abort(error)
+        raise error
+
+    # ------------------------------------------------------------------ this rank
+
+    def progress(self, phase: str, bytes_done: int = 0) -> None:
+        """Tell the others what this rank does, a few times a second at most. Never raises."""
+        if self._place.entered:
+            self._presence.progress(phase, bytes_done)
+
+    def create_data(self) -> NewFile:
+        """Create this rank's data file."""
+        return self._place.create_data(data_name(self.rank))
+
+    def attachments(self) -> list[FileDigest]:
+        """The files that hooks have put into the folder, at any depth, durable and hashed.
+
+        Raises:
+            CommitError: A hook added something that a checkpoint cannot hold, or uses one of our names.
+        """
+        with error_context(path=self.path, rank=self.rank, phase="pre_commit"):
+            return self._place.attachments(self.world_size)
+
+    def sequence(self) -> int:
+        """What orders the saves to this path, for the mark. Rank 0's counts, and only it looks."""
+        return self._place.next_sequence() if self.rank == 0 else 0
+
+    def mark(self, index_bytes: bytes) -> None:
+        """Write this rank's index: on return it has arrived, and everything it wrote is durable.
+
+        The caller has filled in the mark, except its files: process, rank, step, time, `sequence` and so on.
+
+        Raises:
+            AbortedError: Another rank has failed.
+            CommitError: There is a mark of this rank by another process.
+        """
+        with error_context(path=self.path, rank=self.rank, phase="mark"):
+            self.stop_if_aborted()
+            try:
+                self._place.put(index_name(self.rank), index_bytes, sync=True)
+                self.marked = True
+            except EntryExistsError:
+                self._recognise_mark(self.inside(), self.names())
+
+    # ------------------------------------------------------------------ all ranks
 
     def complete(self) -> bool:
         """Commit and publish, if every rank has arrived and none has failed; else do nothing.
@@ -52,57 +178,44 @@ class Attempt(Part):
         if self.committed:
             return False
         with error_context(path=self.path, rank=self.rank, phase="commit"):
-            names = self._names()
-            if self._sees_commit(names):
+            names = self.names()
+            if self.sees_commit(names):
                 return False
-            raise_if_aborted(self._folder(), names)
-            self._check_view(names)
+            raise_if_aborted(self.inside(), names)
+            self.check_view(names)
             if not ranks_in(names) >= set(range(self.world_size)):
                 return False
-            try:
-                assembled = assemble(self._folder(), self.id, ranks_in(names), live=True)
-                if assembled is None:
-                    raise CommitError(
-                        f"a file of this checkpoint has gone while it was saved: {self.folder}",
-                        hint="does another program clear this folder?",
-                    )
-            except (CommitError, LoadError) as error:
-                if self._sees_commit(self._names()):
-                    return False
-                self.abort(error)
-                raise
-            try:
-                created = commit_manifest(self._storage, self.folder, *assembled)
-            except EntryNotFoundError:  # another rank has published the folder just now
-                created = False
-            if created:
+            assembled = self._assembled(ranks_in(names))
+            created = assembled is not None and self._place.commit(*assembled)
+            if assembled is not None and created:
                 self.committed = True
-                publish(self._storage, self.path, assembled[0])
+                self._place.publish(assembled[0])
                 if self.world_size > 1:  # all ranks have passed the earlier attempts of this start
-                    tidy(self._storage, self.path, keep=self.id)
-            elif not self._sees_commit(self._names()):
+                    self._place.tidy()
+            elif not self.sees_commit():
                 raise CommitError(f"the folder of this attempt is gone: {self.folder}")
             return created
 
-    def _sees_commit(self, names: list[str]) -> bool:
-        """Whether another rank has committed; if so that is durable on return."""
-        if MANIFEST_NAME not in names and not self._is_superseded(names):
-            return False
-        with suppress(EntryNotFoundError):  # else published, so that its names are durable
-            self._storage.sync_folder(self.folder)
-        self.committed = True
-        return True
+    def _assembled(self, ranks: set[int]) -> tuple[Manifest, bytes | None] | None:
+        """The manifest and the shard map; None if another rank has committed meanwhile."""
+        try:
+            assembled = assemble(self.inside(), self.id, ranks, live=True)
+            if assembled is None:
+                raise CommitError(
+                    f"a file of this checkpoint has gone while it was saved: {self.folder}",
+                    hint="does another program clear this folder?",
+                )
+        except (CommitError, LoadError) as error:
+            if self.sees_commit():
+                return None
+            self.abort(error)
+            raise
+        return assembled
 
-    def _is_superseded(self, names: list[str]) -> bool:
-        """Whether it was published, and perhaps replaced and cleared: the path must show it or a later."""
-        if not self.marked or index_name(self.rank) in names:
-            return False
-        published = published_manifest(self._storage, self.path)
-        return published is not None and (published.attempt == self.id or published.sequence > self._seen)
-
-    def sees_commit(self) -> bool:
-        """Whether the checkpoint is committed, by whichever rank; if so that is durable on return."""
-        return self.committed or self._sees_commit(self._names())
+    def say_arrived(self) -> None:
+        """Tell the others that all ranks have arrived."""
+        with suppress(EntryExistsError, EntryNotFoundError):
+            self._place.put(ARRIVED_NAME, b"{}")
 
     def wait_for_marks(
         self, timeout_seconds: float, poll_seconds: float = 0.5, news: Callable[[], News] | None = None
@@ -122,20 +235,7 @@ class Attempt(Part):
             CommitTimeoutError: Ranks are missing; it names them and what they did last.
         """
         with error_context(path=self.path, rank=self.rank, phase="wait_for_marks"):
-            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_marks", news)
-            while not (self._heard(wait.news) or self._has(ARRIVED_NAME) or self._has(MANIFEST_NAME)):
-                # Without its own mark it may have been committed, replaced and cleared meanwhile.
-                if wait.leads() or self._has(ABORTED_NAME) or not self._has(index_name(self.rank)):
-                    names = self._names()
-                    if self._sees_commit(names):
-                        return
-                    raise_if_aborted(self._folder(), names)
-                    if ranks_in(names) >= set(range(self.world_size)):
-                        with suppress(EntryExistsError, EntryNotFoundError):
-                            self._word.put(ARRIVED_NAME, b"{}")
-                        return
-                if not wait.pause():
-                    raise self._timeout(timeout_seconds)
+            wait_for_marks(self, Wait(self, "wait_for_marks", timeout_seconds, poll_seconds, news))
 
     def wait_for_commit(
         self, timeout_seconds: float, poll_seconds: float = 0.5, news: Callable[[], News] | None = None
@@ -151,73 +251,62 @@ class Attempt(Part):
             AbortedError: A rank has failed before the commit; raised at once.
             CommitTimeoutError: It was not committed in time.
         """
-        if self._root is None:  # it was at its path from the beginning
+        if self._place.entered:  # else it was at its path from the beginning
+            with error_context(path=self.path, rank=self.rank, phase="wait_for_commit"):
+                wait_for_commit(self, Wait(self, "wait_for_commit", timeout_seconds, poll_seconds, news))
+
+    # ------------------------------------------------------------------ the end
+
+    def abort(self, error: BaseException) -> None:
+        """Say that this rank failed, so that the others stop at once; the only rank removes its folder.
+
+        Never raises, and does nothing once the checkpoint is committed.
+        """
+        if self.committed or not self._place.entered:
             return
-        with error_context(path=self.path, rank=self.rank, phase="wait_for_commit"):
-            wait = self._wait(timeout_seconds, poll_seconds, "wait_for_commit", news)
-            while not (self.committed or self._is_committed(wait)):
-                if not wait.pause():
-                    raise self._timeout(timeout_seconds)
-            wait = self._wait(_PUBLISH_SECONDS, poll_seconds, "wait_for_commit")
-            while is_pending(self._storage, self.path, self.id) and wait.pause():
-                pass
-            if self._identity:
-                wait = self._wait(VISIBLE_SECONDS, poll_seconds, "wait_for_commit")
-                while not (shows := self._shows(self._identity)) and wait.pause():
-                    pass
-                self.hidden = not shows
+        try:
+            if self.world_size == 1:
+                self._remove()
+            elif not self.has(MANIFEST_NAME):
+                self._presence.failed(error)
+        except MilepostError as failure:
+            _logger.warning("could not clear a save that failed, or tell the other ranks: %s", failure)
 
-    def _shows(self, identity: str) -> bool:
-        """Whether this checkpoint is seen at its path, or a later one, or that it has been removed again."""
-        if is_at_least(published_manifest(self._storage, self.path), identity):
-            return True
-        return not self._names() or is_pending(self._storage, self.path, self.id)
+    def _remove(self) -> None:
+        """Remove the only rank's folder, unless it is committed, or has not shown what is in it."""
+        names = self._place.names()
+        self.check_view(names)
+        if self._doubtful:
+            _logger.warning("a save that was not seen to commit is left: %s", self.folder)
+        elif MANIFEST_NAME not in names:
+            self._place.remove()
 
-    def identity(self) -> str:
-        """What `is_at_least` knows the committed checkpoint by; "" where that is not to be seen any more."""
-        for place in () if self._identity else (self.folder, self.path):
-            found = published_manifest(self._storage, place)
-            if found is not None and found.attempt == self.id:
-                self._identity = f"{found.sequence}:{identity_of(found)}"
-        return self._identity
+    def close(self) -> None:
+        """Leave the attempt; idempotent, never raises. The only rank leaves nothing behind that is not whole.
 
-    def _heard(self, news: News) -> bool:
-        """Whether a meeting says that all ranks have arrived, or more."""
-        if news.identity:
-            self.committed, self._identity = True, news.identity
-        elif news.failure is not None and not self.sees_commit():
-            raise news.failure
-        return news.arrived or self.committed
+        The last rank to leave publishes what was committed by a rank that died before it could.
+        """
+        joined = self._place.entered
+        try:
+            if joined and self.world_size == 1 and not self.committed and not self.marked:
+                self._remove()
+            self._release()
+            if joined and self.committed:
+                self._place.finish()
+        except MilepostError as error:
+            _logger.warning("could not clear or publish a save at its end: %s", error)
+        finally:
+            self._release()
 
-    def _is_committed(self, wait: Wait) -> bool:
-        self._heard(wait.news)
-        if self.committed:
-            return True
-        if wait.leads():
-            self.complete()
-        elif self._has(MANIFEST_NAME) or not self._has(index_name(self.rank)):
-            self._sees_commit(self._names())
-        elif self._has(ABORTED_NAME):
-            raise_if_aborted(self._folder(), self._names())
-        return self.committed
+    def _release(self) -> None:
+        self._place.leave()
 
-    def _timeout(self, seconds: float) -> CommitTimeoutError:
-        self._check_view(names := self._names())
-        return timeout_error(self._folder(), names, self.world_size, seconds)
 
-    def _wait(
-        self,
-        timeout_seconds: float,
-        poll_seconds: float,
-        phase: str,
-        news: Callable[[], News] | None = None,
-    ) -> Wait:
-        return Wait(
-            self._clock,
-            self._folder(),
-            rank=self.rank,
-            timeout_seconds=timeout_seconds,
-            poll_seconds=poll_seconds,
-            heartbeat=lambda: self.progress(phase),
-            news=news,
-        )
+def same_rank_error(path: str, attempt: str, rank: int) -> CommitError:
+    """The error for two processes that are the same rank of one attempt."""
+    return CommitError(
+        f"rank {rank} has already saved, or begun to save, to this path with the attempt id {attempt}, in "
+        f"another process: it was started twice, or the start id of this job is not new: {path}",
+        hint="start each rank once; MILEPOST_START_ID or CheckpointWriterConfig.start_id must be new at "
+        "every start of the job",
+    )

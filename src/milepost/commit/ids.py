@@ -5,21 +5,20 @@ from __future__ import annotations
 # Paths are str, here as in the storage package.
 import hashlib
 import os
-import secrets
 import threading
 
 __all__ = ["attempt_id", "count_save", "environment_start_id", "new_attempt_id", "process_id"]
 
 _lock = threading.Lock()
-_process_id = secrets.token_hex(8)
-_private_start_id = secrets.token_hex(8)
+_process_id = os.urandom(8).hex()
+_private_start_id = os.urandom(8).hex()
 _counts: dict[tuple[str, str, int], int] = {}
 
 
 def _renew_ids() -> None:
     global _lock, _process_id, _private_start_id  # noqa: PLW0603 - they belong to the process, as its pid does
     _lock = threading.Lock()
-    _process_id, _private_start_id = secrets.token_hex(8), secrets.token_hex(8)
+    _process_id, _private_start_id = os.urandom(8).hex(), os.urandom(8).hex()
     _counts.clear()
 
 
@@ -33,7 +32,7 @@ def process_id() -> str:
 
 def new_attempt_id() -> str:
     """A random attempt id, for the only rank."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def environment_start_id() -> str | None:
@@ -61,8 +60,14 @@ def attempt_id(path: str, rank: int, world_size: int, start_id: str | None = Non
     start = start_id or environment_start_id() or _private_start_id
     number = number or count_save(start, path, rank)
     if len(start) > 48 or not all(c.isascii() and (c.isalnum() or c in "-_") for c in start):
-        start = hashlib.sha256(start.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    return f"{start}-{number}"
+        start = _digest(start)[:32]
+    # A copy of a checkpoint keeps its attempt's id. The first save to the copy's path must not have that one.
+    name = os.path.basename(os.path.abspath(path))
+    return f"{start}-{_digest(name)[:6]}-{number}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def count_save(start: str, path: str, rank: int) -> int:

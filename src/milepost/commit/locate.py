@@ -1,4 +1,4 @@
-"""Finding checkpoints: the one to load at a path, and all that lie in a folder."""
+"""`locate` finds the checkpoint that `load` of a path reads."""
 
 # Paths are str, here as in the storage package.
 from __future__ import annotations
@@ -8,20 +8,21 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 
-from milepost.commit.folders import (
+from milepost.commit.by_rename.folders import (
     Hidden,
     absolute_path,
-    list_names,
     names_of,
     open_if_there,
     opened,
     published_manifest,
-    read_manifest,
     siblings,
 )
-from milepost.commit.marks import checked_manifest, missing_files
+from milepost.commit.checkpoint import Checkpoint
+from milepost.commit.contents import list_names, read_manifest
+from milepost.commit.judge import classify, is_overtaken, is_whole
+from milepost.commit.marks import missing_files
+from milepost.commit.waiting import VISIBLE_SECONDS, is_at_least
 from milepost.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -31,57 +32,30 @@ from milepost.errors import (
     StorageError,
 )
 from milepost.format.image import IDENTITY_ENTRY
-from milepost.format.manifest import Manifest, identity_of
+from milepost.format.manifest import Manifest
 from milepost.format.names import MANIFEST_NAME, NOTE_NAME, data_rank, index_rank, looks_hidden, shown
 from milepost.storage import Folder, Storage
 
-__all__ = ["VISIBLE_SECONDS", "Located", "expect", "has_identity", "is_at_least", "locate"]
-
-VISIBLE_SECONDS = 60.0
-"""How long a file system may take to show this host what another one has committed."""
+__all__ = ["expect", "has_identity", "locate"]
 
 _expected: dict[str, str] = {}
-"""Paths at which another host has committed a checkpoint that is not seen here yet, and what that is."""
+"""Paths where another host has committed a checkpoint that this host does not see, with its identity."""
 
 _logger = logging.getLogger(__name__)
 _TRIES = 20
 _TAIL_BYTES = 1 << 16
 _LOOK_SECONDS = 0.5
 _MANY_RANKS = 64
-"""With more ranks than these nobody looks at every file's size: each checks those that it reads."""
+"""With more ranks than these `locate` does not compare sizes: a load checks the files that it reads."""
 
 
-@dataclass(frozen=True)
-class Located:
-    """What `locate` found. The caller closes `folder`.
-
-    Attributes:
-        folder: The open folder; what is opened through it is this checkpoint's, whatever replaces it.
-        manifest: Its manifest, with which the presence and size of all files were compared; None for a folder
-            of plain ``checkpoint_<n>.pt`` files.
-        path: Where the folder is.
-        in_place: It is complete, but was not published yet.
-    """
-
-    folder: Folder
-    manifest: Manifest | None
-    path: str
-    in_place: bool
-
-    @property
-    def identity(self) -> str:
-        """What no other checkpoint has: the SHA-256 of the manifest's file; for plain files, the path."""
-        if self.manifest is None:
-            return self.path
-        return identity_of(self.manifest)
-
-
-def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
+def locate(storage: Storage, path: str | os.PathLike[str]) -> Checkpoint:
     """Open what `load` of this path reads: the newest complete checkpoint there.
 
     That is the folder itself, or a complete attempt beside it that was left unpublished. All files that
     the manifest lists are there (with their sizes, unless very many ranks saved it). When a later save
-    replaces the folder while its files are being opened, they may be gone: then call this again.
+    replaces the folder while its files are being opened, they may be gone: then call this again. The caller
+    closes the checkpoint.
 
     Raises:
         CheckpointNotFoundError: There is none, and the nearest ones are named; or this is no path.
@@ -102,7 +76,7 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
             if path not in _expected or is_at_least(located.manifest, _expected[path]):
                 _expected.pop(path, None)
                 return located
-            located.folder.close()
+            located.close()
         if time.monotonic() > deadline:
             raise CheckpointNotFoundError(
                 f"the ranks have committed a checkpoint here, but this host has not seen it within "
@@ -114,30 +88,17 @@ def locate(storage: Storage, path: str | os.PathLike[str]) -> Located:
 
 
 def expect(path: str, identity: str) -> None:
-    """A checkpoint has been committed at a path where this host does not show it: `locate` waits for it.
+    """Let `locate` wait for a checkpoint that is committed, but not seen on this host yet.
 
     Args:
         path: The absolute path of the checkpoint.
-        identity: What `is_at_least` knows it by.
+        identity: The one that `is_at_least` compares.
     """
     _expected[path] = identity
 
 
-def is_at_least(manifest: Manifest | None, identity: str) -> bool:
-    """Whether a manifest is the one with this identity, or that of a later save to its path.
-
-    Args:
-        manifest: What is seen.
-        identity: The sequence and the SHA-256 of a manifest, as another rank gave them.
-    """
-    sequence, _, sha = identity.partition(":")
-    if manifest is None:
-        return False
-    return manifest.sequence > int(sequence) or identity_of(manifest) == sha
-
-
-def _locate_settled(storage: Storage, path: str) -> Located:
-    """What is at a path; what a save changes meanwhile is looked at again."""
+def _locate_settled(storage: Storage, path: str) -> Checkpoint:
+    """What is at a path. If a save changes something meanwhile, looks again."""
     before: object = None
     for _ in range(_TRIES):
         state: list[object] = []
@@ -149,15 +110,15 @@ def _locate_settled(storage: Storage, path: str) -> Located:
             CheckpointNotFoundError,
             EntryNotFoundError,
         ):
-            # A save may be replacing the folder: what fails twice in the same way is so.
+            # A save may be replacing the folder: only what fails twice in the same way is raised.
             if state == before:
                 raise
             before = state
     return _locate_once(storage, path, [])
 
 
-def _locate_once(storage: Storage, path: str, state: list[object]) -> Located:
-    """One look. `state` collects what was seen, to tell whether something has changed since the last look."""
+def _locate_once(storage: Storage, path: str, state: list[object]) -> Checkpoint:
+    """One look. `state` collects what was seen, to compare it with the last look."""
     found = storage.stat(path)
     if found is not None and found.kind == "symlink":
         path = os.path.realpath(path)
@@ -169,45 +130,43 @@ def _locate_once(storage: Storage, path: str, state: list[object]) -> Located:
             there = None
             with suppress(CorruptCheckpointError):
                 there = published_manifest(storage, path)
-            if waiting is None or _is_older(waiting, there):
+            if waiting is None or _is_overtaken(waiting, there):
                 raise
             if isinstance(error, CorruptCheckpointError):
                 _logger.warning("loading the complete save beside a damaged checkpoint: %s", error)
             return waiting
     except BaseException:
         if waiting is not None:
-            waiting.folder.close()
+            waiting.close()
         raise
     if waiting is None:
         return published
-    keep = _is_older(waiting, published.manifest)
-    (waiting if keep else published).folder.close()
+    keep = _is_overtaken(waiting, published.manifest)
+    (waiting if keep else published).close()
     return published if keep else waiting
 
 
-def _is_older(waiting: Located, published: Manifest | None) -> bool:
+def _is_overtaken(waiting: Checkpoint, published: Manifest | None) -> bool:
     assert waiting.manifest is not None
-    return published is not None and published.order >= waiting.manifest.order
+    return is_overtaken(waiting.manifest, published)
 
 
-def _waiting(storage: Storage, path: str) -> Located | None:
-    """The newest complete attempt that is not published; where nothing is at the path, what was replaced."""
-    best: Located | None = None
+def _waiting(storage: Storage, path: str) -> Checkpoint | None:
+    """The newest complete attempt beside the path; if nothing is at the path, also a replaced checkpoint."""
+    best: Checkpoint | None = None
     for hidden in _siblings(storage, path):
-        candidate = _open_hidden(storage, hidden, replaced=False)
-        if candidate is None and storage.stat(path) is None:
-            candidate = _open_hidden(storage, hidden, replaced=True)
+        candidate = _open_hidden(storage, path, hidden)
         if candidate is None:
             continue
         if best is None or _preference(candidate) > _preference(best):
             best, candidate = candidate, best
         if candidate is not None:
-            candidate.folder.close()
+            candidate.close()
     return best
 
 
 def _siblings(storage: Storage, path: str) -> list[Hidden]:
-    """As `siblings`; none where this user may open what lies in the folder above, but not list it."""
+    """As `siblings`; none if this user may not list the folder above."""
     try:
         return siblings(storage, path)
     except StorageError as error:
@@ -217,31 +176,30 @@ def _siblings(storage: Storage, path: str) -> list[Hidden]:
         return []
 
 
-def _preference(located: Located) -> tuple[bool, tuple[int, float], str]:
+def _preference(located: Checkpoint) -> tuple[bool, tuple[int, float], str]:
     manifest, hidden = located.manifest, looks_hidden(os.path.basename(located.path))
     assert manifest is not None
     return hidden is not None and hidden[1] == manifest.attempt, manifest.order, manifest.attempt
 
 
-def _open_hidden(storage: Storage, hidden: Hidden, *, replaced: bool) -> Located | None:
+def _open_hidden(storage: Storage, path: str, hidden: Hidden) -> Checkpoint | None:
+    """The checkpoint in a hidden folder, if a load of the path may read it."""
     folder = open_if_there(storage, hidden.path)
     if folder is None:
         return None
-    manifest = None
+    loads = False
     try:
-        attempt = hidden.attempt
-        if replaced:
-            with suppress(LoadError):
-                old = read_manifest(folder)
-                attempt = old.attempt if old else attempt
-        manifest = checked_manifest(folder, attempt, list_names(folder), deep=True)
+        verdict = classify(folder, hidden.attempt, deep=True)
+        loads = verdict.state == "complete" or (
+            verdict.state == "replaced" and storage.stat(path) is None and is_whole(folder, verdict)
+        )
     finally:
-        if manifest is None:
+        if not loads:
             folder.close()
-    return Located(folder, manifest, hidden.path, in_place=True) if manifest else None
+    return Checkpoint(folder, verdict.manifest, hidden.path, in_place=True) if loads else None
 
 
-def _published(storage: Storage, path: str, state: list[object]) -> Located:
+def _published(storage: Storage, path: str, state: list[object]) -> Checkpoint:
     try:
         folder = storage.open_folder(path)
     except EntryNotFoundError:
@@ -266,14 +224,14 @@ def _published(storage: Storage, path: str, state: list[object]) -> Located:
                     path=path,
                     hint="load another checkpoint; `milepost ls` on the folder above lists them",
                 )
-        return Located(folder, manifest, path, in_place=False)
+        return Checkpoint(folder, manifest, path, in_place=False)
     except BaseException:
         folder.close()
         raise
 
 
 def _check_plain(storage: Storage, folder: Folder, path: str, names: list[str]) -> None:
-    """Let a folder without a manifest pass only if its files are plain ones, not parts of a save of ours."""
+    """Refuse a folder without a manifest unless its files are those of plain ``torch.save``."""
     data = [name for name in names if data_rank(name) is not None]
     ours = [name for name in names if index_rank(name) is not None or name == NOTE_NAME]
     ours += [name for name in data if has_identity(folder, name)]
@@ -289,7 +247,7 @@ def _check_plain(storage: Storage, folder: Folder, path: str, names: list[str]) 
 
 
 def has_identity(folder: Folder, name: str) -> bool:
-    """Whether a data file has the record that tells our files from plain ones, near its end."""
+    """Whether a data file is ours: such files have an identity record near their end."""
     try:
         file = folder.open(name)
     except (CorruptCheckpointError, EntryNotFoundError):
@@ -313,8 +271,8 @@ def _not_found(storage: Storage, path: str, message: str) -> CheckpointNotFoundE
         )
     hints = []
     for hidden in _siblings(storage, path):
-        with opened(storage, hidden.path) as folder:
-            if folder is not None and folder.stat(NOTE_NAME) is not None:
+        with suppress(StorageError), opened(storage, hidden.path) as folder:
+            if folder and classify(folder, hidden.attempt, deep=False).state in ("part", "torn"):
                 hints.append(f"a save to it was begun and has not committed: see `milepost doctor {path}`")
                 break
     within = _checkpoints_in(storage, path, "")

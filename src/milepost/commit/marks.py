@@ -1,38 +1,27 @@
-"""When the marks in an attempt's folder make a whole checkpoint, and what its manifest says then."""
+"""Make the manifest of a full set of marks, and compare a manifest with the files that are there."""
 
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
+from milepost.commit.contents import file_digest, list_names, numbers
 from milepost.commit.copies import Copies
-from milepost.commit.folders import belongs, file_digest, list_names, numbers, read_manifest, read_note
 from milepost.commit.merge import Merger
-from milepost.errors import (
-    CommitError,
-    CorruptCheckpointError,
-    EntryNotFoundError,
-    UnsupportedFormatError,
-)
+from milepost.errors import CommitError, CorruptCheckpointError, EntryNotFoundError
 from milepost.format.index import FileDigest, Mark, decode_mark, digest
 from milepost.format.limits import MAX_INDEX_BYTES
 from milepost.format.manifest import Manifest
-from milepost.format.names import MANIFEST_NAME, SHARDS_NAME, index_name, is_aborted, ranks_in
-from milepost.format.shards import (
-    MAX_SHARDS_BYTES,
-    SHARDS_FEATURE,
-    ShardMap,
-    decode_shard_map,
-    encode_shard_map,
-)
+from milepost.format.names import MANIFEST_NAME, SHARDS_NAME, index_name, ranks_in
+from milepost.format.shards import MAX_SHARDS_BYTES, SHARDS_FEATURE, encode_shard_map
 from milepost.storage import Folder
 
-__all__ = ["assemble", "checked_manifest", "missing_files", "read_shard_map", "read_shards"]
+__all__ = ["assemble", "missing_files", "read_shards"]
 
 
 def missing_files(folder: Folder, manifest: Manifest, *, sizes: bool = True) -> list[str]:
-    """What does not fit the manifest: files that are absent, no files, or of another size.
+    """The files that differ from the manifest: absent, not a file, or of another size.
 
     Args:
         folder: The checkpoint's folder.
@@ -65,42 +54,25 @@ def assemble(
 
     None if the set is not full, or a file of it is not there.
 
-    Everybody who assembles the same folder gets the same bytes.
+    Every process that assembles the same folder gets the same bytes.
 
     Args:
         folder: The attempt's folder.
         attempt: Its id.
         ranks: The ranks whose marks are there.
-        live: Nothing was lost since the marks were written (no power cut). Then an attachment that
-            is gone was a passing file of another rank's hook, and not one that was lost.
+        live: No power cut can have come since the marks were written. Then an attachment that is gone was
+            a temporary file of another rank's hook, and not one that was lost.
 
     Raises:
         CommitError: The marks contradict each other.
         CorruptCheckpointError: A mark is damaged.
     """
-    marks: list[Mark] = []
-    indexes: list[FileDigest] = []
     merger = Merger(attempt, len(ranks))
     copies = Copies() if live and len(ranks) > 1 else None
-    for rank in range(len(ranks)):
-        if rank not in ranks:
-            return None
-        name = index_name(rank)
-        try:
-            data = folder.read(name, MAX_INDEX_BYTES)
-        except EntryNotFoundError:
-            return None
-        mark = decode_mark(data, os.path.join(folder.path, name))
-        if rank == 0 and mark.world_size > len(ranks):
-            return None
-        marks.append(mark)
-        indexes.append(digest(name, data))
-        if SHARDS_FEATURE in mark.requires:
-            merger.add(rank, data, os.path.join(folder.path, name))
-        if copies is not None:
-            copies.add(data)
-    if not marks:
+    read = _read_marks(folder, ranks, merger, copies)
+    if not read:
         return None
+    marks, indexes = zip(*read, strict=True)
     _check_agreement(attempt, marks, merger)
     shards = merger.finish()
     encoded = None if shards is None else encode_shard_map(shards)
@@ -116,7 +88,7 @@ def assemble(
         step=marks[0].step,
         metadata=marks[0].metadata,
         writer=marks[0].writer,
-        indexes=indexes,
+        indexes=list(indexes),
         files=[file for mark in marks for file in mark.files],
         attachments=attachments,
     )
@@ -129,8 +101,33 @@ def assemble(
     return manifest, encoded
 
 
+def _read_marks(
+    folder: Folder, ranks: set[int], merger: Merger, copies: Copies | None
+) -> list[tuple[Mark, FileDigest]]:
+    """The mark of each rank with its index's digest; none if the set is not full."""
+    read: list[tuple[Mark, FileDigest]] = []
+    for rank in range(len(ranks)):
+        if rank not in ranks:
+            return []
+        name = index_name(rank)
+        path = os.path.join(folder.path, name)
+        try:
+            data = folder.read(name, MAX_INDEX_BYTES)
+        except EntryNotFoundError:
+            return []
+        mark = decode_mark(data, path)
+        if rank == 0 and mark.world_size > len(ranks):
+            return []
+        read.append((mark, digest(name, data)))
+        if SHARDS_FEATURE in mark.requires:
+            merger.add(rank, data, path)
+        if copies is not None:
+            copies.add(data)
+    return read
+
+
 def read_shards(folder: Folder, manifest: Manifest) -> bytes:
-    """The bytes of the shard map that a manifest lists; made from the marks where it was not written yet.
+    """The bytes of the shard map that a manifest lists; made from the marks if it was not written yet.
 
     Raises:
         CorruptCheckpointError: It is not what the manifest says.
@@ -154,23 +151,7 @@ def read_shards(folder: Folder, manifest: Manifest) -> bytes:
     return data
 
 
-def read_shard_map(folder: Folder, manifest: Manifest) -> ShardMap | None:
-    """The shard map that a manifest lists, checked; None if it lists none.
-
-    Raises:
-        CorruptCheckpointError: It is malformed, or not what the manifest says.
-    """
-    if manifest.shards is None:
-        return None
-    return decode_shard_map(
-        read_shards(folder, manifest),
-        os.path.join(folder.path, SHARDS_NAME),
-        attempt=manifest.attempt,
-        world_size=manifest.world_size,
-    )
-
-
-def _check_agreement(attempt: str, marks: list[Mark], merger: Merger) -> None:
+def _check_agreement(attempt: str, marks: Sequence[Mark], merger: Merger) -> None:
     facts: Mapping[str, list[object]] = {
         "attempt": [mark.attempt for mark in marks],
         "world size": [mark.world_size for mark in marks],
@@ -203,8 +184,8 @@ def _check_agreement(attempt: str, marks: list[Mark], merger: Merger) -> None:
         raise CommitError("two ranks wrote a data file of the same name", phase="commit")
 
 
-def _attachments(folder: Folder, marks: list[Mark], *, live: bool) -> list[FileDigest] | None:
-    """Each attachment once. What several ranks saw differently is settled by the file itself."""
+def _attachments(folder: Folder, marks: Sequence[Mark], *, live: bool) -> list[FileDigest] | None:
+    """Each attachment once. If ranks saw it differently, the file itself decides."""
     seen: dict[str, set[FileDigest]] = {}
     for mark in marks:
         for file in mark.attachments:
@@ -224,35 +205,3 @@ def _attachments(folder: Folder, marks: list[Mark], *, live: bool) -> list[FileD
             raise CommitError(f"the attachment {name!r} was changed after pre_commit", phase="commit")
         settled.append(actual)
     return settled
-
-
-def checked_manifest(folder: Folder, attempt: str, names: Iterable[str], *, deep: bool) -> Manifest | None:
-    """The manifest of a hidden folder that holds a whole checkpoint of `attempt`, else None.
-
-    Its attempt.json, if it can be read, says so; it has a manifest of this attempt, or a full set of marks
-    and no abort mark; and all files are there with their sizes. (After a power cut a mark or manifest may be
-    there without them.)
-
-    Args:
-        folder: The hidden folder.
-        attempt: The attempt in its name.
-        names: What is in it.
-        deep: Compare indexes, shard map and attachments with the manifest's hashes as well.
-    """
-    names = set(names)
-    note = read_note(folder)
-    if note is not None and not belongs(note, folder, attempt):
-        return None
-    try:
-        if MANIFEST_NAME in names:
-            manifest = read_manifest(folder)
-            if manifest is None or manifest.attempt != attempt or missing_files(folder, manifest):
-                return None
-            hashed = [file for file in manifest.entries() if deep and isinstance(file, FileDigest)]
-            return manifest if all(file_digest(folder, file.name) == file for file in hashed) else None
-        if is_aborted(names):
-            return None
-        assembled = assemble(folder, attempt, ranks_in(names), live=False)
-        return assembled[0] if assembled else None
-    except (CommitError, CorruptCheckpointError, UnsupportedFormatError, EntryNotFoundError):
-        return None

@@ -13,29 +13,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
 
 from milepost._version import __version__
 from milepost.commit.attempt import Attempt
+from milepost.commit.by_rename.place import begin
 from milepost.commit.waiting import Meeting, Outcome
-from milepost.errors import AbortedError, CommitError, PostCommitError, StateError, error_context
+from milepost.errors import AbortedError, CommitError, PostCommitError, error_context
 from milepost.format.image import IDENTITY_ENTRY, PICKLE_ENTRY, Image
 from milepost.format.index import DataFile, Index, Records, encode_index
-from milepost.format.limits import MAX_METADATA_BYTES
 from milepost.format.names import data_name
-from milepost.format.paths import path_text
 from milepost.format.shards import SHARDS_FEATURE
 from milepost.format.snapshot import Snapshot
-from milepost.format.tree import Node, TreeEncoder, UnencodableError, encode_tree
-from milepost.storage import Storage
+from milepost.format.tree import encode_tree
+from milepost.storage import NewFile, Storage
 from milepost.storage.writing import WRITE_BYTES, Ring, write_memory, write_stream
 from milepost.utils import beside
 
 __all__ = [
-    "Labels",
+    "Copied",
+    "InPlace",
     "SaveOptions",
     "partial_directory",
     "save_snapshot",
@@ -48,7 +47,7 @@ _partial: ContextVar[str] = ContextVar("milepost_partial_directory")
 
 
 def partial_directory() -> str:
-    """The folder where the files of the checkpoint being saved are, for use in ``pre_commit``.
+    """The folder with the files of the checkpoint that is being saved, for use in ``pre_commit``.
 
     Files that a hook adds there become attachments: the manifest lists them, and they are verified and
     published with the checkpoint.
@@ -59,184 +58,241 @@ def partial_directory() -> str:
     try:
         return _partial.get()
     except LookupError:
-        raise RuntimeError("partial_directory() is only known during a hook's pre_commit") from None
+        raise RuntimeError("partial_directory() works only inside a hook's pre_commit") from None
 
 
-def _in_place(record: int, position: int, size: int, address: int) -> None:
-    """The copy of a snapshot whose records are where they belong: nothing to do."""
+Progress = Callable[[int], None]
 
 
-@dataclass
-class Labels:
-    """What a save records beside the state: its step and the user's metadata, checked and encoded."""
+class Copied(msgspec.Struct):
+    """The bytes of a snapshot's records, where a function copies them, block by block.
 
-    step: int | None = None
-    metadata: Node | None = None
+    Attributes:
+        copy: Copies a piece of a record: ``copy(record, position, bytes, address)``.
+        ring: Memory for the blocks.
+        crcs: Computes the CRCs of the snapshot's shares; it runs while the disk is at work.
+    """
 
-    @classmethod
-    def of(cls, arguments: dict[str, Any]) -> Labels:
-        """The labels among `save`'s keyword arguments (``step`` and ``metadata``).
+    copy: Callable[[int, int, int, int], None]
+    ring: Ring
+    crcs: Callable[[], list[list[int]]] | None = None
 
-        Raises:
-            StateError: The step is no integer, or the metadata hold more than plain values.
-        """
-        step, metadata = arguments.get("step"), arguments.get("metadata")
-        if step is not None:
-            try:
-                step = step.__index__()
-            except (AttributeError, TypeError):
-                raise StateError(f"step must be an integer, not {step!r}") from None
-            if not -(1 << 63) <= step < 1 << 63:
-                raise StateError(f"step must fit 64 bits: {step}")
-        if metadata is None:
-            return cls(step)
+    def write(self, file: NewFile, image: Image, report: Progress) -> None:
+        """Write the data file."""
+        block_bytes = self.ring.block_bytes
 
-        def refuse(value: Any, path: tuple[Any, ...]) -> Node:
-            raise UnencodableError(f"metadata cannot hold a {type(value).__name__}", path)
+        def fill(view: memoryview, offset: int) -> None:
+            image.fill(view, offset, block_bytes, self.copy)
 
-        try:
-            node = TreeEncoder(refuse).encode(metadata)
-            encode_tree(node, MAX_METADATA_BYTES)
-            return cls(step, node)
-        except UnencodableError as error:
-            raise StateError(
-                f"{error}: metadata{f' at {path_text(error.path)}' if error.path else ''}",
-                hint="metadata are plain values in dicts and lists; save tensors in the state dict",
-            ) from None
+        write_stream(file, image.size, fill, self.ring, report)
+
+
+class InPlace(msgspec.Struct):
+    """The bytes of a snapshot's records, where memory holds them at their places in the file.
+
+    Attributes:
+        memory: Returns that memory, page-aligned and at least as large as it is asked for.
+    """
+
+    memory: Callable[[int], memoryview]
+    crcs: None = None
+
+    def write(self, file: NewFile, image: Image, report: Progress) -> None:
+        """Write the data file."""
+
+        def fill(view: memoryview, offset: int) -> None:
+            image.fill(view, offset, WRITE_BYTES, lambda *_: None)
+
+        write_memory(file, self.memory(image.size), fill, report)
 
 
 class Hook(Protocol):
-    """What `WriterHook` offers, as this module uses it."""
+    """The methods of `WriterHook` that this module calls."""
 
     def pre_commit(self, path: str, **kwargs: Any) -> None:
-        """Called when this rank's data are durable."""
+        """Called when this rank's data file is durable."""
 
     def post_commit(self, path: str, **kwargs: Any) -> None:
         """Called when the checkpoint is committed."""
 
 
-@dataclass
-class SaveOptions:
-    """How a save is carried out.
+class SaveOptions(msgspec.Struct):
+    """How a save is carried out. What all saves of a writer have in common comes first.
 
     Attributes:
-        storage: Where to.
+        storage: Where the checkpoint is stored.
         rank: This rank.
         world_size: How many ranks save together.
-        attempt: The attempt's id.
-        private: The attempt's id is known to this process alone.
         timeout_seconds: How long to wait for other ranks.
-        ring: Memory for the bytes on their way.
-        target: The checkpoint's absolute path, where the path that hooks get is not to be resolved here.
-        process: Random id of the process that the save belongs to, if it is not this one.
+        attempt: The attempt's id.
+        private: Only this process knows the attempt's id.
+        target: The checkpoint's absolute path. None if the path that hooks get may be resolved here.
+        process: Random id of the process that the save belongs to. None if that is this process.
         barrier: Called once when all ranks have arrived; None if there is no barrier.
         meeting: Where the ranks meet without a barrier; None if they do not.
         hook: The user's commit hook.
-        writer: Further facts about who writes, for the index.
         report: Called with the phase, the bytes written and the size of the file, as they change.
     """
 
     storage: Storage
     rank: int
     world_size: int
-    attempt: str
     timeout_seconds: float
-    ring: Ring
+    attempt: str = ""
     private: bool = False
     target: str | None = None
     process: str | None = None
     barrier: Callable[[], None] | None = None
     meeting: Meeting | None = None
     hook: Hook | None = None
-    writer: dict[str, str] = field(default_factory=dict)
     report: Callable[[str, int, int], None] = lambda *_: None
 
 
 def save_snapshot(
-    path: str, snapshot: Snapshot, options: SaveOptions, labels: Labels, arguments: dict[str, Any]
+    path: str,
+    snapshot: Snapshot,
+    records: Copied | InPlace,
+    options: SaveOptions,
+    arguments: dict[str, Any],
 ) -> Outcome:
-    """Save one rank's part and commit the checkpoint as soon as all ranks' parts are there.
+    """Save one rank's part, and commit the checkpoint as soon as the parts of all ranks are there.
 
-    Returns when this rank's part is durable; with one rank, with a barrier or a meeting, and on the rank
-    that completes the set, when the checkpoint is committed and visible at `path`. If it raises, nothing new
-    is visible at `path`, what was there still is, and (with several ranks) the others are told. The one
-    exception is `PostCommitError`: the checkpoint is committed.
+    On return this rank's part is durable. With one rank, with a barrier or a meeting, and on the rank that
+    completes the set, the checkpoint is committed and visible at `path`. If this raises, nothing new is
+    visible at `path`, what was there still is, and other ranks are told. `PostCommitError` is the exception:
+    the checkpoint is committed.
 
     Args:
-        path: The checkpoint's folder, as the user gave it; hooks get it like that.
+        path: The checkpoint's folder, as the user gave it. Hooks get it unchanged.
         snapshot: What to save.
+        records: The bytes of the snapshot's records.
         options: How.
-        labels: The step and metadata to record.
         arguments: All keyword arguments of the save, for the hooks.
     """
-    hook, meeting = options.hook, options.meeting
-    waits = options.barrier is not None or meeting is not None
-    news = meeting.poll if meeting is not None else None
-    with error_context(path=path, rank=options.rank), _attempt(path, options) as attempt:
-        committed_before = attempt.committed
-        if not attempt.marked:
-            with _phase(attempt, "write", options):
-                index = _write_data(attempt, snapshot, options)
-            if hook is not None:
-                with _phase(attempt, "pre_commit", options), _directory(attempt.folder):
-                    hook.pre_commit(path, **arguments)
-            with _phase(attempt, "commit", options):
-                if hook is not None:  # or else a listing of what all ranks have put there, for nothing
-                    index.attachments = attempt.attachments()
-                index.step, index.metadata = labels.step, labels.metadata
-                index.sequence = attempt.sequence()
-                attempt.mark(encode_index(index))
-        if options.barrier is not None:
-            with _phase(attempt, "barrier", options):
-                if not attempt.committed:  # as a writer that was lost, or the next one's tidying, may have
-                    attempt.wait_for_marks(options.timeout_seconds)
+    alone = options.world_size == 1
+    with error_context(path=path, rank=options.rank, alone=alone), _attempt(path, options) as attempt:
+        save = _Save(attempt, path, options, arguments)
+        if not attempt.marked:  # else a writer that was lost has done these three steps
+            index = save.write_data(snapshot, records)
+            save.pre_commit()
+            save.mark(index)
+        save.meet()
+        outcome = save.commit()
+    save.post_commit()
+    return outcome
+
+
+class _Save:
+    """One rank's save. Its methods are the steps of a rank, numbered as in ARCHITECTURE.md."""
+
+    def __init__(self, attempt: Attempt, path: str, options: SaveOptions, arguments: dict[str, Any]) -> None:
+        self._attempt, self._path, self._options, self._arguments = attempt, path, options, arguments
+        self._news = None if options.meeting is None else options.meeting.poll
+        self._waits = options.barrier is not None or options.meeting is not None
+        self._committed_before = attempt.committed
+        self._committer = False
+
+    def write_data(self, snapshot: Snapshot, records: Copied | InPlace) -> Index:
+        """Step 1: write the data file. It is durable on return; the index describes it."""
+        with self._phase("write"):
+            return _write_data(self._attempt, snapshot, records, self._options)
+
+    def pre_commit(self) -> None:
+        """Step 2: run the hook's ``pre_commit``."""
+        if self._options.hook is not None:
+            with self._phase("pre_commit"):
+                token = _partial.set(self._attempt.folder)
                 try:
-                    options.barrier()
-                except Exception as error:
-                    if attempt.sees_commit():
-                        logger.warning("the barrier failed (%s), but %s is committed", error, path)
-                    elif isinstance(error, CommitError):
-                        raise
-                    else:
-                        raise CommitError(
-                            f"the barrier failed: {type(error).__name__}: {error}",
-                            hint="find out why the barrier failed, then save again",
-                        ) from error
-        elif meeting is not None:
-            with _phase(attempt, "meet", options):
-                meeting.arrive()
+                    self._options.hook.pre_commit(self._path, **self._arguments)
+                finally:
+                    _partial.reset(token)
+
+    def mark(self, index: Index) -> None:
+        """Steps 2 and 3: make attachments of the files that the hook added; write the index, the mark."""
+        with self._phase("commit"):
+            if self._options.hook is not None:  # else this would list the files of all ranks for nothing
+                index.attachments = self._attempt.attachments()
+            index.sequence = self._attempt.sequence()
+            self._attempt.mark(encode_index(index))
+
+    def meet(self) -> None:
+        """Step 4: wait for the other ranks, where they meet or have a barrier."""
+        attempt, options = self._attempt, self._options
+        if options.barrier is not None:
+            with self._phase("barrier"):
+                # A writer that was lost may have committed, or a later save when it tidied up.
+                if not attempt.committed:
+                    attempt.wait_for_marks(options.timeout_seconds)
+                self._execute(options.barrier)
+        elif options.meeting is not None:
+            with self._phase("meet"):
+                options.meeting.arrive()
                 if options.rank == 0 and not attempt.committed:
-                    attempt.wait_for_marks(options.timeout_seconds, news=news)
-        with _phase(attempt, "commit", options):
-            # Where ranks wait, rank 0 reads all the marks; the others step in only if it stands still.
-            committer = (not waits or options.rank == 0) and attempt.complete()
-            if waits and not committer:
-                attempt.wait_for_commit(options.timeout_seconds, news=news)
-        outcome = Outcome(attempt.committed, attempt.identity() if meeting else "", attempt.hidden)
-        if meeting is not None:
-            meeting.end(outcome)
-    if committed_before:
-        if hook is not None:
-            logger.warning("a writer was lost after it committed %s: post_commit is not called again", path)
-    elif hook is not None and (committer or waits):
+                    attempt.wait_for_marks(options.timeout_seconds, news=self._news)
+
+    def _execute(self, barrier: Callable[[], None]) -> None:
         try:
-            hook.post_commit(path, **arguments)
+            barrier()
+        except Exception as error:
+            if self._attempt.sees_commit():
+                logger.warning("the barrier failed (%s), but %s is committed", error, self._path)
+            elif isinstance(error, CommitError):
+                raise
+            else:
+                raise CommitError(
+                    f"the barrier failed: {type(error).__name__}: {error}",
+                    hint="find out why the barrier failed, then save again",
+                ) from error
+
+    def commit(self) -> Outcome:
+        """Steps 5 to 8: commit, publish and clear, or wait until another rank has; say so at the meeting."""
+        attempt, options = self._attempt, self._options
+        with self._phase("commit"):
+            # Where ranks wait, rank 0 reads all the marks. The others step in only if it stands still.
+            self._committer = (not self._waits or options.rank == 0) and attempt.complete()
+            if self._waits and not self._committer:
+                attempt.wait_for_commit(options.timeout_seconds, news=self._news)
+        identity = "" if options.meeting is None else attempt.identity()
+        outcome = Outcome(attempt.committed, identity, attempt.hidden)
+        if options.meeting is not None:
+            options.meeting.end(outcome)
+        return outcome
+
+    def post_commit(self) -> None:
+        """Step 8: run the hook's ``post_commit``, once for each checkpoint."""
+        hook = self._options.hook
+        if hook is None or not (self._committed_before or self._committer or self._waits):
+            return
+        if self._committed_before:
+            logger.warning(
+                "a writer was lost after it committed %s: post_commit is not called again", self._path
+            )
+            return
+        try:
+            hook.post_commit(self._path, **self._arguments)
         except Exception as error:
             raise PostCommitError(
                 f"post_commit raised {type(error).__name__}: {error}; the checkpoint is committed",
-                path=path,
-                rank=options.rank,
+                path=self._path,
+                rank=self._options.rank,
                 phase="post_commit",
                 hint="the checkpoint loads; do by hand what the hook was to do, do not save again for it",
             ) from error
-    return outcome
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self._attempt.progress(name)
+        self._options.report(name, 0, 0)
+        with error_context(phase=name):
+            yield
 
 
 @contextmanager
 def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
-    """If something fails before this rank has begun its attempt, leave an abort mark for the other ranks.
+    """If the body raises before this rank has begun its attempt, leave an abort mark for the other ranks.
 
-    Not if its part is whole, as that of a writer that was lost later may be: the others may still commit it.
+    There is no abort mark if this rank's part is whole, as after the loss of a writer: other ranks may still
+    commit it.
     """
     try:
         yield
@@ -247,7 +303,7 @@ def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
                     if not attempt.marked:
                         attempt.abort(error)
             except AbortedError:
-                pass  # then they know already
+                pass  # another rank has failed too: all know
             except BaseException as told:  # noqa: BLE001 - the first error is raised below
                 logger.warning("could not tell the other ranks of a failure: %s", told)
         raise
@@ -255,8 +311,8 @@ def telling_others(path: str, options: SaveOptions) -> Iterator[None]:
 
 @contextmanager
 def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
-    """An attempt that is aborted if anything in the context raises, and closed in any case."""
-    attempt = Attempt.begin(
+    """Begin an attempt. Abort it if the body raises; close it in any case."""
+    attempt = begin(
         options.storage,
         options.target or path,
         attempt=options.attempt,
@@ -274,29 +330,14 @@ def _attempt(path: str, options: SaveOptions) -> Iterator[Attempt]:
         attempt.close()
 
 
-@contextmanager
-def _phase(attempt: Attempt, name: str, options: SaveOptions) -> Iterator[None]:
-    attempt.progress(name)
-    options.report(name, 0, 0)
-    with error_context(phase=name):
-        yield
-
-
-@contextmanager
-def _directory(folder: str) -> Iterator[None]:
-    token = _partial.set(folder)
-    try:
-        yield
-    finally:
-        _partial.reset(token)
-
-
-def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> Index:
-    """Write the data file; it is durable on return. The index describes it, without labels."""
+def _write_data(
+    attempt: Attempt, snapshot: Snapshot, records: Copied | InPlace, options: SaveOptions
+) -> Index:
+    """Write the data file; it is durable on return. The index describes it."""
     tree = encode_tree(snapshot.tree)
     identity = {"format": "milepost", "version": [1, 0], "attempt": options.attempt, "rank": options.rank}
     image = Image(
-        snapshot.layout,
+        snapshot.plan.layout,
         [
             *((f"objects/{number}", data) for number, data in enumerate(snapshot.objects)),
             (PICKLE_ENTRY, snapshot.pickle()),
@@ -313,10 +354,15 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         attempt.progress("write", written)
         options.report("write", written, image.size)
 
-    shares = snapshot.shares
-    # Replicas are compared by checksums, which are computed while the disk is at work.
-    with beside(shares.crcs if shares is not None else None) as crcs:
-        _write_image(attempt, snapshot, options, image, report)
+    shares, labels = snapshot.shares, snapshot.labels
+    with beside(records.crcs) as crcs:
+        file = attempt.create_data()
+        try:
+            records.write(file, image, report)
+        except BaseException:
+            file.discard()
+            raise
+        file.finish(image.size)
     index = Index(
         attempt=options.attempt,
         process=attempt.process,
@@ -324,53 +370,23 @@ def _write_data(attempt: Attempt, snapshot: Snapshot, options: SaveOptions) -> I
         world_size=options.world_size,
         time=time.time(),
         files=[DataFile(data_name(options.rank), image.size, image.file_crc)],
-        writer=_writer_facts() | options.writer,
+        writer=_writer_facts() | labels.writer,
         records=_records(snapshot, image),
-        tensors=snapshot.tensors,
+        tensors=snapshot.plan.tensors,
         tree=tree,
+        step=labels.step,
+        metadata=labels.metadata,
     )
     if shares is not None:
         index.requires = [SHARDS_FEATURE]
         index.agreement = shares.agreement
         index.shards = shares.decoded()
-        index.shards.crcs = crcs[0]
+        index.shards.crcs = shares.crcs if crcs[0] is None else crcs[0]
     return index
 
 
-def _write_image(
-    attempt: Attempt,
-    snapshot: Snapshot,
-    options: SaveOptions,
-    image: Image,
-    report: Callable[[int], None],
-) -> None:
-    """Write the data file from the ring, or from where its records lie already."""
-    ring = options.ring
-    file = options.storage.create(attempt.data_path, direct=True)
-    try:
-        if snapshot.memory is None:
-            write_stream(
-                file,
-                image.size,
-                lambda view, offset: image.fill(view, offset, ring.block_bytes, snapshot.copy),
-                ring,
-                report,
-            )
-        else:
-            write_memory(
-                file,
-                snapshot.memory(image.size),
-                lambda view, offset: image.fill(view, offset, WRITE_BYTES, _in_place),
-                report,
-            )
-    except BaseException:
-        file.discard()
-        raise
-    file.finish(image.size)
-
-
 def _records(snapshot: Snapshot, image: Image) -> Records:
-    layout, objects = snapshot.layout, snapshot.objects
+    layout, objects = snapshot.plan.layout, snapshot.objects
     crcs = list(image.chunk_crcs)
     for number in range(len(objects)):
         crcs += image.entry_crcs(number)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import time as _time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from milepost.commit.claim import Clock
-from milepost.commit.folders import MAX_SMALL_BYTES, failures, list_names, numbers, opened, read_beacons
+from milepost.commit.contents import MAX_SMALL_BYTES, failures, numbers, read_beacons
 from milepost.errors import (
     AbortedError,
     CommitError,
@@ -18,34 +17,59 @@ from milepost.errors import (
     CorruptCheckpointError,
     EntryNotFoundError,
 )
-from milepost.format.names import MANIFEST_NAME, beacon_name, is_aborted, join_hidden, ranks_in
-from milepost.storage import Folder, Storage
+from milepost.format.manifest import Manifest, identity_of
+from milepost.format.names import (
+    ABORTED_NAME,
+    ARRIVED_NAME,
+    MANIFEST_NAME,
+    beacon_name,
+    index_name,
+    is_aborted,
+    ranks_in,
+)
+from milepost.storage import Folder
+
+if TYPE_CHECKING:
+    from milepost.commit.attempt import Attempt
 
 __all__ = [
+    "VISIBLE_SECONDS",
+    "Clock",
     "Meeting",
     "News",
     "Outcome",
     "Wait",
-    "is_undecided",
+    "is_at_least",
     "raise_if_aborted",
-    "sees_rank",
     "timeout_error",
     "unseen_error",
+    "wait_for_commit",
+    "wait_for_marks",
 ]
 
+VISIBLE_SECONDS = 60.0
+"""How long a file system may take to show this host what another one has committed."""
 HEARTBEAT_SECONDS = 5.0
 STALL_SECONDS = 30.0
 _FIRST_PAUSE_SECONDS = 0.005
 _NEWS_SECONDS = 0.02
+_PUBLISH_SECONDS = 5.0
 
 
-@dataclass
-class News:
-    """What a meeting knows of the other ranks beside what the folder shows.
+class Clock(msgspec.Struct, frozen=True):
+    """The source of an attempt's time; tests give another."""
+
+    time: Callable[[], float] = _time.time
+    monotonic: Callable[[], float] = _time.monotonic
+    sleep: Callable[[float], None] = _time.sleep
+
+
+class News(msgspec.Struct):
+    """What a meeting knows about the other ranks, in addition to what the folder shows.
 
     Attributes:
         arrived: Every rank has arrived.
-        identity: The checkpoint is committed: what `is_at_least` knows its manifest by.
+        identity: If the checkpoint is committed, its identity for `is_at_least`.
         failure: Why a rank failed.
     """
 
@@ -73,7 +97,7 @@ class Outcome(msgspec.Struct):
 
 
 class Meeting(Protocol):
-    """Where the ranks of a save tell each other how far they are, beside the folder that they share."""
+    """A way for the ranks of a save to report to each other, in addition to the folder that they share."""
 
     def arrive(self) -> None:
         """This rank's part is durable."""
@@ -89,12 +113,10 @@ class Wait:
     """One wait of one rank.
 
     Args:
-        clock: Where time comes from.
-        folder: The attempt's folder.
-        rank: The rank that waits.
-        timeout_seconds: How long it does.
+        attempt: What it waits for.
+        phase: What it says meanwhile, every few seconds, so that the others see that this rank lives.
+        timeout_seconds: How long it waits.
         poll_seconds: The longest pause between two looks; the first ones are shorter.
-        heartbeat: Called every few seconds: shows the others that this rank lives.
         news: What the meeting knows; asked more often than the folder is looked at.
 
     Attributes:
@@ -103,35 +125,36 @@ class Wait:
 
     def __init__(
         self,
-        clock: Clock,
-        folder: Folder,
-        *,
-        rank: int,
+        attempt: Attempt,
+        phase: str,
         timeout_seconds: float,
         poll_seconds: float,
-        heartbeat: Callable[[], None],
         news: Callable[[], News] | None = None,
     ) -> None:
-        now = clock.monotonic()
+        now = attempt.clock.monotonic()
         self._ask, self.news = news, news() if news else News()
-        self._clock, self._folder, self._rank, self._heartbeat = clock, folder, rank, heartbeat
-        self._deadline = now + timeout_seconds
+        self._attempt, self._clock, self._phase = attempt, attempt.clock, phase
+        self._seconds, self._deadline = timeout_seconds, now + timeout_seconds
         self._longest = poll_seconds
         self._pause = min(_FIRST_PAUSE_SECONDS, poll_seconds)
         self._beat_at = self._listen_at = self._heard_at = now
         self._heard: bytes | None = None
 
+    def another(self, timeout_seconds: float) -> Wait:
+        """A wait like this one for what comes next, without a meeting."""
+        return Wait(self._attempt, self._phase, timeout_seconds, self._longest)
+
     def leads(self) -> bool:
-        """Whether this rank has to look for itself: it is rank 0, or rank 0's beacon stands still."""
+        """Whether this rank must list the marks: it is rank 0, or rank 0's beacon stands still."""
         now = self._clock.monotonic()
-        if self._rank and now >= self._listen_at:
+        if self._attempt.rank and now >= self._listen_at:
             self._listen_at = now + HEARTBEAT_SECONDS
             word = b""
             with suppress(EntryNotFoundError, CorruptCheckpointError):
-                word = self._folder.read(beacon_name(0), MAX_SMALL_BYTES)
+                word = self._attempt.inside().read(beacon_name(0), MAX_SMALL_BYTES)
             if word != self._heard:
                 self._heard, self._heard_at = word, now
-        return self._rank == 0 or now - self._heard_at > STALL_SECONDS
+        return self._attempt.rank == 0 or now - self._heard_at > STALL_SECONDS
 
     def pause(self) -> bool:
         """Sleep a little, or until there is news; False when the time is over."""
@@ -140,7 +163,7 @@ class Wait:
             return False
         if now >= self._beat_at:
             self._beat_at = now + HEARTBEAT_SECONDS
-            self._heartbeat()
+            self._attempt.progress(self._phase)
         end, known = min(now + self._pause, self._deadline), self.news
         while now < end and self.news == known:
             self._clock.sleep(min(end - now, _NEWS_SECONDS) if self._ask else end - now)
@@ -148,6 +171,54 @@ class Wait:
             self.news = self._ask() if self._ask else known
         self._pause = min(self._pause * 1.5, self._longest)
         return True
+
+    def pause_or_raise(self) -> None:
+        """As `pause`, but when the time is over raise the error that names the ranks that are missing."""
+        if not self.pause():
+            attempt = self._attempt
+            attempt.check_view(names := attempt.names())
+            raise timeout_error(attempt.inside(), names, attempt.world_size, self._seconds)
+
+
+def wait_for_marks(attempt: Attempt, wait: Wait) -> None:
+    """Returns when every rank has arrived. `Attempt.wait_for_marks` describes it."""
+    while not (attempt.heard(wait.news) or attempt.has(ARRIVED_NAME) or attempt.has(MANIFEST_NAME)):
+        # Without its own mark it may have been committed, replaced and cleared meanwhile.
+        if wait.leads() or attempt.has(ABORTED_NAME) or not attempt.has(index_name(attempt.rank)):
+            names = attempt.names()
+            if attempt.sees_commit(names):
+                return
+            raise_if_aborted(attempt.inside(), names)
+            if ranks_in(names) >= set(range(attempt.world_size)):
+                attempt.say_arrived()
+                return
+        wait.pause_or_raise()
+
+
+def wait_for_commit(attempt: Attempt, wait: Wait) -> None:
+    """Returns when the checkpoint is committed. `Attempt.wait_for_commit` describes it."""
+    while not (attempt.committed or _is_committed(attempt, wait)):
+        wait.pause_or_raise()
+    publishing = wait.another(_PUBLISH_SECONDS)
+    while attempt.is_pending() and publishing.pause():
+        pass
+    showing = wait.another(VISIBLE_SECONDS)
+    while not (shown := attempt.is_shown()) and showing.pause():
+        pass
+    attempt.hidden = not shown
+
+
+def _is_committed(attempt: Attempt, wait: Wait) -> bool:
+    attempt.heard(wait.news)
+    if attempt.committed:
+        return True
+    if wait.leads():
+        attempt.complete()
+    elif attempt.has(MANIFEST_NAME) or not attempt.has(index_name(attempt.rank)):
+        attempt.sees_commit()
+    elif attempt.has(ABORTED_NAME):
+        raise_if_aborted(attempt.inside(), attempt.names())
+    return attempt.committed
 
 
 def raise_if_aborted(folder: Folder, names: list[str]) -> None:
@@ -187,7 +258,7 @@ def timeout_error(folder: Folder, names: list[str], world_size: int, seconds: fl
 
 
 def unseen_error(path: str) -> CommitError:
-    """The error of a rank that does not see what it has written itself."""
+    """The error of a rank whose folder does not show the rank's own mark."""
     return CommitError(
         f"the folder of this attempt does not show what this rank has written there: {path}",
         hint="was it removed, or does the file system show an old state of it? If it is there, "
@@ -195,21 +266,14 @@ def unseen_error(path: str) -> CommitError:
     )
 
 
-def sees_rank(storage: Storage, path: str, attempt: str, rank: int, process: str) -> bool:
-    """Whether an attempt's folder, opened anew, shows what a process has written there as that rank."""
-    with opened(storage, join_hidden(path, attempt)) as folder:
-        beacon = read_beacons(folder, [beacon_name(rank)]).get(rank) if folder else None
-    return beacon is not None and beacon.process == process
+def is_at_least(manifest: Manifest | None, identity: str) -> bool:
+    """Whether a manifest has this identity, or belongs to a later save to the same path.
 
-
-def is_undecided(storage: Storage, path: str, attempt: str) -> bool:
-    """Whether an attempt that has written its part may still be committed, or fail.
-
-    Raises:
-        AbortedError: Another rank has failed.
+    Args:
+        manifest: What is seen.
+        identity: The sequence and the SHA-256 of a manifest, as another rank gave them.
     """
-    with opened(storage, join_hidden(path, attempt)) as folder:
-        names = list_names(folder) if folder else []
-        if folder:
-            raise_if_aborted(folder, names)
-        return bool(names) and MANIFEST_NAME not in names
+    sequence, _, sha = identity.partition(":")
+    if manifest is None:
+        return False
+    return manifest.sequence > int(sequence) or identity_of(manifest) == sha

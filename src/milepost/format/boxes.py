@@ -9,10 +9,11 @@ are wanted with those that were saved.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import NamedTuple
+
+import msgspec
 
 __all__ = [
     "Box",
@@ -64,8 +65,7 @@ class Run(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(msgspec.Struct, frozen=True):
     """One dimension of a tensor, or what is left of it, divided over one dimension of a mesh.
 
     Attributes:

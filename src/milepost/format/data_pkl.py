@@ -14,11 +14,11 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from milepost.format.index import Tensors
 from milepost.format.shards import dtype_bytes
-from milepost.format.tree import Node, TreeDecoder
+from milepost.format.tree import Node, TreeDecoder, scalar_value
 
 __all__ = ["emit", "tensor_fragments"]
 
@@ -54,7 +54,6 @@ _MAX_BYTES = 1 << 30
 """Longer bytes would not fit the one form of text that the restricted unpickler knows."""
 
 _ORDERED_DICT = _global("collections", "OrderedDict") + _EMPTY_TUPLE + _REDUCE
-_SCALAR_FORMATS = {"f2": "<e", "f4": "<f", "f8": "<d"}
 
 
 def _int(value: int) -> bytes:
@@ -216,18 +215,12 @@ _NATIVE = TreeDecoder()
 
 
 def _scalar(node: Node) -> bytes:
-    """A numpy scalar as the number it stands for, or as its bytes where Python has no such number."""
-    descr, data = node[1], bytes.fromhex(node[2])
-    order: Literal["big", "little"] = "big" if descr.startswith(">") else "little"
-    kind = descr[1:] if descr[:1] in "<>|=" else descr
-    if kind[:1] in ("i", "u") and kind[1:].isdigit():
-        return _int(int.from_bytes(data, order, signed=kind[0] == "i"))
-    if kind == "b1":
-        return _TRUE if data != b"\0" else _FALSE
-    if kind in _SCALAR_FORMATS:
-        layout = _SCALAR_FORMATS[kind]
-        return _float(struct.unpack(layout.replace("<", ">") if order == "big" else layout, data)[0])
-    return _bytes(data)
+    value = scalar_value(node)
+    if isinstance(value, bytes):
+        return _bytes(value)
+    if isinstance(value, float):
+        return _float(value)
+    return (_TRUE if value else _FALSE) if isinstance(value, bool) else _int(value)
 
 
 def _complex(node: Node) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -57,6 +56,8 @@ def with_shards(
         The tree, and the topmost nodes in it that the rank's own tree does not have.
     """
     others: list[Node] = []
+    if not keys:
+        return tree, others
     return _Merge(first, own, others).merged(tree, key_trie(keys)), others
 
 
@@ -99,8 +100,7 @@ def _conflict(key: Key, what: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"the key {path_text(decode_key(key))} {what}")
 
 
-@dataclass
-class _Merge:
+class _Merge(msgspec.Struct):
     first: int
     own: Container[int]
     others: list[Node]

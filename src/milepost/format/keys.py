@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 from milepost.format.limits import MAX_DEPTH
 from milepost.format.nodes import check_tree
 from milepost.format.paths import ATTRIBUTES, Item, Path
-from milepost.format.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
+from milepost.format.tree import Node, TreeDecoder, TreeEncoder, UnencodableError, scalar_value
 
 __all__ = ["ATTRIBUTES_STEP", "Key", "decode_key", "encode_key", "is_key", "step_of"]
 
@@ -26,13 +25,8 @@ _encoder = TreeEncoder(_refuse)
 
 def _plain_scalar(node: Any) -> Any:
     """A numpy scalar as the plain value that is equal to it, or else as a tuple of its node."""
-    name, data = node[1][1:], bytes.fromhex(node[2])
-    if name[:1] in ("i", "u", "b"):
-        return int.from_bytes(data, "little", signed=name[0] == "i")
-    codes = {"f2": "<e", "f4": "<f", "f8": "<d"}
-    if name in codes and len(data) == int(name[1]):
-        return struct.unpack(codes[name], data)[0]
-    return tuple(node)
+    value = scalar_value(node)
+    return tuple(node) if isinstance(value, bytes) else value
 
 
 _decoder = TreeDecoder(

@@ -1,7 +1,7 @@
-"""The nodes of a tree: what each may look like. `tree` says what they stand for. Torch-free.
+"""Checks the nodes of a tree, whose meaning `tree` describes. Torch-free.
 
-`check_tree` is what a load does with a tree that it has read. A save checks the nodes that it makes with
-`check_node`, which is the same code.
+A load checks each tree that it reads with `check_tree`. A save checks the nodes that it makes with
+`check_node`, which `check_tree` uses as well.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ DECODERS: dict[str, Callable[[Node], Any]] = {
 }
 """The value of each kind of node that Python has, containers aside."""
 
-_CONTAINERS = ("list", "tuple", "set", "dict", "ordered", "default")
 _KEY_TAGS = {*DECODERS, "tuple", "dtype", "device", "size", "scalar"}
 
 
@@ -75,40 +74,100 @@ def check_tree(root: Node, *, tensors: int = 0, records: Sequence[int] = ()) -> 
         ValueError: The tree is malformed, is beyond one of the limits, has equal keys in one dictionary, or
             refers to a tensor or record that is not there. The message says where.
     """
-    stack: list[tuple[Node, int, bool]] = [(root, 0, False)]
-    node, named = root, set[int]()
+    check = _TreeCheck(tensors, records)
+    check.stack.append((root, 0, False))
+    node = root
     try:
-        while stack:
-            node, depth, key = stack.pop()
+        while check.stack:
+            node, depth, key = check.stack.pop()
             check_node(node, key=key)
-            tag = node[0]
-            if depth > MAX_DEPTH + (tag not in _CONTAINERS):
+            inner = check.inner.get(node[0])
+            if depth > MAX_DEPTH + (node[0] not in _CONTAINERS):
                 raise ValueError(f"the tree is nested more than {MAX_DEPTH} deep")
-            if tag in ("tensor", "array", "blob", "object"):
-                _check_reference(node, tensors, records)
-                if tag != "tensor":  # each would be one more copy in memory
-                    if node[1] in named:
-                        raise ValueError(f"record {node[1]} is that of two values")
-                    named.add(node[1])
-            elif tag in ("list", "tuple", "set"):
-                for child in node[1]:
-                    if not _is_fine(child):
-                        stack.append((child, depth + 1, key or tag == "set"))
-                if tag == "set":
-                    _check_keys(node, (), [_frozen(child, depth) for child in node[1]])
-            elif tag in ("dict", "ordered", "default"):
-                _check_entries(node, depth, stack)
+            if inner is not None:
+                inner(node, depth, key)
     except ValueError as error:
         place = place_of(root, node)
         raise ValueError(f"{error} (at {place})" if place else str(error)) from None
 
 
+_CONTAINERS = ("list", "tuple", "set", "dict", "ordered", "default")
+
+
+class _TreeCheck:
+    """Checks what well-formed nodes hold and refer to: one method for each kind of node in `inner`.
+
+    Attributes:
+        stack: Nodes yet to check, each with its depth, and whether it is a key or in one.
+        inner: The method for each tag; other nodes hold nothing.
+    """
+
+    def __init__(self, tensors: int, records: Sequence[int]) -> None:
+        self.stack: list[tuple[Node, int, bool]] = []
+        self.inner: dict[str, Callable[[Node, int, bool], None]] = {
+            **dict.fromkeys(("list", "tuple"), self._items),
+            "set": self._set,
+            **dict.fromkeys(("dict", "ordered", "default"), self._entries),
+            "tensor": self._tensor,
+            **dict.fromkeys(("array", "blob", "object"), self._record),
+        }
+        self._tensors, self._records = tensors, records
+        self._named: set[int] = set()
+
+    def _items(self, node: Node, depth: int, key: bool) -> None:  # noqa: FBT001 - one of a row
+        for child in node[1]:
+            if not _is_fine(child):
+                self.stack.append((child, depth + 1, key))
+
+    def _set(self, node: Node, depth: int, _: bool) -> None:  # noqa: FBT001 - as above
+        self._items(node, depth, key=True)
+        _check_keys(node, (), [_frozen(child, depth) for child in node[1]])
+
+    def _entries(self, node: Node, depth: int, _: bool) -> None:  # noqa: FBT001 - as above
+        """Check the keys of a dictionary; values, and keys other than plain text, go onto the stack."""
+        texts, others = set(), []
+        for pair in node[1]:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise ValueError("an entry of a dictionary is no pair")
+            key_node, child = pair
+            if _is_plain_text(key_node):
+                texts.add(key_node[1])
+            else:
+                self.stack.append((key_node, depth + 1, True))
+                others.append(_frozen(key_node, depth))
+            if not _is_fine(child):
+                self.stack.append((child, depth + 1, False))
+        _check_keys(node, texts, others)
+        if node[0] == "ordered" and node[2] is not None:
+            if not _has_text_keys(node[2]):
+                raise ValueError("the attributes of an OrderedDict are no dictionary of names")
+            self.stack.append((node[2], depth + 1, False))
+
+    def _tensor(self, node: Node, *_: object) -> None:
+        if not 0 <= node[1] < self._tensors:
+            raise ValueError(f"the tree refers to tensor {node[1]} of {self._tensors}")
+
+    def _record(self, node: Node, *_: object) -> None:
+        tag, record = node[0], node[1]
+        if not 0 <= record < len(self._records):
+            raise ValueError(f"the tree refers to {tag} {record} of {len(self._records)}")
+        if record in self._named:  # each would be one more copy in memory
+            raise ValueError(f"record {record} is that of two values")
+        self._named.add(record)
+        length = self._records[record]
+        if tag == "array" and not is_array(node[2], node[3], length):
+            raise ValueError(f"a numpy array is not what its record of {length} bytes is: {_excerpt(node)}")
+
+
 def check_node(node: Node, *, key: bool = False) -> None:
-    """Check one node, without those in it; ValueError says what is wrong.
+    """Check one node, without the nodes in it.
 
     Args:
         node: The node.
         key: Whether it is a key of a dict or an item of a set, or in one.
+
+    Raises:
+        ValueError: It is malformed, or may not be a key. The message says what is wrong.
     """
     if not isinstance(node, list | tuple) or not node or not isinstance(node[0], str):
         raise ValueError(f"a node of the tree is malformed: {_excerpt(node)}")
@@ -128,38 +187,6 @@ def _is_fine(node: Node) -> bool:
     if type(node) is not list or not node or type(node[0]) is not str or node[0] not in DECODERS:
         return False
     return _CHECKS[node[0]](node)
-
-
-def _check_reference(node: Node, tensors: int, records: Sequence[int]) -> None:
-    tag, number = node[0], node[1]
-    limit = tensors if tag == "tensor" else len(records)
-    if not 0 <= number < limit:
-        raise ValueError(f"the tree refers to {tag} {number} of {limit}")
-    if tag == "array" and not is_array(node[2], node[3], records[number]):
-        raise ValueError(
-            f"a numpy array is not what its record of {records[number]} bytes is: {_excerpt(node)}"
-        )
-
-
-def _check_entries(node: Node, depth: int, stack: list[tuple[Node, int, bool]]) -> None:
-    """Check the keys of a dictionary; its values go onto the stack, and so do keys that are no plain text."""
-    texts, others = set(), []
-    for pair in node[1]:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ValueError("an entry of a dictionary is no pair")
-        key_node, child = pair
-        if _is_plain_text(key_node):
-            texts.add(key_node[1])
-        else:
-            stack.append((key_node, depth + 1, True))
-            others.append(_frozen(key_node, depth))
-        if not _is_fine(child):
-            stack.append((child, depth + 1, False))
-    _check_keys(node, texts, others)
-    if node[0] == "ordered" and node[2] is not None:
-        if not _has_text_keys(node[2]):
-            raise ValueError("the attributes of an OrderedDict are no dictionary of names")
-        stack.append((node[2], depth + 1, False))
 
 
 def _check_keys(node: Node, texts: Collection[str], others: list[Any]) -> None:

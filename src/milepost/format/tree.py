@@ -22,7 +22,7 @@ import builtins
 import reprlib
 import struct
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,9 +38,12 @@ __all__ = [
     "TreeDecoder",
     "TreeEncoder",
     "UnencodableError",
+    "children",
     "encode_tree",
+    "key_value",
     "numbers_of",
     "paths_of",
+    "scalar_value",
 ]
 
 HOLE: Node = ("none", "not known")
@@ -49,11 +52,12 @@ which others may have had more has it as its last element: ``["list", [...], HOL
 
 
 class UnencodableError(Exception):
-    """A value or key cannot be written down; `path` tells where."""
+    """A value or key cannot be written down; `path` tells where, and `hint` what to do."""
 
-    def __init__(self, message: str, path: Path) -> None:
+    def __init__(self, message: str, path: Path, hint: str | None = None) -> None:
         super().__init__(message)
         self.path = path
+        self.hint = hint
 
 
 _NONE = ("none",)
@@ -288,19 +292,54 @@ def _unique(value: _Sized, node: Node) -> _Sized:
     return value
 
 
+def scalar_value(node: Node) -> int | float | bytes:
+    """The value of a numpy scalar: a bool, an int or a float, or its bytes if it is none of these."""
+    descr, data = node[1], bytes.fromhex(node[2])
+    kind, is_big = descr[1:], descr.startswith(">")
+    if kind == "b1":
+        return data != b"\0"
+    if kind[:1] in ("i", "u"):
+        return int.from_bytes(data, "big" if is_big else "little", signed=kind[0] == "i")
+    if kind in _FLOATS:
+        return float(struct.unpack(f"{'>' if is_big else '<'}{_FLOATS[kind]}", data)[0])
+    return data
+
+
+_FLOATS = {"f2": "e", "f4": "f", "f8": "d"}
+
+_plain_keys = TreeDecoder(
+    {**dict.fromkeys(("size", "dtype", "device"), lambda node: node[1]), "scalar": scalar_value}
+)
+
+
+def key_value(step: Any) -> Any:
+    """The step of a path that a step of `children` stands for; of torch's types only the text."""
+    return step if type(step) is Item else _plain_keys.decode(step)
+
+
+def children(node: Node) -> Iterator[tuple[Any, Node]]:
+    """The values in a container of a checked tree, each after the step to it: its key's node, or an `Item`.
+
+    An OrderedDict's attributes are not among them. Other nodes have no children.
+    """
+    if node[0] in ("dict", "ordered", "default"):
+        return iter(node[1])
+    items = node[1] if node[0] in ("list", "tuple", "set") else ()
+    return ((Item(position), item) for position, item in enumerate(items))
+
+
 _Trail = tuple[Any, Any]
-"""The steps to a value, the last one first: (the trail to what it is in, key node or `Item`)."""
+"""The steps to a value, the last one first: (the trail to the container, a step of `children`)."""
 
 
 def paths_of(node: Node, *kinds: str) -> dict[int, str]:
     """The path of each value of these kinds in a checked tree, by its number; the first of several."""
-    decoder = TreeDecoder({tag: lambda key: key[1] for tag in ("size", "dtype", "device", "scalar")})
     paths: dict[int, str] = {}
     for number, found in _trails_of(node, kinds).items():
         trail, steps = found, list[Any]()
         while trail:
             trail, step = trail
-            steps.append(step if type(step) is Item else decoder.decode(step))
+            steps.append(key_value(step))
         paths[number] = path_text(tuple(reversed(steps)))
     return paths
 
@@ -318,9 +357,7 @@ def _trails_of(node: Node, kinds: tuple[str, ...]) -> dict[int, _Trail | tuple[(
         node, trail = stack.pop()
         if node[0] in kinds:
             trails.setdefault(node[1], trail)
-        elif node[0] in ("dict", "ordered", "default"):
-            stack += [(value, (trail, key)) for key, value in reversed(node[1]) if value[0] in wanted]
-        elif node[0] in ("list", "tuple", "set"):
-            items = [(item, (trail, Item(i))) for i, item in enumerate(node[1]) if item[0] in wanted]
-            stack += reversed(items)
+        else:
+            found = [(child, (trail, step)) for step, child in children(node) if child[0] in wanted]
+            stack += reversed(found)
     return trails

@@ -1,4 +1,4 @@
-"""All checkpoints in a folder, whole ones and parts, and what is known of an attempt that did not commit."""
+"""List the checkpoints in a folder, whole ones and parts; explain an attempt that did not commit."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from milepost.commit.folders import (
+from milepost.commit.by_rename.folders import absolute_path, names_of, opened
+from milepost.commit.contents import (
     AbortMark,
     Beacon,
     Note,
-    absolute_path,
     failures,
     list_names,
-    names_of,
     numbers,
-    opened,
     read_beacons,
     read_manifest,
     read_note,
 )
+from milepost.commit.judge import classify, wording
 from milepost.commit.locate import has_identity
-from milepost.commit.marks import checked_manifest, missing_files
+from milepost.commit.marks import missing_files
 from milepost.errors import (
     AbortedError,
     CheckpointNotFoundError,
@@ -35,14 +34,22 @@ from milepost.errors import (
     UnsupportedFormatError,
 )
 from milepost.format.manifest import Manifest
-from milepost.format.names import MANIFEST_NAME, data_rank, index_rank, is_own, looks_hidden, ranks_in
+from milepost.format.names import (
+    MANIFEST_NAME,
+    data_rank,
+    index_rank,
+    is_own,
+    looks_hidden,
+    ranks_in,
+    removed_stem,
+)
 from milepost.storage import Folder, Storage
 
 __all__ = ["Entry", "Explanation", "causes", "entry_at", "explain", "ranks_named", "scan"]
 
 
 _MAX_RANKS = 1 << 20
-"""An attempt that claims to have more ranks does not say how many it has."""
+"""A larger number of ranks in an ``attempt.json`` is not believed."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Entry:
 
 
 def scan(storage: Storage, folder: str) -> list[Entry]:
-    """All checkpoints in a folder, and parts of some, by time; what is none is left out.
+    """All checkpoints in a folder, and parts of checkpoints, by time.
 
     Raises:
         CheckpointNotFoundError: There is no such folder, or this is no path.
@@ -92,14 +99,14 @@ def _entry_or_none(storage: Storage, path: str) -> Entry | None:
     except StorageError as error:
         if error.errno != errno.EACCES:
             raise
-        return None  # nobody who may not open a folder can load from it
+        return None  # a user who may not open a folder cannot load from it
 
 
 def entry_at(storage: Storage, path: str) -> Entry | None:
-    """The checkpoint that this folder is, or the part of one; None if it is neither."""
+    """The checkpoint, or part of one, in this folder; None if it is neither."""
     name = os.path.basename(path)
     with opened(storage, path) as folder:
-        if folder is None:
+        if folder is None or removed_stem(name):
             return None
         hidden = looks_hidden(name)
         return _hidden_entry(folder, *hidden) if hidden else _visible_entry(folder, name)
@@ -151,36 +158,23 @@ def _manifest_entry(folder: Folder, name: str, manifest: Manifest) -> Entry:
 
 
 def _hidden_entry(folder: Folder, stem: str, attempt: str) -> Entry | None:
-    names = list_names(folder)
-    note = read_note(folder)
+    verdict = classify(folder, attempt, deep=False)
+    names, note, manifest = verdict.names, verdict.note, verdict.manifest
     name = note.name if note is not None and note.attempt == attempt else stem
-    size, moment = _measure(folder, names)
-    try:
-        manifest = read_manifest(folder)
-    except UnsupportedFormatError as error:
-        return _unread_entry(folder, name, names, error)
-    except LoadError:
-        manifest = None
-    if manifest is not None and manifest.attempt != attempt:
-        problem = "replaced by a later save, which has not cleared it yet"
-        return Entry(name, folder.path, "partial", manifest.step, size, moment, manifest.world_size, problem)
-    whole = checked_manifest(folder, attempt, names, deep=False)
-    if whole is not None:
-        problem = "complete, but not published: the next save to it, or `doctor --repair`, publishes it"
-        return Entry(
-            name,
-            folder.path,
-            "committed",
-            whole.step,
-            whole.size_bytes,
-            whole.time,
-            whole.world_size,
-            problem,
-        )
+    if isinstance(verdict.error, UnsupportedFormatError):
+        return _unread_entry(folder, name, names, verdict.error)
+    said, (size, moment) = wording(verdict.state, folder.path), _measure(folder, names)
+    if manifest is not None and verdict.state == "complete":
+        said = f"{said}: the next save to it, or `doctor --repair`, publishes it"
+        facts = (manifest.step, manifest.size_bytes, manifest.time, manifest.world_size, said)
+        return Entry(name, folder.path, "committed", *facts)
+    if manifest is not None and verdict.state == "replaced":
+        return Entry(name, folder.path, "partial", manifest.step, size, moment, manifest.world_size, said)
     if note is None and not any(is_own(entry) or index_rank(entry) is not None for entry in names):
         return None
     told = explain_folder(folder)
-    return Entry(name, folder.path, "partial", None, size, moment, told.world_size, told.problem)
+    problem = verdict.error.message if verdict.error else said or told.problem
+    return Entry(name, folder.path, "partial", None, size, moment, told.world_size, problem)
 
 
 def _measure(folder: Folder, names: list[str]) -> tuple[int, float]:
@@ -248,16 +242,16 @@ def explain_folder(folder: Folder) -> Explanation:
         begun = [rank for rank in missing[:10] if rank in beacons and rank not in aborted]
         parts += [f"rank {rank}: {beacons[rank].phase}" for rank in begun]
         if silent:
-            parts.append(f"ranks {numbers(silent)} never began")
+            parts.append(f"{ranks_named(silent)} {'has' if len(silent) == 1 else 'have'} not begun")
     return Explanation(
         note, world_size, arrived, aborted, beacons, "; ".join(parts) or "no rank has left a word"
     )
 
 
 def causes(failures: Iterable[tuple[int, str]]) -> tuple[dict[str, list[int]], list[int]]:
-    """What an attempt failed of: each error with the ranks that met it, and the ranks that stopped for it.
+    """Why an attempt failed: each error with the ranks that raised it, and the ranks that stopped for it.
 
-    Where all ranks stopped for another that left no word, what the first says of it is the error.
+    If all ranks stopped for another that left no abort mark, the message of the first is the error.
 
     Args:
         failures: Ranks, the first to fail first, with type and message of their errors.

@@ -1,17 +1,19 @@
-"""What an index says, flattened for people: one line per value, with its path, type and size."""
+"""The values that an index describes, for people: one line each, with path, type and size."""
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from milepost.format.index import Index
-from milepost.format.shards import dtype_bytes
-from milepost.format.tree import Node, TreeDecoder
+import msgspec
 
-__all__ = ["Line", "outline", "plain_value", "text_of"]
+from milepost.format.global_tree import with_global_columns, with_shards
+from milepost.format.index import Index
+from milepost.format.shards import ShardMap, Shards, dtype_bytes
+from milepost.format.tree import Node, TreeDecoder, children, scalar_value
+
+__all__ = ["Line", "outline", "outline_sharded", "plain_value", "text_of"]
 
 _CONTAINERS = {
     "dict": "dict",
@@ -22,17 +24,11 @@ _CONTAINERS = {
     "set": "set",
 }
 _PLAIN = {"none", "bool", "int", "float", "complex", "str", "bytes", "size", "dtype", "device", "scalar"}
-_NUMBERS = dict(
-    zip(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"), "efdbhiqBHIQ", strict=True)
-)
 
 
 def _numpy_scalar(node: Node) -> str:
-    descr, data = str(node[1]), bytes.fromhex(node[2])
-    code = _NUMBERS.get(descr[1:])
-    if code is None or len(data) != struct.calcsize(code):
-        return f"numpy({descr}, 0x{node[2]})"
-    return str(struct.unpack(f"{'>' if descr[0] == '>' else '<'}{code}", data)[0])
+    value = scalar_value(node)
+    return f"numpy({node[1]}, 0x{node[2]})" if isinstance(value, bytes) else str(value)
 
 
 class _Literal:
@@ -112,9 +108,10 @@ class Line:
 _LONGEST = 1000
 
 MOST_LINES = 1 << 17
-"""So many values are described by default, and of the plain ones in one container MOST_PLAIN."""
+"""How many values are described by default."""
 
 MOST_PLAIN = 1000
+"""How many plain values of one container are described."""
 
 
 def outline(index: Index, most: float = MOST_LINES) -> list[Line]:
@@ -148,19 +145,50 @@ def outline(index: Index, most: float = MOST_LINES) -> list[Line]:
     return lines
 
 
+def outline_sharded(index: Index, shards: ShardMap) -> tuple[Index, list[Line]]:
+    """As `outline`, with the global tensors as whole ones.
+
+    Args:
+        index: A rank's index.
+        shards: The checkpoint's shard map.
+
+    Returns:
+        The index with the global tensors behind its own, and its lines.
+    """
+    own = set(index.shards.tensor) if isinstance(index.shards, Shards) else set()
+    tree, _ = with_shards(index.tree, shards.key, len(index.tensors.record), own)
+    columns = with_global_columns(index.tensors, shards)
+    index = msgspec.structs.replace(index, tree=tree, tensors=columns)
+    lines = outline(index)
+    for line in lines:
+        if line.kind in ("tensor", "parameter", "ndarray") and line.record < 0:
+            number = -1 - line.record  # see with_global_columns
+            table, dims = shards.where(number), len(shards.shape[number])
+            count = len(table.rank)
+            line.text += f", {shards.placement[number]}, {count} shard{'s' if count != 1 else ''}"
+            line.facts["placement"] = shards.placement[number]
+            line.facts["shards"] = [
+                {
+                    "rank": rank,
+                    "start": table.start[n * dims : (n + 1) * dims],
+                    "size": table.size[n * dims : (n + 1) * dims],
+                }
+                for n, rank in enumerate(table.rank)
+            ]
+    return index, lines
+
+
 def _children(node: Node, number: int, line: Line) -> list[tuple[Any, Node, int]]:
     """What a container holds, with the steps to it; most plain values are only counted."""
-    children: list[tuple[Any, Node, int]] = []
-    in_list, plain = node[0] in ("list", "tuple", "set"), 0
-    for position, entry in enumerate(node[1]):
-        child = entry if in_list else entry[1]
+    kept, plain = [], 0
+    for step, child in children(node):
         if child[0] in _PLAIN:
             plain += 1
             if plain > MOST_PLAIN:
                 line.left_out += 1
                 continue
-        children.append((position if in_list else entry[0], child, number))
-    return children
+        kept.append((step, child, number))
+    return kept
 
 
 def _label(step: Any) -> str:

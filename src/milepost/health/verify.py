@@ -1,4 +1,4 @@
-"""Every byte of a checkpoint against its checksum. Torch-free."""
+"""Compare every byte of a checkpoint with its checksum. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from math import inf
 
 from isal.isal_zlib import crc32_combine
 
-from milepost.commit import Located, locate
-from milepost.commit.folders import file_digest, published_manifest, read_manifest
+from milepost.commit import Checkpoint, locate
+from milepost.commit.by_rename.folders import published_manifest
+from milepost.commit.contents import read_manifest
 from milepost.errors import CorruptCheckpointError, IncompleteCheckpointError, LoadError, StorageError
-from milepost.format.index import CHUNK_BYTES, DataFile, FileDigest, Index, decode_index
+from milepost.format.index import CHUNK_BYTES, DataFile, Index
 from milepost.format.manifest import Manifest
 from milepost.format.names import data_rank
 from milepost.health.outline import Line, outline
-from milepost.storage import Folder, Storage
+from milepost.storage import Storage
 from milepost.storage.reading import scan_file
 from milepost.storage.stream import FileStream
 from milepost.storage.writing import Ring
@@ -35,13 +36,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was written.
+    """Damage in one file.
 
     Attributes:
         file: Name of the file in the checkpoint's folder.
         message: What is wrong.
         keys: Paths of the tensors and other values concerned.
-        offset: Where in the file the damage starts, -1 if it is no matter of one place.
+        offset: Where in the file the damage starts; -1 if it has no one place.
         length: How many bytes the failed checksums cover.
     """
 
@@ -78,13 +79,11 @@ class Report:
 class _Verification:
     """A report being made."""
 
-    def __init__(self, located: Located, total: int, progress: Progress | None) -> None:
-        self.folder: Folder = located.folder
-        self.report = Report(located.path)
+    def __init__(self, checkpoint: Checkpoint, total: int, progress: Progress | None) -> None:
+        self.checkpoint, self.folder = checkpoint, checkpoint.folder
+        self.report = Report(checkpoint.path)
         self._total, self._done = total, 0
         self._progress = progress
-        self.unwritten = located.in_place
-        """The manifest may not have been written yet."""
 
     def tell(self, count: int) -> None:
         """Count bytes that have been read."""
@@ -104,11 +103,11 @@ class _Verification:
 
 
 def verify(storage: Storage, path: str, progress: Progress | None = None) -> Report:
-    """Read every file that a checkpoint consists of, once, and compare it with its checksums.
+    """Read every file of a checkpoint once and compare it with its checksums.
 
-    On return every byte has been read and compared, and nothing in the folder has changed. Damage in
-    files is in the report; that there is no whole checkpoint at all is an exception. Where a save replaces
-    what is being read, what took its place is verified instead.
+    On return every byte has been read and compared, and nothing in the folder has changed. The report has the
+    damage in files. If there is no checkpoint at all, it raises. If a save replaces the checkpoint meanwhile,
+    the new one is verified instead.
 
     Args:
         storage: Where it is.
@@ -137,27 +136,28 @@ def _attempt_at(storage: Storage, path: str) -> str | None:
 
 def _verified(storage: Storage, path: str, progress: Progress | None) -> tuple[Report, str | None]:
     try:
-        located = locate(storage, path)
+        checkpoint = locate(storage, path)
     except CorruptCheckpointError:
-        located = _damaged(storage, path)  # files are missing or have a wrong size: look at the others too
-    with closing(located.folder):
-        if located.manifest is None:
-            return _verify_plain(located, progress), None
-        run = _Verification(located, located.manifest.size_bytes, progress)
-        _verify_all(run, located.manifest)
-        run.report.step = located.manifest.step
-        return run.report, located.manifest.attempt
+        checkpoint = _damaged(storage, path)  # files are missing or have a wrong size: read the others too
+    with checkpoint:
+        manifest = checkpoint.manifest
+        if manifest is None:
+            return _verify_plain(checkpoint, progress), None
+        run = _Verification(checkpoint, manifest.size_bytes, progress)
+        _verify_all(run, manifest)
+        run.report.step = manifest.step
+        return run.report, manifest.attempt
 
 
-def _damaged(storage: Storage, path: str) -> Located:
-    """The folder at a path with its manifest, whatever its other files are like."""
+def _damaged(storage: Storage, path: str) -> Checkpoint:
+    """Open the folder at a path with its manifest, even if other files are damaged."""
     path = os.path.realpath(path)
     folder = storage.open_folder(path)
     try:
         manifest = read_manifest(folder)
         if manifest is None:
             raise IncompleteCheckpointError(f"this folder has no manifest: {path}", path=path)
-        return Located(folder, manifest, path, in_place=False)
+        return Checkpoint(folder, manifest, path)
     except BaseException:
         folder.close()
         raise
@@ -168,7 +168,9 @@ def _verify_all(run: _Verification, manifest: Manifest) -> None:
     described: dict[str, tuple[Index, int]] = {}
     for rank, listed in enumerate(manifest.indexes):
         with run.file(listed.name):
-            index = _verified_index(run, manifest, rank, listed)
+            run.tell(listed.size)
+            index = run.checkpoint.index(rank)
+            run.report.bytes += listed.size
             described.update({file.name: (index, number) for number, file in enumerate(index.files)})
     ring = Ring()
     try:
@@ -178,38 +180,14 @@ def _verify_all(run: _Verification, manifest: Manifest) -> None:
     finally:
         ring.close()
     for attachment in (*manifest.attachments, *([manifest.shards] if manifest.shards else [])):
-        if attachment is manifest.shards and run.unwritten and run.folder.stat(attachment.name) is None:
+        written = not run.checkpoint.in_place or run.folder.stat(attachment.name) is not None
+        if attachment is manifest.shards and not written:
             continue  # it is made of the indexes when the attempt is committed
         with run.file(attachment.name):
-            _verify_digest(run, attachment)
-
-
-def _verify_digest(run: _Verification, listed: FileDigest) -> None:
-    stat = run.folder.stat(listed.name)
-    if stat is not None and stat.kind == "file" and stat.size_bytes != listed.size:
-        raise CorruptCheckpointError(f"{listed.size} bytes expected, {stat.size_bytes} found")
-    found = file_digest(run.folder, listed.name)
-    run.report.bytes += found.size
-    run.tell(listed.size)
-    if found.size != listed.size:
-        raise CorruptCheckpointError(f"{listed.size} bytes expected, {found.size} found")
-    if found.sha256 != listed.sha256:
-        raise CorruptCheckpointError(f"SHA-256 {listed.sha256} expected, {found.sha256} found")
-
-
-def _verified_index(run: _Verification, manifest: Manifest, rank: int, listed: FileDigest) -> Index:
-    """The index, which is whole and belongs to this manifest."""
-    _verify_digest(run, listed)
-    index = decode_index(run.folder.read(listed.name, listed.size), listed.name)
-    if (index.attempt, index.rank, index.world_size) != (manifest.attempt, rank, manifest.world_size):
-        raise CorruptCheckpointError(
-            f"by rank {index.rank} of {index.world_size} in attempt {index.attempt}, "
-            f"not by rank {rank} of {manifest.world_size} in attempt {manifest.attempt}"
-        )
-    for file in index.files:
-        if file not in manifest.files:
-            raise CorruptCheckpointError(f"describes {file.name} otherwise than the manifest does")
-    return index
+            run.tell(attachment.size)
+            if problem := run.checkpoint.difference(attachment):
+                raise CorruptCheckpointError(problem)
+            run.report.bytes += attachment.size
 
 
 # ---------------------------------------------------------------------------- data files
@@ -322,14 +300,15 @@ class _Keys:
 # ---------------------------------------------------------------------------- plain torch.save files
 
 
-def _verify_plain(located: Located, progress: Progress | None) -> Report:
+def _verify_plain(checkpoint: Checkpoint, progress: Progress | None) -> Report:
     """Entry CRCs of plain archives. They can be off in whole files, so a mismatch is a warning."""
-    names = [name for name in located.folder.names() if data_rank(name) is not None]
-    total = sum(stat.size_bytes for name in names if (stat := located.folder.stat(name)))
-    run = _Verification(located, total, progress)
+    folder = checkpoint.folder
+    names = [name for name in folder.names() if data_rank(name) is not None]
+    total = sum(stat.size_bytes for name in names if (stat := folder.stat(name)))
+    run = _Verification(checkpoint, total, progress)
     run.report.kind = "torch"
     for name in names:
-        with run.file(name), closing(located.folder.open(name)) as file:
+        with run.file(name), closing(folder.open(name)) as file:
             try:
                 with zipfile.ZipFile(io.BufferedReader(FileStream(file), _PLAIN_BYTES)) as archive:
                     for entry in archive.infolist():

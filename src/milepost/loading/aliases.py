@@ -11,9 +11,11 @@ import torch
 
 from milepost.format.index import Tensors
 from milepost.format.tree import Node, paths_of
-from milepost.loading.template import Fill, is_dense
+from milepost.loading.template import Fill, copy_into
+from milepost.state.decode import dtype_of, tensor_over
+from milepost.state.memory import is_dense, reach
 
-__all__ = ["raw_bytes", "sharing_misfits"]
+__all__ = ["hold_together", "raw_bytes", "sharing_misfits"]
 
 
 def sharing_misfits(
@@ -21,7 +23,7 @@ def sharing_misfits(
     tensors: Tensors,
     tree: Node,
     same_bytes: Callable[[int, int], bool],
-    fit_together: Callable[[Fill, Fill], bool] = lambda *_: False,
+    fit_together: Callable[..., bool] = lambda *_: False,
 ) -> list[str]:
     """A sentence for each tensor that would overwrite what another one is filled with.
 
@@ -80,6 +82,10 @@ def _agree(first: Fill, later: Fill, tensors: Tensors, same_bytes: Callable[[int
     if (first.pieces or later.pieces) and first.parts() != later.parts():
         return False
     distance = later.target.data_ptr() - first.target.data_ptr()
+    if (_converted(first, tensors) or _converted(later, tensors)) and (
+        distance or first.target.dtype != later.target.dtype or tensors.dtype[a] != tensors.dtype[b]
+    ):
+        return False
     as_saved = (
         tensors.record[a] == tensors.record[b]
         and tensors.byte_offset[b] - tensors.byte_offset[a] == distance
@@ -104,6 +110,11 @@ def _turned(fill: Fill, tensors: Tensors) -> tuple[bool, bool]:
     )
 
 
+def _converted(fill: Fill, tensors: Tensors) -> bool:
+    """Whether the target has another dtype than what was saved for it."""
+    return fill.target.dtype != dtype_of(tensors.dtype[fill.number])
+
+
 def _has_steps(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
     steps = zip(tensor.shape, tensor.stride(), stride, strict=True)
     return all(n == 1 or step == other for n, step, other in steps)
@@ -112,3 +123,30 @@ def _has_steps(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor's values, in the order of its elements."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
+def hold_together(fills: Sequence[Fill], load: Callable[[Sequence[Fill]], None]) -> bool:
+    """Whether targets that share memory, with each other or in themselves, can hold their saved values.
+
+    The values are loaded aside, copied into such memory one after the other, and compared afterwards.
+
+    Args:
+        fills: The targets, which stay as they are.
+        load: Fills targets with what was saved.
+    """
+    targets = [fill.target for fill in fills]
+    start = min(target.data_ptr() for target in targets)
+    end = max(target.data_ptr() + reach(target) * target.element_size() for target in targets)
+    memory = torch.zeros(end - start, dtype=torch.uint8, device="cpu").untyped_storage()
+    values, views = [], []
+    for target in targets:
+        offset, bits = target.data_ptr() - start, (target.is_conj(), target.is_neg())
+        if offset % target.element_size():
+            return False
+        values.append(torch.empty(target.shape, dtype=target.dtype, device="cpu"))
+        views.append(tensor_over(memory, offset, target.dtype, target.shape, target.stride(), bits))
+    load([Fill(value, fill.number, fill.parts()) for value, fill in zip(values, fills, strict=True)])
+    pairs = list(zip(views, values, strict=True))
+    for view, value in pairs:
+        copy_into(view, value)
+    return all(torch.equal(raw_bytes(view), raw_bytes(value)) for view, value in pairs)

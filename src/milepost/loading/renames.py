@@ -1,4 +1,4 @@
-"""Keys that were renamed since a checkpoint was saved, and keys that it need not have. Torch-free."""
+"""What a load may change: renamed keys, keys that need not be saved, dtypes. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any
 
 from milepost.errors import ConfigError
 from milepost.format.paths import Item, Path, matcher, path_text
-from milepost.format.tree import HOLE, Node, TreeDecoder
+from milepost.format.tree import HOLE, Node, children, key_value
 
 __all__ = ["Names", "nodes_by_path"]
 
 
 class Names:
-    """What a load is told of names.
+    """What a load may do where template and checkpoint differ.
 
     Args:
         rename: From the path that a value had when it was saved to the one it has in the template, such as
             ``{"model.encoder.*": "model.backbone.*"}``. One ``*`` in each of both stands for the same text.
             What was not saved under the old name is looked for under the new one.
         allow_missing: Patterns of paths that need not have been saved, as for `matcher`.
+        cast: Convert saved values to the dtypes of the template.
 
     Raises:
         ConfigError: A pattern is malformed.
     """
 
-    def __init__(self, rename: Any = None, allow_missing: Any = ()) -> None:
+    def __init__(self, rename: Any = None, allow_missing: Any = (), *, cast: bool = False) -> None:
         rename = {} if rename is None else rename
         if not isinstance(rename, Mapping) or not all(
             isinstance(old, str) and isinstance(new, str) and old.count("*") == new.count("*") <= 1
@@ -43,6 +44,7 @@ class Names:
         self.renames = {new: old for old, new in rename.items()}
         if len(self.renames) != len(rename):
             raise ConfigError(f"rename gives two saved paths one new name: {rename!r}")
+        self.cast = cast
         self._unused = dict(self.renames)
         self._allowed = list(allow_missing)
         self._allows = matcher(self._allowed)
@@ -119,25 +121,18 @@ def _inner_paths(value: Any, path: Path, *, leaves: bool = False) -> Iterator[Pa
         yield path
 
 
-_decoder = TreeDecoder({tag: lambda key: key[1] for tag in ("size", "dtype", "device", "scalar")})
-
-
-def _children(node: Node) -> Iterator[tuple[Any, Node]]:
-    if node[0] in ("dict", "ordered", "default"):
-        for key, child in node[1]:
-            yield _decoder.decode(key), child
-    elif node[0] in ("list", "tuple"):
-        for position, child in enumerate(node[1]):
-            if child is not HOLE:
-                yield Item(position), child
+def _steps(node: Node) -> Iterator[tuple[Any, Node]]:
+    """The values in a node, except the items of a set, each with the step to it."""
+    if node[0] != "set":
+        yield from ((key_value(step), child) for step, child in children(node) if child is not HOLE)
 
 
 def _leaf_paths(node: Node, path: Path, used: set[str]) -> Iterator[Path]:
     """The paths of the leaves of a saved node; what was used as a whole counts as a leaf."""
-    children = [] if path_text(path) in used else list(_children(node))
-    if not children:
+    inner = [] if path_text(path) in used else list(_steps(node))
+    if not inner:
         yield path
-    for step, child in children:
+    for step, child in inner:
         yield from _leaf_paths(child, (*path, step), used)
 
 
@@ -148,5 +143,5 @@ def nodes_by_path(node: Node) -> dict[str, Node]:
     while stack:
         path, node = stack.pop()
         found.setdefault(path_text(path), node)
-        stack += reversed([((*path, step), child) for step, child in _children(node)])
+        stack += reversed([((*path, step), child) for step, child in _steps(node)])
     return found

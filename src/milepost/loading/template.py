@@ -1,7 +1,7 @@
-"""Templates: what of a checkpoint goes where in a state dict that is there already.
+"""Compares a template, which is a state dict of the caller, with a saved tree.
 
-`match` compares a template with a saved tree and finds everything that does not fit before anything is
-written. What it returns is a list of tensors to fill, and one function that puts all other values in place.
+`match` finds everything that does not fit, and changes nothing. Its result is a plan: a `Fill` for each
+tensor that is read into the template, and a `Put` for each other value that replaces one of the template.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,18 +19,23 @@ from milepost.errors import CorruptCheckpointError, StateError
 from milepost.format.boxes import Piece, whole
 from milepost.format.index import Tensors
 from milepost.format.paths import Item, Path, path_text
-from milepost.format.tree import HOLE, Node
+from milepost.format.tree import HOLE, Node, children
 from milepost.loading.renames import Names, nodes_by_path
 from milepost.state.decode import dtype_of
 from milepost.state.memory import end_of, reach
 from milepost.state.placements import local_of, placed
 from milepost.utils import is_dtensor
 
-__all__ = ["Fill", "Match", "copy_into", "is_dense", "match"]
+__all__ = ["Fill", "Match", "Put", "copy_into", "match"]
 
+_META = (
+    "a meta tensor in the template (first call model.to_empty(device=...); or load without a template, then "
+    "model.load_state_dict(..., assign=True))"
+)
 _WRITEABLE = "a numpy array that can be written to"
 _LISTS = {"list": list, "tuple": tuple}
 _NUMBERS = {"int", "float", "bool", "none", "scalar"}
+_NUMBER_TYPES = (numbers.Number, np.generic)
 _EXACT: dict[str, type] = {
     "complex": complex,
     "str": str,
@@ -39,15 +45,14 @@ _EXACT: dict[str, type] = {
     "size": torch.Size,
     "dtype": torch.dtype,
     "device": torch.device,
-    "array": np.ndarray,  # see _raw_array
 }
 
 
 @dataclass(slots=True)
 class Fill:
-    """A tensor of the template, and the number of the saved tensor that goes into it.
+    """A tensor of the template, and the number of the saved tensor that is read into it.
 
-    Where the target is a rank's part of a DTensor, `pieces` tell which parts of the saved one go where in it.
+    If the target is a rank's part of a DTensor, `pieces` name the parts of the saved one, and their places.
     """
 
     target: torch.Tensor
@@ -55,8 +60,20 @@ class Fill:
     pieces: tuple[Piece, ...] | None = None
 
     def parts(self) -> tuple[Piece, ...]:
-        """The pieces of the saved tensor that are wanted: all of it, if nothing else is said."""
+        """The pieces of the saved tensor that are read: all of it, unless `pieces` say otherwise."""
         return (whole(self.target.shape),) if self.pieces is None else self.pieces
+
+
+class Put(NamedTuple):
+    """A value that goes into a container of the template: ``container[key] = value``."""
+
+    container: Any
+    key: Any
+    value: Any
+
+
+_KEEP = object()
+"""Instead of a new value: the container keeps the value that it has."""
 
 
 @dataclass
@@ -65,23 +82,31 @@ class Match:
 
     Attributes:
         fills: The tensors to fill.
+        puts: The values to put into containers, in this order.
         missing: Topmost paths of the template that were not saved.
         unexpected: Topmost saved paths that the template lacks.
-        misfits: What does not fit, a sentence each; nothing may be written while there are any.
-        allowed: Topmost paths that were not saved, and need not have been.
+        sections: Those of them that are a whole part of the saved state: top-level values but tensors.
+        misfits: One sentence for each value that does not fit; with any, nothing may be written.
+        allowed: Topmost paths that were not saved, and that need not have been.
         renamed: The saved path and the template's, for each value that was renamed.
         unused: Renames that fit nothing, as text.
-        finish: Puts all other values in place; to be called when the tensors are filled.
     """
 
     fills: list[Fill] = field(default_factory=list)
+    puts: list[Put] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    sections: set[str] = field(default_factory=set)
     misfits: list[str] = field(default_factory=list)
     allowed: list[str] = field(default_factory=list)
     renamed: list[tuple[str, str]] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-    finish: Callable[[], Any] = lambda: None
+
+    def finish(self) -> None:
+        """Put all values in place, after the tensors were filled, and tell autograd that these changed."""
+        torch.autograd.graph.increment_version([fill.target for fill in self.fills])
+        for container, key, value in self.puts:
+            container[key] = value
 
 
 def match(
@@ -96,19 +121,24 @@ def match(
     """Compare a template with a saved tree; neither is changed.
 
     Args:
-        template: The state dict to load into. Only its keys are loaded; None stands for "whatever was
-            saved here".
+        template: The state dict to load into. Only its keys are loaded; None stands for any value.
         node: The saved tree.
-        tensors: The tensors it refers to.
-        decode: Builds the values that are new to the template, and objects.
-        names: What was renamed since it was saved, and what need not have been saved.
+        tensors: The tensors that it refers to.
+        decode: Makes the values that are new to the template, and objects.
+        names: The paths that were renamed since the save, and those that need not have been saved.
         foreign: Identities of nodes that the template need not have.
-        folds: Whether elements that share memory can hold what was saved for them, where strides cannot tell.
+        folds: Whether a target whose elements share memory can hold its saved values. It is asked where
+            strides cannot tell.
     """
     return _Matcher(tensors, decode, names or Names(), foreign, folds).run(template, node)
 
 
 class _Matcher:
+    """Walks a template and a saved tree together.
+
+    The methods for values return the value that the container is to hold, or _KEEP.
+    """
+
     def __init__(
         self,
         tensors: Tensors,
@@ -122,7 +152,6 @@ class _Matcher:
         self._decode = decode
         self._names = names
         self._match = Match()
-        self._filled: list[torch.Tensor] = []
         self._saved: dict[str, Node] = {}
         self._moved: set[Path] = set()
         self._unexpected: list[tuple[Path, Node]] = []
@@ -130,33 +159,25 @@ class _Matcher:
     def run(self, template: Any, node: Node) -> Match:
         if self._names.renames:
             self._saved = nodes_by_path(node)
-        put = self._value(template, node, ())
+        self._value(template, node, ())
         self._match.unexpected = self._names.left_over(self._unexpected, self._match.renamed)
+        tops = ((path, node) for path, node in self._unexpected if len(path) == 1)
+        self._match.sections = {path_text(path) for path, node in tops if node[0] != "tensor"}
         self._match.unused = self._names.unused()
-
-        def finish() -> Any:
-            torch.autograd.graph.increment_version(self._filled)
-            return put() if put is not None else template
-
-        self._match.finish = finish
         return self._match
 
-    def _misfit(self, path: Path, expected: str, found: str) -> Callable[[], Any]:
+    def _misfit(self, path: Path, expected: str, found: str) -> Any:
         self._match.misfits.append(
             f"{path_text(path) or 'the state dict'}: expected {expected}, found {found}"
         )
-        return lambda: None
+        return _KEEP
 
-    def _value(self, target: Any, node: Node, path: Path) -> Callable[[], Any] | None:
-        """Match one value; the result puts it in place, and returns what its parent is to hold.
-
-        None where the parent is to hold what it holds already.
-        """
+    def _value(self, target: Any, node: Node, path: Path) -> Any:
         tag = node[0]
         if node is HOLE:
-            return None
+            return _KEEP
         if target is None:
-            return self._new(node)
+            return self._decode(node)
         if tag == "tensor":
             return self._tensor(target, node[1], path)
         if tag in ("dict", "ordered", "default"):
@@ -166,50 +187,35 @@ class _Matcher:
             kind: Any = _LISTS[tag]
             if type(target) is kind or (type(target) is tuple and node[-1] is HOLE):
                 return self._list(target, node, path)
-        elif tag in _NUMBERS:
-            if isinstance(target, numbers.Number | np.generic):
-                return self._new(node)
         elif tag == "object":
             return self._object(target, node, path)
         elif tag == "array" and type(target) is np.ndarray:
             return self._raw_array(target, node, path)
-        elif type(target) is _EXACT[tag]:
-            return self._new(node)
+        elif type(target) is _EXACT.get(tag) or (tag in _NUMBERS and isinstance(target, _NUMBER_TYPES)):
+            return self._decode(node)  # now, as damage would be found too late when targets are written
         return self._misfit(path, _kind(target), _tag_text(node))
 
-    def _new(self, node: Node) -> Callable[[], Any]:
-        """A value that replaces what the template has: read now, so that no damage is found too late."""
-        value = self._decode(node)
-        return lambda: value
-
-    def _dict(self, target: dict[Any, Any], node: Node, path: Path) -> Callable[[], Any]:
+    def _dict(self, target: dict[Any, Any], node: Node, path: Path) -> Any:
         saved = {
             key[1] if key[0] == "str" and key[1] is not None else self._decode(key): value
             for key, value in node[1]
         }
         if len(saved) != len(node[1]):
             raise CorruptCheckpointError(f"a dict of the tree has equal keys: {path_text(path)}")
-        parts = []
         for key, value in target.items():
             where = (*path, key)
-            part = self._value(value, self._node(value, saved.get(key, HOLE), where), where)
-            if part is not None:
-                parts.append((key, part))
+            new = self._value(value, self._node(value, saved.get(key, HOLE), where), where)
+            if new is not _KEEP:
+                self._match.puts.append(Put(target, key, new))
         self._unexpected += [
             ((*path, key), value)
             for key, value in saved.items()
             if key not in target and id(value) not in self._foreign
         ]
-
-        def put() -> dict[Any, Any]:
-            for key, part in parts:
-                target[key] = part()
-            return target
-
-        return put
+        return _KEEP
 
     def _node(self, value: Any, node: Node, path: Path) -> Node:
-        """The node of what a container holds; HOLE if it was not saved, which is told of then."""
+        """The node of a value in a container; HOLE, which is reported, if it was not saved."""
         if self._names.renames:
             node = self._renamed(value, node, path)
         if node is HOLE:
@@ -218,7 +224,7 @@ class _Matcher:
         return node
 
     def _renamed(self, value: Any, node: Node, path: Path) -> Node:
-        """The node of what may have had another name when it was saved."""
+        """The node of a value that may have had another name when it was saved."""
         new = path_text(path)
         old = self._names.old_name(new, self._saved)
         if old is not None:
@@ -228,11 +234,11 @@ class _Matcher:
         if node is HOLE and any(path[:depth] in self._moved for depth in range(1, len(path))):
             node = self._saved.get(new, HOLE)
         if node is HOLE and self._names.reach_into(value, path, self._saved):
-            # All that is below has other names.
+            # Everything below it has other names.
             node = ("dict", []) if isinstance(value, dict) else ("list", [], HOLE)
         return node
 
-    def _list(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
+    def _list(self, target: Any, node: Node, path: Path) -> Any:
         saved = node[1]
         if node[-1] is HOLE or (
             len(target) > len(saved) and self._names.reach_into(target, path, self._saved)
@@ -241,25 +247,18 @@ class _Matcher:
         if len(target) != len(saved):
             if _holds_tensor(target) or _names_tensor(node):
                 return self._misfit(path, f"{len(target)} items", f"{len(saved)} items")
-            return self._new(node)
-        parts = []
+            return self._decode(node)
+        items = list(target)
         for position, (value, child) in enumerate(zip(target, saved, strict=True)):
             where = (*path, Item(position))
-            parts.append(self._value(value, self._node(value, child, where), where))
+            new = self._value(value, self._node(value, child, where), where)
+            if new is not _KEEP:
+                items[position] = new
+                if isinstance(target, list):
+                    self._match.puts.append(Put(target, position, new))
+        return tuple(items) if isinstance(target, tuple) else _KEEP
 
-        def items() -> list[Any]:
-            return [value if part is None else part() for part, value in zip(parts, target, strict=True)]
-
-        if isinstance(target, tuple):
-            return lambda: tuple(items())
-
-        def put() -> Any:
-            target[:] = items()
-            return target
-
-        return put
-
-    def _tensor(self, target: Any, number: int, path: Path) -> Callable[[], Any] | None:
+    def _tensor(self, target: Any, number: int, path: Path) -> Any:
         columns = self._tensors
         if columns.kind[number] == "ndarray":
             if type(target) is not np.ndarray:
@@ -282,9 +281,11 @@ class _Matcher:
         else:
             return self._misfit(path, _kind(target), "a tensor")
         dtype, shape = dtype_of(columns.dtype[number]), columns.shape[number]
-        if destination.layout is not torch.strided or (not destination.is_cpu and destination.is_meta):
+        if not destination.is_cpu and destination.is_meta:
+            return self._misfit(path, "a tensor with memory to fill", _META)
+        if destination.layout is not torch.strided:
             return self._misfit(path, f"a dense tensor to fill, not {_kind(target)}", "a dense tensor")
-        if destination.dtype != dtype or list(destination.shape) != shape:
+        if not self._takes(destination.dtype, dtype) or list(destination.shape) != shape:
             return self._misfit(
                 path,
                 f"{destination.dtype} of shape {tuple(destination.shape)}",
@@ -296,14 +297,12 @@ class _Matcher:
         if _overlaps(destination) and not _same_steps(destination, steps) and not self._folds(fill):
             return self._folded(path, destination, f"strides {tuple(steps)}")
         self._match.fills.append(fill)
-        if isinstance(target, torch.Tensor):
-            self._filled.append(target)
-        return None
+        return _KEEP
 
-    def _dtensor(self, target: Any, number: int, path: Path) -> Callable[[], Any] | None:
-        """This rank's part of a DTensor: it is filled from those parts of the saved tensor."""
+    def _dtensor(self, target: Any, number: int, path: Path) -> Any:
+        """This rank's part of a DTensor: it is filled with those parts of the saved tensor."""
         dtype, shape = dtype_of(self._tensors.dtype[number]), self._tensors.shape[number]
-        if target.dtype != dtype or list(target.shape) != shape:
+        if not self._takes(target.dtype, dtype) or list(target.shape) != shape:
             return self._misfit(
                 path,
                 f"a DTensor of {target.dtype} of shape {tuple(target.shape)}",
@@ -314,20 +313,24 @@ class _Matcher:
         except StateError as error:
             return self._misfit(path, f"a DTensor that can be filled: {error.message}", "a tensor")
         local = local_of(target).detach()
-        if local.layout is not torch.strided or local.is_meta or _lacks_memory(local):
+        if local.is_meta:
+            return self._misfit(path, "a tensor with memory to fill", _META)
+        if local.layout is not torch.strided or _lacks_memory(local):
             return self._misfit(path, f"a dense tensor to fill, not {_kind(local)}", "a dense tensor")
         fill = Fill(local, number, pieces)
         if _overlaps(local) and not self._folds(fill):
             return self._folded(path, local, "a tensor whose parts do not agree there")
         self._match.fills.append(fill)
-        self._filled.append(local)
-        return None
+        return _KEEP
 
-    def _folded(self, path: Path, target: torch.Tensor, found: str) -> Callable[[], Any]:
+    def _takes(self, wanted: torch.dtype, saved: torch.dtype) -> bool:
+        return wanted == saved or (self._names.cast and _converts(saved, wanted))
+
+    def _folded(self, path: Path, target: torch.Tensor, found: str) -> Any:
         return self._misfit(path, f"elements that share memory (strides {tuple(target.stride())})", found)
 
-    def _raw_array(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
-        value = self._decode(node)  # now, as in `_new`
+    def _raw_array(self, target: Any, node: Node, path: Path) -> Any:
+        value = self._decode(node)
         if (target.dtype, target.shape) != (value.dtype, value.shape):
             return self._misfit(
                 path,
@@ -336,21 +339,27 @@ class _Matcher:
             )
         if not target.flags.writeable:
             return self._misfit(path, _WRITEABLE, "a read-only one in the template")
+        self._match.puts.append(Put(target, ..., value))
+        return _KEEP
 
-        def put() -> Any:
-            target[...] = value
-            return target
-
-        return put
-
-    def _object(self, target: Any, node: Node, path: Path) -> Callable[[], Any]:
-        value = self._decode(node)  # now, as in `_new`
+    def _object(self, target: Any, node: Node, path: Path) -> Any:
+        value = self._decode(node)
         fits = type(value) is type(target)
         if fits and isinstance(value, torch.Tensor):
             fits = _outline(value) == _outline(target)
-        if not fits:
-            return self._misfit(path, _kind(target), _kind(value))
-        return lambda: value
+        return value if fits else self._misfit(path, _kind(target), _kind(value))
+
+
+@cache
+def _converts(saved: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether torch can copy values of one dtype into the other without dropping their imaginary parts."""
+    if saved.is_complex and not wanted.is_complex:
+        return False
+    try:
+        torch.zeros(1, dtype=wanted, device="cpu").copy_(torch.zeros(1, dtype=saved, device="cpu"))
+    except RuntimeError:  # torch has no such copy, or cannot even make such a tensor
+        return False
+    return True
 
 
 def _lacks_memory(tensor: torch.Tensor) -> bool:
@@ -392,21 +401,12 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _names_tensor(node: Node) -> bool:
-    if node[0] in ("dict", "ordered", "default"):
-        return any(_names_tensor(value) for _, value in node[1])
-    if node[0] in ("list", "tuple", "set"):
-        return any(map(_names_tensor, node[1]))
-    return node[0] in ("tensor", "array", "object")
+    return node[0] in ("tensor", "array", "object") or any(
+        _names_tensor(child) for _, child in children(node)
+    )
 
 
 # -- geometry --------------------------------------------------------------------------------------
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill a run of memory without gaps and without sharing any of it."""
-    if tensor.numel() == 0 or tensor.is_contiguous():
-        return tensor.numel() > 0
-    return not _overlaps(tensor) and reach(tensor) == tensor.numel()
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
@@ -437,7 +437,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy between tensors of one shape; those of the source must agree where the target's share memory."""
+    """Copy between tensors of one shape; dtypes are converted.
+
+    Elements of the source must agree where elements of the target share memory.
+    """
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
         for dim, (n, step) in enumerate(zip(target.shape, target.stride(), strict=True)):
             if step == 0 and n > 1:
@@ -445,6 +448,7 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
         if not _overlaps(target):
             target.copy_(source)
             return
+        source = source.to(target.dtype)
         places = torch.zeros(1, dtype=torch.int64, device="cpu")
         for n, step in zip(target.shape, target.stride(), strict=True):
             places = (places[:, None] + torch.arange(n, device="cpu") * step).reshape(-1)

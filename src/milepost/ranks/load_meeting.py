@@ -1,11 +1,7 @@
 """Loading as one job: every rank learns what the others found, and all load or none does.
 
-The ranks meet at a store (see `meeting`), never in a collective: rank 0 reads what each of them puts there,
-and puts one answer for all.
-
-    milepost/<id>/load/opened           the number of the last load that rank 0 has opened
-    milepost/<id>/load/<n>/<m>/<r>      what rank r reports at the m-th meeting of load n
-    milepost/<id>/load/<n>/<m>/verdict  the answer for all
+The ranks meet at a store (see `start`), never in a collective. Rank 0 reads what each rank reports there, and
+puts one verdict for all. `Round` describes the keys.
 """
 
 from __future__ import annotations
@@ -15,14 +11,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import Any, TypeVar
 
 import msgspec
 
+from milepost.commit.contents import numbers
 from milepost.errors import MilepostError, PeerLoadError, text_of
-from milepost.ranks.start import Start, StoreGoneError, group_store, start_at
+from milepost.ranks.start import Line, Start, StoreGoneError, start_at
 
 __all__ = ["Meeting", "Report", "Verdict", "default_meeting"]
 
@@ -31,10 +29,10 @@ logger = logging.getLogger(__name__)
 _Kind = TypeVar("_Kind")
 
 _MEETINGS = 3
-"""The most that a load has: all fits, all is verified, all is read."""
+"""The most meetings that one load has: all fits, all is verified, all is read."""
 
 _GRACE_SECONDS = 5
-"""How much longer others wait than rank 0, which says who did not come; how long that stays if it fails."""
+"""How much longer than rank 0 the others wait, and how long a rank 0 that failed waits for the others."""
 
 
 class Report(msgspec.Struct):
@@ -42,13 +40,13 @@ class Report(msgspec.Struct):
 
     Attributes:
         path: Where it loads from.
-        identity: What no other checkpoint has (`Located.identity`); "" if that is not known.
+        identity: Tells this checkpoint from all others (`Checkpoint.identity`); "" if it is not known.
         missing: See `Match`.
         unexpected: See `Match`.
         misfits: See `Match`.
-        strict: Whether missing keys are to be refused.
-        first: Whether all is to be verified before anything is written to.
-        error: Why it cannot load, if it cannot.
+        strict: Whether missing keys are an error.
+        first: Whether everything is verified before anything is written to.
+        error: Why this rank cannot load; None if it can.
     """
 
     path: str
@@ -65,11 +63,11 @@ class Verdict(msgspec.Struct):
     """What all ranks found together.
 
     Attributes:
-        missing: What any rank's template has and was not saved.
-        unexpected: What was saved and no rank's template has.
-        misfits: What does not fit some rank's template, with the rank.
-        strict: Whether any rank refuses missing keys.
-        first: Whether any rank wants all to be verified first.
+        missing: Keys of any rank's template that were not saved.
+        unexpected: Saved keys that no rank's template has.
+        misfits: What does not fit a rank's template, with the rank.
+        strict: Whether missing keys are an error for any rank.
+        first: Whether any rank wants everything verified first.
         failed: The ranks that cannot load, with their errors.
     """
 
@@ -102,19 +100,94 @@ class Verdict(msgspec.Struct):
         verdict.misfits = [
             misfit
             if len(ranks) == len(reports)
-            else f"{misfit} (on rank{'s' * (len(ranks) > 1)} {_some(ranks)})"
+            else f"{misfit} (on rank{'s' * (len(ranks) > 1)} {numbers(ranks)})"
             for misfit, ranks in by_misfit.items()
         ]
         return verdict
 
 
-class Meeting:
-    """Where the ranks of a job meet during one load.
+@dataclass(frozen=True)
+class Round:
+    """One load of all ranks, at the store. A round is one or more meetings.
 
-    Rank 0 numbers the loads. The others wait until it has opened one before they put anything there, but for
-    why they cannot load; so what a rank has put that has left is not taken for part of a later load. A
-    rank that missed loads takes part in the one that is under way, or in the next if that has been given
-    up already.
+    Rank 0 assigns each round a number, from 1. Other ranks wait for its report before they write to
+    the store, except to report an error. This keeps entries of a dead rank out of later rounds.
+
+    | who        | does                                   | key, below ``milepost/<start id>/load/`` |
+    |------------|----------------------------------------|------------------------------------------|
+    | rank 0     | opens round n                          | ``opened``: n                            |
+    | each rank  | reports at meeting m of round n        | ``<n>/<m>/<rank>``: a `Report`           |
+    | rank 0     | decides, at the latest at its deadline | ``<n>/<m>/verdict``: a `Verdict`         |
+    | other rank | decides, if rank 0 has not in time     | the same: the first verdict stands       |
+    | each rank  | enters round n                         | deletes its keys of round n - 2; rank 0  |
+    |            |                                        | the verdicts too                         |
+
+    A round is open until its first meeting has a verdict. Then it is lost for the ranks of which the verdict
+    says that they failed or did not come, and decided for the others. Its last round says which round a rank
+    enters next:
+
+    | its last round | rank 0                                 | another rank                             |
+    |----------------|----------------------------------------|------------------------------------------|
+    | none           | opens round 1                          | enters the opened round, or round 1      |
+    | open           | opens the next one                     | waits for the verdict; without one it    |
+    |                |                                        | reports again at the same round          |
+    | decided        | opens the next one                     | enters the opened round if that is       |
+    |                |                                        | later, else the next one                 |
+    | lost           | waits until all ranks have reported:   | as for decided                           |
+    |                | they have heard why. Opens the next    |                                          |
+
+    If the round that another rank would enter is lost for it already, it enters the one after that.
+
+    Attributes:
+        number: The number of the load.
+        line: To the store.
+        base: Key that the keys of all loads have in common.
+        ranks: How many ranks there are.
+        meeting: The number of the meeting, from 0.
+    """
+
+    number: int
+    line: Line
+    base: str
+    ranks: int
+    meeting: int = 0
+
+    def opened(self) -> int:
+        """The number of the last round that rank 0 has opened; 0 before the first."""
+        return int(self.line.get(f"{self.base}/opened") or 0)
+
+    def lost(self, rank: int) -> bool:
+        """Whether this round is lost for a rank."""
+        verdict = replace(self, meeting=0).verdict()
+        return verdict is not None and rank in dict(verdict.failed)
+
+    def has(self, *names: int | str) -> bool:
+        """Whether these ranks have reported; for "verdict", whether there is a verdict."""
+        return self.line.has(*map(self.key, names))
+
+    def absent(self) -> list[int]:
+        """The ranks that have not reported."""
+        return [rank for rank in range(self.ranks) if not self.has(rank)]
+
+    def verdict(self) -> Verdict | None:
+        """The verdict, if there is one."""
+        data = self.line.get(self.key("verdict"))
+        return None if data is None else _decoded(data, Verdict)
+
+    def decide(self, verdict: Verdict) -> Verdict:
+        """Put a verdict, if there is none; returns the one that stands."""
+        return _decoded(self.line.first(self.key("verdict"), _encoded(verdict)), Verdict)
+
+    def key(self, name: int | str) -> str:
+        """The key of a rank's report, or of the verdict."""
+        return f"{self.base}/{self.number}/{self.meeting}/{name}"
+
+
+class Meeting:
+    """Where the ranks of a job meet during one load, which is one `Round`.
+
+    A rank that missed loads takes part in the one that is under way, or in the next one if that has been
+    given up already.
 
     Args:
         start: Of the ranks that meet.
@@ -122,16 +195,17 @@ class Meeting:
     """
 
     def __init__(self, start: Start, timeout_seconds: float) -> None:
-        self._start, self._line = start, start.line
+        self._start = start
         self._rank, self._world_size = start.rank, start.world_size
         self._seconds = timeout_seconds
-        self._id, self._load, self._held, self._deadline = "", 0, 0, 0.0
+        self._round: Round | None = None
+        self._deadline = 0.0
 
     def hold(self, report: Report) -> Verdict:
-        """Returns the verdict on all ranks' reports, the same on each that comes in time.
+        """Return the verdict on all ranks' reports, the same on each rank that comes in time.
 
-        Ranks that do not come within the timeout have failed, says the verdict. A rank that reports an error
-        does not wait: the others hear of it when they come.
+        The verdict says that ranks which do not come within the timeout have failed. A rank that reports
+        an error does not wait. The others hear of the error when they come.
 
         Raises:
             PeerLoadError: The store cannot be reached.
@@ -148,104 +222,78 @@ class Meeting:
             ) from error
 
     def _hold(self, report: Report) -> Verdict:
-        if not self._held:
-            self._load = self._joined(failed=report.error is not None) if self._rank else self._opened()
-            if not self._load:
+        failed = report.error is not None
+        if self._round is None:
+            seconds = min(self._seconds, _GRACE_SECONDS) if failed else self._deadline - time.monotonic()
+            if not self._start.wait_for_answer(seconds):
                 return self._without([0])
-            self._forget(self._load - 2)
-        prefix = self._key(self._load, self._held)
-        self._held += 1
-        self._line.set(f"{prefix}/{self._rank}", _encoded(report))
-        if self._rank and report.error is not None:
-            return Verdict(failed=[(self._rank, report.error)])
-        return self._hear(prefix) if self._rank else self._judge(prefix, report.error)
-
-    def _key(self, *parts: object) -> str:
-        return "/".join(["milepost", self._id, "load", *map(str, parts)])
-
-    def _forget(self, load: int) -> None:
-        """Delete what this rank put at a load that all have left."""
-        for held in range(_MEETINGS):
-            for name in [str(self._rank)] if self._rank else ["0", "verdict"]:
-                self._line.delete(self._key(load, held, name))
-
-    def _opened(self) -> int:
-        """As rank 0: the number of the next load."""
-        self._id, last = self._start.id, self._start.loads
-        verdict = self._line.get(self._key(last, 0, "verdict"))
-        if verdict is not None and 0 in dict(_decoded(verdict, Verdict).failed):
-            self._await(self._keys(self._key(last, 0)))  # all are to hear of what it did not wait for
-        self._start.loads += 1
-        self._line.set(self._key("opened"), str(self._start.loads))
-        return self._start.loads
-
-    def _joined(self, *, failed: bool) -> int:
-        """As another rank: the number of the load to take part in, or 0 if rank 0 does not open it."""
-        seconds = min(self._seconds, _GRACE_SECONDS) if failed else self._seconds + _GRACE_SECONDS
-        if not self._start.wait_for_answer(seconds):
-            return 0
-        self._id = self._start.id
-        number = last = self._start.loads
-        # Where this rank failed and did not wait, all are to hear of that before the next; if they never do,
-        # what it has to say now takes its place.
-        if not last or last < self._last_opened() or self._await([self._key(last, 0, "verdict")]):
-            number = max(last + 1, self._last_opened())
-            verdict = self._line.get(self._key(number, 0, "verdict"))
-            if verdict is not None:  # rank 0 has failed, or this one has missed it
-                number += self._rank in dict(_decoded(verdict, Verdict).failed)
-        if not failed and not self._await([self._key(number, 0, "0")]):
-            return 0
-        self._start.loads = number
-        return number
-
-    def _last_opened(self) -> int:
-        return int(self._line.get(self._key("opened")) or 0)
-
-    def _judge(self, prefix: str, error: str | None) -> Verdict:
-        """As rank 0: put the verdict where all ranks find it."""
-        keys = self._keys(prefix)
-        if error is not None:
-            verdict = self._decided(prefix, Verdict(failed=[(0, error)]))
-            # The store may end with this process: those who are about to come are to hear first.
-            self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
-            self._await(keys)
-            return verdict
-        if self._await(keys):
-            verdict = Verdict.of([_decoded(self._line.get(key) or b"", Report) for key in keys])
+            self._round = self._joined(failed=failed) if self._rank else self._opened()
+            if self._round is None:
+                return self._without([0])
+            for meeting in range(_MEETINGS):
+                old = replace(self._round, number=self._round.number - 2, meeting=meeting)
+                for name in (self._rank,) if self._rank else (0, "verdict"):
+                    old.line.delete(old.key(name))
         else:
-            verdict = self._without(self._absent(prefix))
-        return self._decided(prefix, verdict)
+            self._round = replace(self._round, meeting=self._round.meeting + 1)
+        now = self._round
+        now.line.set(now.key(self._rank), _encoded(report))
+        if not self._rank:
+            return self._judge(now, report.error)
+        return Verdict(failed=[(self._rank, report.error or "")]) if failed else self._hear(now)
 
-    def _hear(self, prefix: str) -> Verdict:
-        """As another rank: the verdict of rank 0, which says at its own deadline who did not come."""
-        key = f"{prefix}/verdict"
-        if self._await([key]):
-            return _decoded(self._line.get(key) or b"", Verdict)
-        return self._decided(prefix, self._without(self._absent(prefix) or [0]))
+    def _numbered(self, number: int) -> Round:
+        return Round(number, self._start.line, self._start.key("load"), self._world_size)
 
-    def _decided(self, prefix: str, verdict: Verdict) -> Verdict:
-        """The one verdict of a meeting: this one, if there is none yet."""
-        return _decoded(self._line.first(f"{prefix}/verdict", _encoded(verdict)), Verdict)
+    def _opened(self) -> Round:
+        """As rank 0: open the next round."""
+        number = self._start.loads + 1
+        last, now = self._numbered(number - 1), self._numbered(number)
+        if last.lost(0):
+            self._until(last.has, *range(last.ranks))
+        self._start.loads = number
+        now.line.set(f"{now.base}/opened", str(number))
+        return now
 
-    def _await(self, keys: list[str]) -> bool:
-        """Whether there are these keys before the deadline."""
-        return self._until(lambda: self._line.has(*keys))
+    def _joined(self, *, failed: bool) -> Round | None:
+        """As another rank: the round to enter; None if rank 0 does not come to it in time."""
+        now = self._numbered(self._start.loads)
+        if not now.number or now.number < now.opened() or self._until(now.has, "verdict"):
+            now = replace(now, number=max(now.number + 1, now.opened()))
+            if now.lost(self._rank):
+                now = replace(now, number=now.number + 1)
+        if not failed and not self._until(now.has, 0):
+            return None
+        self._start.loads = now.number
+        return now
 
-    def _until(self, done: Callable[[], bool]) -> bool:
-        """Whether something is done before the deadline."""
+    def _judge(self, now: Round, error: str | None) -> Verdict:
+        """As rank 0: put the verdict."""
+        if error is not None:
+            verdict = now.decide(Verdict(failed=[(0, error)]))
+            # The store may end with this process: ranks that are about to come are to hear first.
+            self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+            self._until(now.has, *range(now.ranks))
+            return verdict
+        if not self._until(now.has, *range(now.ranks)):
+            return now.decide(self._without(now.absent()))
+        reports = [now.line.get(now.key(rank)) or b"" for rank in range(now.ranks)]
+        return now.decide(Verdict.of([_decoded(report, Report) for report in reports]))
+
+    def _hear(self, now: Round) -> Verdict:
+        """As another rank: the verdict. Rank 0 puts one at its own deadline, which is earlier."""
+        found = now.verdict() if self._until(now.has, "verdict") else None
+        return found or now.decide(self._without(now.absent() or [0]))
+
+    def _until(self, done: Callable[..., bool], *arguments: int | str) -> bool:
+        """Wait until something is done; whether it is at the deadline."""
         pause = 0.001
-        while not done():
+        while not done(*arguments):
             if time.monotonic() >= self._deadline:
-                return done()
+                return done(*arguments)
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
         return True
-
-    def _keys(self, prefix: str) -> list[str]:
-        return [f"{prefix}/{rank}" for rank in range(self._world_size)]
-
-    def _absent(self, prefix: str) -> list[int]:
-        return [rank for rank, key in enumerate(self._keys(prefix)) if not self._line.has(key)]
 
     def _without(self, ranks: list[int]) -> Verdict:
         reason = (
@@ -254,12 +302,12 @@ class Meeting:
         return Verdict(failed=[(rank, reason) for rank in ranks])
 
     def agree(self, report: Report, work: Callable[[], None], *, modifies: bool) -> None:
-        """Do something that may fail, and fail on all ranks if it does on one.
+        """Do some work; if it fails on one rank, fail on all.
 
         Args:
             report: This rank's.
             work: What to do.
-            modifies: Whether targets have been written to when it is done.
+            modifies: Whether the work writes to targets.
 
         Raises:
             PeerLoadError: Another rank failed; this one has done its part.
@@ -279,7 +327,7 @@ class Meeting:
 
     @contextmanager
     def telling(self, path: str) -> Iterator[None]:
-        """If something fails that comes before a meeting, tell the others at that."""
+        """If the body raises, tell the other ranks at the next meeting."""
         try:
             yield
         except BaseException as error:
@@ -287,20 +335,20 @@ class Meeting:
             raise
 
     def tell(self, report: Report) -> None:
-        """Tell the others why this rank cannot load, which they hear when they come to this meeting."""
+        """Report why this rank cannot load. The others hear it when they come to this meeting."""
         try:
             self.hold(report)
-        except Exception as error:  # noqa: BLE001 - the reason for not loading is raised, not this
+        except Exception as error:  # noqa: BLE001 - the caller raises the reason for not loading, not this
             logger.warning("could not tell the other ranks: %s", error)
 
 
 def refuse(verdict: Verdict, *, modified: bool) -> None:
-    """Raise if a rank cannot load; one that failed by itself has raised that already."""
+    """Raise if another rank cannot load."""
     others = verdict.failed
     if not others:
         return
     rank, reason = others[0]
-    more = f" (nor could ranks {_some([other for other, _ in others[1:]])})" if others[1:] else ""
+    more = f" (nor could ranks {numbers(other for other, _ in others[1:])})" if others[1:] else ""
     error = PeerLoadError(
         f"rank {rank} could not load: {reason}{more}",
         rank=rank,
@@ -321,7 +369,7 @@ def _decoded(data: bytes, kind: type[_Kind]) -> _Kind:
 
 
 def _common(lists: list[list[str]]) -> list[str]:
-    """The topmost paths that every list has, by themselves or with all that is above them."""
+    """The topmost paths that every list has, by themselves or with a path above them."""
     who: dict[str, int] = {}  # a bit for each list
     for number, keys in enumerate(lists):
         for key in keys:
@@ -342,14 +390,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:10])) + (f" and {len(ranks) - 10} more" if ranks[10:] else "")
-
-
 def default_meeting(rank: int, world_size: int, store: Any, timeout_seconds: float) -> Meeting | None:
-    """The meeting at a store of the user's, or at that of the default process group; None without either."""
-    if world_size == 1:
-        return None
-    store = group_store(rank, world_size) if store is None else store
-    start = None if store is None else start_at(store, rank, world_size)
+    """The meeting at the given store, or at that of the default process group; None without either."""
+    start = None if world_size == 1 else start_at(store, rank, world_size)
     return None if start is None else Meeting(start, timeout_seconds)

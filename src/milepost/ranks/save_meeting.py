@@ -1,14 +1,14 @@
 """Where the ranks of a job meet in each save: at the store of the default process group.
 
-Keys of a save, below ``milepost/<id of the start>/save/<hash of the path>/<how often it was saved to>`` (the
-start is that of `start`, which also says why nobody waits inside the store):
+The keys of a save are below ``milepost/<start id>/save/<hash of the path>/<number of saves to it>`` (`start`
+explains the start id, and why no thread waits inside the store):
 
     called/<r>                          rank r has called save
-    arrived/<r>                         its part is durable; the process and host that it is
-    failed                              the first failure of a rank, which ends the save for all
-    verdict                             the identity of the manifest: the checkpoint is committed
+    arrived/<r>                         the part of rank r is durable: its process and host
+    failed                              the first failure of a rank, which ends the save on all
+    verdict                             the checkpoint is committed: the identity of its manifest
 
-A store that is gone is no verdict: what lies in the folder then decides, which the ranks look at anyway.
+If the store is gone, the folder of the attempt decides. The ranks look at it anyway.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from milepost.commit import (
     News,
@@ -36,155 +37,149 @@ from milepost.commit import (
     process_id,
     sees_rank,
 )
+from milepost.commit.save import SaveOptions
 from milepost.errors import AbortedError, CommitError, CommitTimeoutError, MilepostError, text_of
-from milepost.ranks.start import Start, StoreGoneError, background, ending, group_store, start_at
+from milepost.ranks.start import Start, StoreGoneError, background, ending, start_at
 from milepost.storage import Storage
-from milepost.types import RankInfo
 
-__all__ = ["Ranks", "SaveMeeting", "SaveName"]
+__all__ = ["Ranks", "SaveMeeting"]
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE_SECONDS = 30.0
-"""After so long the log says whom a save waits for."""
+"""After so long the log names the ranks that a save waits for."""
 
 _VISIBLE_SECONDS = 60.0
 """How long a shared folder may take to show another host's files."""
 
 _LOOK_SECONDS = 0.5
 _REMEMBERED = 100
-"""So many saves that were not known to be committed are looked at again."""
-
-
-@dataclass
-class SaveName:
-    """How one save of this rank is known to the others.
-
-    Attributes:
-        attempt: The attempt's id.
-        private: It is known to this process alone.
-        meeting: Where the ranks meet, if they do.
-    """
-
-    attempt: str
-    private: bool = False
-    meeting: SaveMeeting | None = None
+"""How many saves that are not known to be committed are looked at again."""
 
 
 class Ranks:
-    """How the saves of one checkpointer find those of the other ranks.
+    """Matches the saves of one checkpointer with those of the other ranks.
 
     Args:
-        rank_info: This rank.
-        start_id: The user's; by default that of the environment, else the ranks agree on one at a store.
-        store: The store of a barrier; by default that of the default process group, whichever that is when
-            a save begins.
+        options: What all its saves have in common.
+        start_id: The user's start id. By default it comes from the environment, else the ranks agree on one
+            at a store.
+        store: The store of a barrier. By default the store that the default process group has when a save
+            begins.
         meets: Whether saves meet at the default group's store.
-        timeout_seconds: How long to wait for other ranks.
-        storage: Where checkpoints live.
     """
 
     def __init__(
-        self,
-        rank_info: RankInfo,
-        start_id: str | None,
-        timeout_seconds: float,
-        storage: Storage,
-        *,
-        store: Any = None,
-        meets: bool = False,
+        self, options: SaveOptions, start_id: str | None, *, store: Any = None, meets: bool = False
     ) -> None:
-        self._rank, self._world_size = rank_info.global_rank, rank_info.global_world_size
-        self._start_id, self._seconds, self._storage = start_id, timeout_seconds, storage
+        self._options, self._rank, self._world_size = options, options.rank, options.world_size
+        self._start_id, self._seconds = start_id, options.timeout_seconds
         self._store, self.meets = store, meets
         self._start: Start | None = None
         self._open: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
         self.start()
 
     def start(self) -> Start | None:
-        """The start of these ranks, at the store that there is now, or the last one that there was."""
+        """The start of these ranks at the present store; without one, at the last store that there was."""
         if self._world_size > 1:
-            store = group_store(self._rank, self._world_size) if self._store is None else self._store
-            if store is not None:
-                self._start = start_at(store, self._rank, self._world_size) or self._start
+            self._start = start_at(self._store, self._rank, self._world_size) or self._start
         return self._start
 
-    def next(self, target: str) -> SaveName:
+    def next(self, target: str) -> tuple[SaveOptions, SaveMeeting | None]:
         """Count a save to a path. A save that fails counts too, so that all ranks count alike.
 
+        Returns:
+            The options of the save, and where the ranks meet, if they do.
+
         Raises:
+            CommitError: The store was gone before the ranks had agreed on a start id.
             CommitTimeoutError: The ranks have not agreed on a start id within the time.
         """
         if self._world_size == 1:
-            return SaveName(attempt_id(target, self._rank, 1))
+            attempt = attempt_id(target, self._rank, 1)
+            return replace(self._options, target=target, attempt=attempt), None
         start, given = self.start(), self._start_id or environment_start_id()
         scope = given or (start.token if start is not None else "")
         number = count_save(scope, target, self._rank)
         if not given and start is not None:
             self._agree(start, target)
-        name = SaveName(
-            attempt_id(target, self._rank, self._world_size, given or (start.id if start else None), number),
-            private=not given and start is None,
-        )
+        common = given or (start.id if start else None)
+        attempt = attempt_id(target, self._rank, self._world_size, common, number)
+        meeting = None
         if start is not None and self.meets:
-            name.meeting = SaveMeeting(start, self._storage, target, name.attempt, number)
-        return name
+            meeting = SaveMeeting(start, self._options.storage, target, attempt, number)
+        private = not given and start is None
+        options = replace(self._options, target=target, attempt=attempt, private=private, meeting=meeting)
+        return options, meeting
 
     def wrote(self, target: str, attempt: str) -> None:
-        """This rank's part of an attempt is written, and nobody knows yet what becomes of it."""
+        """Remember an attempt: this rank's part is written, and it is not known to be committed."""
         self._open.append((target, attempt))
 
     def failures(self) -> list[CommitError]:
-        """What is known by now to have failed of what was only known to be written; each is told once."""
+        """The remembered attempts that have failed since; each is returned once."""
         found: list[CommitError] = []
         for _ in range(len(self._open)):
             target, attempt = self._open.popleft()
             try:
-                if is_undecided(self._storage, target, attempt):
+                if is_undecided(self._options.storage, target, attempt):
                     self._open.append((target, attempt))
             except CommitError as error:
                 found.append(error.located(path=target))
         return found
 
     def _agree(self, start: Start, target: str) -> None:
-        known = start.wait(min(_PATIENCE_SECONDS, self._seconds))
+        """Wait until the ranks have agreed on a start id."""
+        patience = min(_PATIENCE_SECONDS, self._seconds)
+        known = start.wait(patience)
+        if not known and not start.lost:
+            logger.warning(
+                "the save to %s waits: %s. Make a checkpointer on every rank, or pass RankInfo(0, 1) for "
+                "one rank alone",
+                *(target, _missing(start)),
+            )
+            known = start.wait(self._seconds - patience)
         if start.lost:
             raise CommitError(
-                "the process group has gone before all its ranks had made a checkpointer",
+                f"the process group has gone before all its ranks had made a checkpointer: {start.trouble}",
                 path=target,
                 rank=self._rank,
                 phase="begin",
-                hint="save, or close the checkpointer, before destroy_process_group",
+                hint="save, or close the checkpointer, before destroy_process_group; if the process that "
+                "serves the group's store has died, start the job again",
             )
-        if known:
-            return
-        who = f"ranks {start.absent}" if start.absent else "some ranks"
-        logger.warning(
-            "the save to %s waits: %s have not made a checkpointer yet. Make one on every rank, or pass "
-            "RankInfo(0, 1) for one rank alone",
-            *(target, who),
-        )
-        if not start.wait(max(self._seconds - _PATIENCE_SECONDS, 0)):
+        if not known:
             raise CommitTimeoutError(
-                f"{who} have not made a checkpointer within {self._seconds:g} s: the ranks have no start id",
+                f"the ranks have no start id after {self._seconds:g} s: {_missing(start)}",
                 path=target,
                 rank=self._rank,
                 phase="begin",
-                hint="make a checkpointer on every rank, or pass RankInfo(0, 1) for one rank alone",
+                hint="the process that serves the store may have died: look at the logs of rank 0 and of "
+                "the job's launcher, and start the job again"
+                if start.trouble
+                else "make a checkpointer on every rank, or pass RankInfo(0, 1) for one rank alone",
             )
+
+
+def _missing(start: Start) -> str:
+    if start.trouble:
+        return f"the store at which they agree cannot be used: {start.trouble}"
+    who = f"ranks {start.absent}" if start.absent else "some ranks"
+    return f"{who} have not made a checkpointer"
 
 
 class SaveMeeting:
-    """One rank's part in the meeting of one save, in a thread of its own that looks at the store.
+    """One rank's part in the meeting of one save.
 
-    Nothing that is called from elsewhere waits for the store, and one that is gone is only silent.
+    A thread of its own looks at the store. No other thread waits for the store. If the store is gone, there
+    is no news.
 
     Args:
         start: Of the ranks that meet.
-        storage: Where the checkpoint lies.
+        storage: Where the checkpoint is stored.
         path: The checkpoint's absolute path, the same on all ranks.
         attempt: The attempt's id.
-        number: How often it was saved to since the start.
+        number: How many saves to the path there were since the start, this one included.
     """
 
     def __init__(self, start: Start, storage: Storage, path: str, attempt: str, number: int) -> None:
@@ -202,22 +197,22 @@ class SaveMeeting:
         self._thread = background(self._run, "milepost-meeting")
 
     def listen(self, listener: Callable[[News], None]) -> None:
-        """Have each news told, from another thread; what is known already is told now."""
+        """Call `listener` with all news: at once with what is known, then from another thread."""
         self._listener = listener
         if self._news:
             listener(self._news)
 
     def arrive(self) -> None:
-        """This rank's part is durable."""
+        """Report that this rank's part is durable."""
         self._arrived = True
         self._wake.set()
 
     def poll(self) -> News:
-        """What is known of the other ranks by now."""
+        """What is known of the other ranks by now; never waits."""
         return self._news
 
     def end(self, outcome: Outcome) -> None:
-        """The checkpoint is committed: the others are told, unless that is known from them."""
+        """Report that the checkpoint is committed, unless another rank has."""
         if outcome.hidden:
             expect(self._path, outcome.identity)
             logger.warning("%s is committed, but this host does not show it yet", self._path)
@@ -226,14 +221,14 @@ class SaveMeeting:
         self._finish()
 
     def close(self, outcome: Outcome | None, error: BaseException | None) -> None:
-        """The save has ended: committed, as an outcome says, or in an error, which the others hear of."""
+        """End the meeting. An error is reported to the other ranks."""
         if outcome is not None and outcome.committed:
             self.end(outcome)
         elif error is not None:
             word = {"rank": self._start.rank, "name": type(error).__qualname__, "message": text_of(error)}
             if isinstance(error, MilepostError):
                 word |= {"message": error.brief, "hint": error.hint, "phase": error.phase}
-            if not isinstance(error, AbortedError):  # of which all know
+            if not isinstance(error, AbortedError):  # which another rank has reported
                 self._last = ("failed", json.dumps(word))
             self._finish()
 
@@ -242,7 +237,7 @@ class SaveMeeting:
         self._wake.set()
 
     def join(self, timeout_seconds: float) -> None:
-        """Wait until the last word is told, so that a process that ends does not take it along."""
+        """Wait until the end is reported: a process that ends would end the thread before."""
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
@@ -299,10 +294,10 @@ class SaveMeeting:
         )
 
     def _is_shared(self) -> bool:
-        """Whether the folder that rank 0 works in is the one that this rank works in.
+        """Whether this rank sees the folder in which rank 0 works.
 
         Raises:
-            CommitError: It has not been seen to be within the time.
+            CommitError: It has not seen it within the time.
         """
         above, now = os.path.dirname(self._path), time.monotonic()
         if above in self._start.shared:
@@ -317,19 +312,19 @@ class SaveMeeting:
             return True
         if now - self._asked > _VISIBLE_SECONDS:
             raise CommitError(
-                f"the folder is not shared between the ranks: what rank 0 has written on {host}, rank "
-                f"{self._start.rank} on {socket.gethostname()} does not see within {_VISIBLE_SECONDS:g} s: "
-                f"{above}",
+                f"the folder is not shared between the ranks: rank {self._start.rank} on "
+                f"{socket.gethostname()} has not seen within {_VISIBLE_SECONDS:g} s what rank 0 on {host} "
+                f"has written: {above}",
                 path=self._path,
                 rank=self._start.rank,
                 phase="meet",
-                hint="save to a folder that all hosts mount, or let each rank save alone, to a path of its "
-                "own, with RankInfo(0, 1)",
+                hint="save to a folder that all hosts mount, or pass RankInfo(0, 1) to let each rank save "
+                "alone, to a different path",
             )
         return False
 
     def _warn(self) -> None:
-        """Say once whom this save waits for."""
+        """Log once which ranks have not called save."""
         if self._warned or time.monotonic() - self._began < _PATIENCE_SECONDS:
             return
         self._warned = True
@@ -344,7 +339,7 @@ class SaveMeeting:
 
 
 def _nobody(news: News) -> None:
-    """The listener where nobody listens."""
+    """Ignore the news."""
 
 
 def _aborted(word: dict[str, Any]) -> AbortedError:

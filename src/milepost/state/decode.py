@@ -7,7 +7,7 @@ import io
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "finished",
     "first_line",
     "numpy_dtype",
+    "tensor_over",
 ]
 
 
@@ -67,6 +68,32 @@ def finished(tensor: torch.Tensor, kind: str, requires_grad: bool) -> Any:  # no
     if kind == "parameter":
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
     return tensor.requires_grad_() if requires_grad else tensor
+
+
+def tensor_over(
+    storage: torch.UntypedStorage,
+    byte_offset: int,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    bits: tuple[bool, bool],
+) -> torch.Tensor:
+    """A tensor over the memory of a storage; `bits` say whether it is conjugate, and negative.
+
+    Raises:
+        CorruptCheckpointError: torch cannot make such a tensor.
+    """
+    tensor = torch.empty(0, dtype=dtype, device=storage.device)
+    try:
+        tensor.set_(storage, byte_offset // dtype.itemsize, shape, stride)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CorruptCheckpointError(
+            f"torch cannot make a tensor of shape {str(shape)[:80]}: {first_line(error)}"
+        ) from error
+    if any(bits):
+        set_metadata: Any = torch._utils.set_tensor_metadata  # noqa: SLF001 - as torch.load does
+        set_metadata(tensor, {name: True for name, on in zip(("conj", "neg"), bits, strict=True) if on})
+    return tensor
 
 
 class TensorBuilder:
@@ -137,25 +164,14 @@ class TensorBuilder:
     def tensor(self, number: int) -> torch.Tensor:
         """The plain tensor of this number, over its record's storage, without gradient."""
         columns = self._tensors
-        dtype = dtype_of(columns.dtype[number])
-        storage = self._storage_of(columns.record[number])
-        tensor = torch.empty(0, dtype=dtype, device=storage.device)
-        offset = columns.byte_offset[number] // dtype_bytes(columns.dtype[number])
-        try:
-            tensor.set_(storage, offset, columns.shape[number], columns.stride[number])
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise CorruptCheckpointError(
-                f"torch cannot make a tensor of shape {str(columns.shape[number])[:80]}: {first_line(error)}"
-            ) from error
-        if number in self._conjugates or number in self._negatives:
-            bits = {
-                name: True
-                for name, numbers in (("conj", self._conjugates), ("neg", self._negatives))
-                if number in numbers
-            }
-            set_metadata: Any = torch._utils.set_tensor_metadata  # noqa: SLF001 - as torch.load does
-            set_metadata(tensor, bits)
-        return tensor
+        return tensor_over(
+            self._storage_of(columns.record[number]),
+            columns.byte_offset[number],
+            dtype_of(columns.dtype[number]),
+            columns.shape[number],
+            columns.stride[number],
+            (number in self._conjugates, number in self._negatives),
+        )
 
     def _build(self, number: int) -> Any:
         return finished(self.tensor(number), self._tensors.kind[number], number in self._gradients)

@@ -1,8 +1,8 @@
 """State dicts on torch's side, taken apart into a tree, tensors and memory.
 
-`StateEncoder.encode` walks a state dict, finds which bytes of memory its tensors reach, and plans the
-file. What it keeps between calls is structure: dtypes, shapes, strides and how the tensors share memory,
-all of which it reads anew from the tensors at every call. Values are never kept.
+`StateEncoder.take_apart` walks a state dict, finds which bytes of memory its tensors reach, and plans the
+file. It keeps structure between calls: dtypes, shapes, strides and how the tensors share memory. It reads
+all of these from the tensors again in each call. It never keeps values.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 
 from milepost.errors import CorruptCheckpointError, StateError, UnsupportedTypeError
-from milepost.format.data_pkl import tensor_fragments
-from milepost.format.image import Layout
 from milepost.format.index import Tensors
 from milepost.format.limits import is_array
 from milepost.format.paths import Path, path_text
 from milepost.format.shards import ARRAY_DTYPES
-from milepost.format.snapshot import Shares, Snapshot
+from milepost.format.snapshot import Plan, Shares, Snapshot
 from milepost.format.tree import Node, TreeDecoder, TreeEncoder, UnencodableError
 from milepost.state.accelerator import copy_bytes
 from milepost.state.decode import NATIVE_LEAVES, dtype_name, numpy_dtype
@@ -39,22 +38,38 @@ BLOB_BYTES = 64 * 1024
 """Longer ``bytes`` are kept out of the index, in a record of their own."""
 
 _KEPT_PLANS = 4
+_Partition = tuple[list[int], list[int], list[int]]
+"""For each tensor its record and where it starts in that; for each record its length."""
+
 _memmove = ctypes.memmove
 
 _NUMPY_KINDS = set(map(np.dtype, ARRAY_DTYPES))
 
+_CONVERT = "convert it to plain values and tensors, such as vars(value), dict(value) or int(value)"
+_CONVERSIONS = (
+    ("state_dict", "value.state_dict()"),
+    ("_asdict", "value._asdict()"),
+    ("isoformat", "value.isoformat()"),
+    ("__members__", "value.value"),
+    ("__fspath__", "str(value)"),
+    ("keys", "dict(value)"),
+    ("isdisjoint", "set(value)"),
+    ("__getitem__", "list(value)"),
+)
+"""What to save in place of a value whose class has a method."""
 
-@dataclass
-class _Plan:
-    """What depends on structure alone, with the description of the structure it holds for."""
 
-    structure: list[Any]
-    memory: list[int]
-    partition: tuple[list[int], list[int], list[int]]
-    firsts: list[tuple[int, int]]
-    tensors: Tensors
-    layout: Layout
-    fragments: list[bytes]
+class _Plan(Plan):
+    """A plan, with the description of the structure that it holds for."""
+
+    def __init__(
+        self, tensors: Tensors, partition: _Partition, firsts: list[tuple[int, int]], structure: list[Any]
+    ) -> None:
+        super().__init__(tensors, partition[2])
+        self.partition = partition
+        self.structure = structure
+        self.memory: list[int] = []
+        self.firsts = firsts
 
 
 @dataclass
@@ -108,32 +123,30 @@ class Parts:
     """A state dict taken apart, with the very objects that it held.
 
     Attributes:
-        tree: Its tree.
-        walk: The tensors and objects that the tree refers to.
-        plan: What depends on structure alone.
+        snapshot: All that a save writes of it, except the tensors' bytes.
+        walk: The tensors and objects that its tree refers to.
+        plan: The snapshot's plan, as the encoder keeps it.
         division: Who saves what of the tensors that are parts of global ones; None without such.
     """
 
-    tree: Node
+    snapshot: Snapshot
     walk: _Walk
     plan: _Plan
     division: Division | None = None
+
+    @property
+    def tree(self) -> Node:
+        """The tree of the state."""
+        return self.snapshot.tree
 
     @property
     def sources(self) -> list[torch.Tensor]:
         """The tensors of the state, all of them whole."""
         return self.walk.tensors if self.division is None else self.walk.wholes
 
-    def shares(self, *, lazily: bool = False) -> Shares | None:
-        """What the index says of global tensors; CRCs of replicas are computed here, or when asked for."""
-        division = self.division
-        if division is None:
-            return None
-        wholes = self.walk.wholes
-        if lazily:
-            return Shares(division.encoded, division.agreement, lambda: division.crcs(wholes))
-        crcs = division.crcs(wholes)
-        return Shares(division.encoded, division.agreement, lambda: crcs)
+    def crcs(self) -> list[list[int]]:
+        """The CRCs of replicas for the snapshot's shares, computed from the tensors as they are now."""
+        return [] if self.division is None else self.division.crcs(self.walk.wholes)
 
     def decode(self, node: Node) -> Any:
         """The value of a node of `tree`: the tensors and objects are those that were taken apart."""
@@ -141,7 +154,7 @@ class Parts:
 
     def rebuild(self, value: Callable[[int], Any]) -> Any:
         """The whole state again, with other tensors and arrays: ``value(number)``; nothing is shared."""
-        objects = self.walk.objects
+        objects = self.snapshot.objects
 
         def copied(number: int) -> Any:
             original = self.walk.object_values[number]
@@ -156,11 +169,38 @@ class Parts:
                 return np.frombuffer(data, kind).reshape(shape) if data else np.zeros(shape, kind)
             return unpickle_object(objects[number], lambda inner: storage_from(value(inner)))
 
-        return self._decoder(value, copied).decode(self.tree)
+        return self._decoder(value, copied).decode(self.snapshot.tree)
 
     def copier(self) -> Callable[[int, int, int, int], None]:
-        """A function that copies a piece of a record: ``copy(record, position, bytes, address)``."""
-        return _copier(self.walk, self.plan)
+        """A function that copies a piece of a record: ``copy(record, position, bytes, address)``.
+
+        It keeps the tensors alive.
+        """
+        tensors, plan = self.walk.tensors, self.plan
+        sources = [plan.memory[number] + position for number, position in plan.firsts]
+        devices = {
+            record: tensors[number]
+            for record, (number, _) in enumerate(plan.firsts)
+            if not tensors[number].is_cpu
+        }
+        if not devices:
+
+            def copy(record: int, position: int, size: int, address: int, _keep: object = tensors) -> None:
+                _memmove(address, sources[record] + position, size)
+
+            return copy
+        starts = {
+            record: plan.firsts[record][1] + int(tensor.storage_offset()) * tensor.element_size()
+            for record, tensor in devices.items()
+        }
+
+        def copy_from_device(record: int, position: int, size: int, address: int) -> None:
+            if record in devices:
+                copy_bytes(devices[record], starts[record] + position, size, address)
+            else:
+                _memmove(address, sources[record] + position, size)
+
+        return copy_from_device
 
     def _decoder(self, value: Callable[[int], Any], of_object: Callable[[int], Any]) -> TreeDecoder:
         first = len(self.plan.layout.lengths)
@@ -198,22 +238,13 @@ class StateEncoder:
         )
         self._bytes_node = TreeEncoder(self._leaf)
 
-    def encode(self, state_dict: Any) -> Snapshot:
-        """Take a state dict apart; tensors' memory is not read yet, all other values are.
+    def take_apart(self, state_dict: Any) -> Parts:
+        """Take a state dict apart. The tensors' memory is not read yet; all other values are.
 
         Raises:
             UnsupportedTypeError: A key or value has a type that could not be read back.
             StateError: It is nested too deep, or holds meta tensors. Nothing has been changed.
         """
-        parts = self.take_apart(state_dict)
-        plan, walk = parts.plan, parts.walk
-        return Snapshot(
-            *(parts.tree, plan.tensors, plan.layout, plan.fragments, walk.objects, parts.copier()),
-            shares=parts.shares(lazily=True),
-        )
-
-    def take_apart(self, state_dict: Any) -> Parts:
-        """The tree and the tensors of a state dict; raises as `encode`."""
         if not isinstance(state_dict, dict):
             kind = type(state_dict)
             raise UnsupportedTypeError(
@@ -226,7 +257,9 @@ class StateEncoder:
         try:
             tree = self._encoder.encode(state_dict)
         except UnencodableError as error:
-            raise UnsupportedTypeError(str(error), key=path_text(error.path) or None) from None
+            raise UnsupportedTypeError(
+                str(error), key=path_text(error.path) or None, hint=error.hint
+            ) from None
         finally:
             self._walk = _Walk()
         self._replicated.end(member.path for member in walk.members)
@@ -234,7 +267,8 @@ class StateEncoder:
         plan = self._plan(walk)
         for node in walk.object_nodes:
             node[1] += len(plan.layout.lengths)
-        return Parts(tree, walk, plan, division)
+        shares = None if division is None else Shares(division.encoded, division.agreement)
+        return Parts(Snapshot(tree, plan, walk.objects, shares), walk, plan, division)
 
     # -- leaves ------------------------------------------------------------------------------------
 
@@ -343,11 +377,12 @@ class StateEncoder:
         except StateError as error:
             raise error.located(key=path_text(path)) from None
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # torch's own reason is advice, and it helps for few types.
+            is_advice = isinstance(error, UnpicklingError)
+            reason = "" if is_advice else f": {(str(error) or type(error).__name__).splitlines()[0]}"
+            hint = next((f"save {way}" for name, way in _CONVERSIONS if hasattr(kind, name)), _CONVERT)
             raise UnencodableError(
-                f"a value has type {name}, which could not be read back safely: {reason}; convert it to "
-                "plain values and tensors (for instance with its state_dict() method, dict() or int())",
-                path,
+                f"a value has type {name}, which could not be read back safely{reason}", path, hint
             ) from error
         return walk.add_object(value, "object", data, name)
 
@@ -375,7 +410,7 @@ class StateEncoder:
                 continue
             if plan.memory != memory:
                 if parted is None:
-                    check_memory(walk.tensors, walk.paths, offsets, sizes)
+                    check_memory(tensors, walk.paths, offsets, sizes)
                     parted, firsts = partition(tensors, pointers, offsets)
                 if parted != plan.partition:
                     continue
@@ -383,33 +418,29 @@ class StateEncoder:
             self._plans.insert(0, self._plans.pop(position))
             return plan
         if parted is None:
-            refuse_meta(walk.tensors, walk.paths)
-            check_memory(walk.tensors, walk.paths, offsets, sizes)
+            refuse_meta(tensors, walk.paths)
+            check_memory(tensors, walk.paths, offsets, sizes)
             parted, firsts = partition(tensors, pointers, offsets)
-        record_of, byte_offsets, lengths = parted
-        columns = Tensors(
-            record=record_of,
-            byte_offset=byte_offsets,
-            dtype=[dtype_name(t.dtype) for t in tensors],
-            shape=[list(t.shape) for t in tensors],
-            stride=[list(t.stride()) for t in tensors],
-            kind=list(walk.kinds),
-            device=[str(t.device) for t in tensors],
-            requires_grad=[n for n, t in enumerate(tensors) if t.requires_grad],
-            conj=[n for n, t in enumerate(tensors) if t.is_conj()],
-            neg=[n for n, t in enumerate(tensors) if t.is_neg()],
-        )
-        plan = _Plan(
-            structure,
-            memory,
-            parted,
-            firsts,
-            columns,
-            Layout(lengths),
-            tensor_fragments(columns, lengths),
-        )
+        plan = _Plan(_columns(walk, parted), parted, firsts, structure)
+        plan.memory = memory
         self._plans = [plan, *self._plans[: _KEPT_PLANS - 1]]
         return plan
+
+
+def _columns(walk: _Walk, parted: _Partition) -> Tensors:
+    tensors = walk.tensors
+    return Tensors(
+        record=parted[0],
+        byte_offset=parted[1],
+        dtype=[dtype_name(t.dtype) for t in tensors],
+        shape=[list(t.shape) for t in tensors],
+        stride=[list(t.stride()) for t in tensors],
+        kind=list(walk.kinds),
+        device=[str(t.device) for t in tensors],
+        requires_grad=[n for n, t in enumerate(tensors) if t.requires_grad],
+        conj=[n for n, t in enumerate(tensors) if t.is_conj()],
+        neg=[n for n, t in enumerate(tensors) if t.is_neg()],
+    )
 
 
 def _share_error(path: Path) -> StateError:
@@ -428,33 +459,6 @@ def _resolved(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_conj() or tensor.is_neg():
         return tensor.detach().resolve_conj().resolve_neg()
     return tensor
-
-
-def _copier(walk: _Walk, plan: _Plan) -> Callable[[int, int, int, int], None]:
-    """A function that copies a piece of a record to an address; it keeps the tensors alive."""
-    tensors = walk.tensors
-    sources = [plan.memory[number] + position for number, position in plan.firsts]
-    devices = {
-        record: tensors[number]
-        for record, (number, _) in enumerate(plan.firsts)
-        if not tensors[number].is_cpu
-    }
-    if not devices:
-
-        def copy(record: int, position: int, size: int, address: int, _keep: object = tensors) -> None:
-            _memmove(address, sources[record] + position, size)
-
-        return copy
-
-    def copy_from_device(record: int, position: int, size: int, address: int) -> None:
-        if record in devices:
-            tensor = devices[record]
-            start = plan.firsts[record][1] + int(tensor.storage_offset()) * tensor.element_size()
-            copy_bytes(tensor, start + position, size, address)
-        else:
-            _memmove(address, sources[record] + position, size)
-
-    return copy_from_device
 
 
 def _descr(dtype: np.dtype[Any], path: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from milepost.errors import StateError
 from milepost.format.paths import Path, path_text
 
-__all__ = ["check_memory", "end_of", "partition", "reach", "refuse_meta"]
+__all__ = ["check_memory", "end_of", "is_dense", "partition", "reach", "refuse_meta"]
 
 
 def check_memory(
@@ -38,6 +38,18 @@ def end_of(tensor: torch.Tensor, offset: int) -> int:
 def reach(tensor: torch.Tensor) -> int:
     """How many elements lie between the first and the end of the last, in memory."""
     return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a run of memory without gaps and without sharing any of it."""
+    if tensor.is_contiguous():
+        return tensor.numel() > 0
+    step = 1
+    for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if n > 1 and stride != step:
+            return False
+        step *= n
+    return step > 0
 
 
 def refuse_meta(tensors: Sequence[torch.Tensor], paths: Sequence[Path]) -> None:

@@ -1,7 +1,7 @@
 """Which part of a global tensor each rank holds.
 
-Placement and declaration decide, never the values: a DTensor says by its mesh and placements what its ranks
-hold; a plain tensor is this rank's own, unless it was declared to be a replica.
+Placement and declaration decide, never the values. The mesh and placements of a DTensor say what its ranks
+hold. A plain tensor belongs to this rank alone, unless it was declared to be a replica.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """How a tensor lies on the ranks. Two that are equal are one object, as long as they are kept.
+    """Which part of a tensor each rank holds. Equal placements are one object while they are cached.
 
     Attributes:
         shape: The global shape.
-        pieces: What this rank holds of it.
-        local: The shape of the tensor that holds that.
-        copies: All ranks that hold these very pieces, ascending; this rank's own alone if no other does.
-        ranks: All ranks that hold some of it, ascending.
-        text: The same for people and for comparison between the ranks.
+        pieces: The pieces that this rank holds.
+        local: The shape of the local tensor that holds them.
+        copies: All ranks that hold the same pieces, this one included, ascending.
+        ranks: All ranks that hold a piece, ascending.
+        text: The same as text, for messages and for comparison between ranks.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Placed:
 
 
 def local_of(value: Any) -> torch.Tensor:
-    """The plain tensor that holds this rank's part of a DTensor; the same memory."""
+    """The plain tensor that holds this rank's part of a DTensor. They share memory."""
     local = value._local_tensor  # noqa: SLF001 - to_local() would make a node of the autograd graph
     return local.wait() if hasattr(local, "trigger_wait") else local  # type: ignore[no-any-return]
 
@@ -56,17 +56,17 @@ _MAX_KNOWN = 1 << 16
 
 
 def placed(value: Any, *, everywhere: bool = False) -> Placed:
-    """How a DTensor lies on the ranks of its mesh.
+    """Which part of a DTensor each rank of its mesh holds.
 
     Args:
         value: The DTensor.
-        everywhere: Its mesh is a slice of a larger one, and it was declared to be the same on all slices.
+        everywhere: The mesh is a slice of a larger one, and all slices hold the same (as declared).
 
     Raises:
-        StateError: It has Partial placements, or its local tensor is not what they say.
+        StateError: It has Partial placements, or its local tensor has not the shape that they give.
     """
     mesh, shape = value.device_mesh, tuple(value.shape)
-    # A mesh does not know its rank: a process that joins another group may have another one.
+    # The rank is part of the key: a process that joins another group may have another rank in an equal mesh.
     key = (mesh, mesh.get_rank(), tuple(value.placements), shape, everywhere)
     ways = _known.get(key)
     if ways is None:
@@ -87,7 +87,7 @@ def placed(value: Any, *, everywhere: bool = False) -> Placed:
 
 
 def _widened(mesh: Any, placements: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """The mesh that this one is a slice of, and the placements on it: replicated in its other dimensions."""
+    """The mesh of which this one is a slice, and the placements on it: replicated in other dimensions."""
     find = getattr(mesh, "_get_root_mesh", None)
     if find is None:
         from torch.distributed.device_mesh import _mesh_resources  # noqa: PLC0415 - gone in newer versions
@@ -106,11 +106,10 @@ def _widened(mesh: Any, placements: tuple[Any, ...]) -> tuple[Any, tuple[Any, ..
 
 
 def _ways(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> tuple[Placed, ...]:
-    """What these placements can mean, of which this rank's local shape tells which it is.
+    """The placements that these can mean. The caller chooses by the local shape.
 
-    A strided shard says that the dimension was divided over a later mesh dimension first. Where that is not
-    even, torch's own ``_StridedShard`` and FSDP2 on top of tensor parallelism (which shards anew what
-    it finds) cut at different rows.
+    A strided shard says that the dimension was divided over a later mesh dimension first. If it does not
+    divide evenly, torch's ``_StridedShard`` and FSDP2 on top of tensor parallelism cut at different rows.
     """
     torchs = _place(mesh, placements, shape)
     if not any(getattr(placement, "split_factor", 1) > 1 for placement in placements):
@@ -127,7 +126,7 @@ def _ways(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> tuple
 
 
 def _inner_first(splits: list[Split]) -> list[Split]:
-    """The splits of a dimension: if the first is strided to make room for the plain others, it comes last."""
+    """The splits of a dimension as FSDP2 applies them: the strided split, which comes first, is last."""
     strided, plain = splits[:1], splits[1:]
     room = prod(split.parts for split in plain)
     if room == 1 or any(s.factor != room for s in strided) or any(s.factor != 1 for s in plain):
@@ -152,8 +151,8 @@ def _place(
         elif shard_dim is not None and not placement.is_partial():
             if coordinate is not None and mesh.get_local_rank(dim) != index:
                 raise StateError(
-                    f"a DTensor lies on a mesh whose ranks do not ascend ({mesh.mesh.tolist()}): it does not "
-                    "say whether its rows go by the place in the mesh or by the rank in the group",
+                    f"a DTensor is on a mesh whose ranks do not ascend ({mesh.mesh.tolist()}): its rows may "
+                    "be ordered by the place in the mesh or by the rank in the group",
                     hint="make the mesh with ascending ranks in each dimension that divides a tensor",
                 )
             factor = int(getattr(placement, "split_factor", 1))
@@ -176,7 +175,7 @@ def _place(
 
 @lru_cache(256)
 def ranges(ranks: tuple[int, ...]) -> str:
-    """Ascending ranks as text: ``0-3, 8``."""
+    """Ascending ranks as text: ``0-3,8``."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and parts[-1][1] == rank - 1:
@@ -190,9 +189,9 @@ class Replicated:
     """Which plain tensors were declared to be the same on all ranks.
 
     Args:
-        declared: Patterns such as ``"model.*"`` (``*`` stands for any text, ``?`` for a character), or
-            DistributedDataParallel modules, whose parameters are meant. (Their buffers differ after a forward
-            pass, before which alone they are made the same.)
+        declared: Patterns such as ``"model.*"`` (``*`` stands for any text, ``?`` for a character), and
+            DistributedDataParallel modules, which stand for their parameters. (Their buffers differ after a
+            forward pass.)
         world_size: How many ranks there are.
     """
 
@@ -215,19 +214,19 @@ class Replicated:
         self._memory: set[int] = set()
 
     def begin(self) -> None:
-        """Called before a state dict is walked: modules may have got new memory."""
+        """Note the memory of the modules, before a state dict is walked."""
         self._memory = {
             tensor.untyped_storage().data_ptr() for module in self._modules for tensor in module.parameters()
         } - {0}
 
     def declares(self, tensor: torch.Tensor, path: Path) -> bool:
-        """Whether a plain tensor is a replica, or a DTensor the same on all slices of the mesh."""
+        """Whether a plain tensor is declared a replica, or a DTensor to be the same on all slices."""
         if self._match(path_text(path)):
             return True
         return bool(self._memory) and tensor.untyped_storage().data_ptr() in self._memory
 
     def end(self, paths: Iterable[Path]) -> None:
-        """Called after: warns of a pattern that fits nothing, once."""
+        """After the walk: warn once of patterns that match no tensor."""
         if not self._unused:
             return
         texts = [path_text(path) for path in paths]
@@ -238,7 +237,7 @@ class Replicated:
 
 
 def declared_whole(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Placed:
-    """How a plain tensor lies that all ranks hold."""
+    """The placement of a plain tensor that all ranks hold."""
     return _declared_whole(tuple(tensor.shape), ranks)
 
 
@@ -248,7 +247,7 @@ def _declared_whole(shape: tuple[int, ...], ranks: tuple[int, ...]) -> Placed:
 
 
 def narrowed(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The view of a box of a tensor."""
+    """A view of a box of a tensor."""
     view = tensor.detach()
     for dim, (start, size) in enumerate(zip(box.start, box.size, strict=True)):
         if size != view.shape[dim]:

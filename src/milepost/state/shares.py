@@ -1,8 +1,8 @@
-"""Who saves what of the tensors that several ranks hold between them.
+"""Divides tensors that several ranks hold between these ranks: each saves a share.
 
-What several ranks hold alike is divided between them by a rule (`reshard.cut`) that each rank applies for
-itself, so that no save needs a collective. A division depends on structure alone and is kept; checksums are
-made anew.
+Each rank derives the same division by one rule (`format.boxes.cut`), so a save needs no collective. A
+division depends on the structure of the state alone, and is kept for the next save. Checksums are computed
+anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from isal.isal_zlib import crc32
 
 from milepost import syscalls
 from milepost.errors import StateError
-from milepost.format.boxes import Box, Piece, cut, is_run, span, whole
+from milepost.format.boxes import Box, Piece, cut, is_run, span
 from milepost.format.keys import encode_key
 from milepost.format.paths import Path, path_text
 from milepost.format.shards import ON_EACH_MESH, Shards
@@ -34,10 +34,10 @@ __all__ = ["STAGED_SHARE", "Division", "Member", "is_share_array", "mark_share"]
 _CRC_BYTES = 8 << 20
 
 STAGED_SHARE = "_milepost_share"
-"""Attribute of a staged tensor that is a part of a global one: alone it would pass for a whole one."""
+"""Attribute of a staged tensor that is a part of a global one. Without it, it looks like a whole tensor."""
 
 _share_arrays: WeakValueDictionary[int, np.ndarray[Any, Any]] = WeakValueDictionary()
-"""Staged arrays that are such parts, by their ids."""
+"""Staged arrays that are parts of global tensors, by their ids."""
 
 
 @dataclass
@@ -45,10 +45,10 @@ class Member:
     """A tensor of a state dict that is part of a global one.
 
     Attributes:
-        path: Where it is.
+        path: Its path in the state dict.
         number: Its number among the tensors.
-        placed: How it lies on the ranks.
-        requires_grad: Whether the global one requires a gradient.
+        placed: Which part of the global tensor each rank holds.
+        requires_grad: Whether the global tensor requires a gradient.
     """
 
     path: Path
@@ -59,21 +59,25 @@ class Member:
 
 @dataclass
 class Division:
-    """Who saves what of the tensors that are parts of global ones; depends on structure alone.
+    """What each rank saves of the tensors that are parts of global ones.
 
     Attributes:
+        structure: All that the division depends on.
         columns: The columns for the index, without CRCs.
-        encoded: The same as msgpack.
+        encoded: The columns as msgpack.
         agreement: Hash of what all ranks must agree on.
+        owned: Numbers of the tensors that this rank does not save whole, with the box that it saves.
+        checks: Entries that other ranks hold too, with the boxes whose checksums are compared.
+        tied: Entries that share the memory of an entry in `checks`, with its number.
     """
 
     structure: list[Any]
     columns: Shards
     encoded: bytes
     agreement: str
-    owned: list[tuple[int, Box | None]] = field(default_factory=list)
-    checks: list[tuple[int, list[Box]]] = field(default_factory=list)
-    tied: list[tuple[int, int]] = field(default_factory=list)
+    owned: list[tuple[int, Box | None]]
+    checks: list[tuple[int, list[Box]]]
+    tied: list[tuple[int, int]]
 
     @classmethod
     def of(
@@ -89,20 +93,20 @@ class Division:
         """The division for these tensors: the known one if the structure is the same.
 
         Args:
-            members: What is part of a global tensor.
-            tensors: The local tensors, by number.
+            members: The tensors that are parts of global ones.
+            tensors: All local tensors, by number.
             kinds: Their kinds.
             rank: This rank.
             world_size: How many ranks there are.
-            known: That of an earlier save.
-            node_of: Encodes a key that is no text.
+            known: The division of an earlier save.
+            node_of: Encodes a key that is not text.
         """
         first: dict[Any, int] = {}
         structure: list[Any] = []
         aliases = []
         for entry, member in enumerate(members):
             tensor = tensors[member.number]
-            # A part without elements has no address: what shares it elsewhere shares its storage here.
+            # A part without elements has no address. Where it is shared on other ranks, its storage is here.
             at: Any = tensor.data_ptr()
             if not tensor.numel():
                 at = (tensor.untyped_storage()._cdata, tensor.storage_offset())  # noqa: SLF001
@@ -120,26 +124,23 @@ class Division:
         return _Divider(members, tensors, kinds, aliases, rank, world_size, node_of).divide(structure)
 
     def take(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Put what this rank saves in the place of each whole local tensor; returns those, as they were."""
+        """Replace each local tensor by the share that this rank saves; returns the tensors as they were."""
         whole_ones = list(tensors)
         for number, box in self.owned:
             tensor = tensors[number]
             if box is None:
-                tensors[number] = _nothing(tensor)
+                tensors[number] = torch.empty(0, dtype=tensor.dtype, device="cpu")
             else:
                 tensors[number] = narrowed(tensor, box)
         return whole_ones
 
+    @gc_paused()
     def crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-        """For each entry the CRC-32 of every replica's share of it, from this rank's memory."""
-        with gc_paused():
-            return self._crcs(tensors)
-
-    def _crcs(self, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+        """For each entry the CRC-32s of the shares of all replicas, from this rank's memory."""
         numbers = self.columns.tensor
         jobs = [(tensors[numbers[entry]], box) for entry, boxes in self.checks for box in boxes]
         if sum(tensor.nbytes for tensor, _ in jobs) > _CRC_BYTES:
-            # Two threads, each with a part of its own: a task for each tensor would cost more than its bytes.
+            # Two threads with half of the boxes each: a task for each tensor would cost more than its bytes.
             results = [0] * len(jobs)
             with beside(lambda: _crcs_of(jobs[1::2])) as others:
                 results[::2] = _crcs_of(jobs[::2])
@@ -151,22 +152,18 @@ class Division:
         for entry, boxes in self.checks:
             found[entry] = results[position : position + len(boxes)]
             position += len(boxes)
-        for entry, root in self.tied:  # other ranks may hold them apart: each is compared
+        for entry, root in self.tied:  # on other ranks they may not be tied: each is compared
             found[entry] = found[root]
         return found
 
 
 def _written(part: Any) -> Any:
-    """What tells keys apart that are equal, such as 1 and True, or 0.0 and -0.0, in tuples as well."""
+    """Differs for keys that are equal but not the same: 1 and True, 0.0 and -0.0, in tuples as well."""
     return type(part) if isinstance(part, str | int) else repr(part)
 
 
 def _crcs_of(jobs: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
     return [box_crc(tensor, box) for tensor, box in jobs]
-
-
-def _nothing(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=tensor.dtype, device="cpu")
 
 
 def box_crc(tensor: torch.Tensor, box: Box) -> int:
@@ -183,6 +180,25 @@ def box_crc(tensor: torch.Tensor, box: Box) -> int:
     return int(crc32(memory))
 
 
+@dataclass(slots=True)
+class _Entry:
+    """What this rank saves of a member.
+
+    Attributes:
+        member: The member.
+        whole: The box that is all of its local tensor.
+        mine: The box of the local tensor that this rank saves; None if it saves nothing.
+        compared: The boxes of the local tensor whose checksums are compared with those of other ranks.
+        pieces: Where `mine` is in the global tensor.
+    """
+
+    member: Member
+    whole: Box
+    mine: Box | None
+    compared: list[Box]
+    pieces: list[Piece]
+
+
 @dataclass
 class _Divider:
     members: Sequence[Member]
@@ -195,52 +211,52 @@ class _Divider:
     places: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def divide(self, structure: list[Any]) -> Division:
-        keys = [encode_key(member.path, self.node_of) for member in self.members]
+        members, aliases = self.members, self.aliases
+        keys = [encode_key(member.path, self.node_of) for member in members]
         names = [msgspec.json.encode(key) for key in keys]
         shares = self._shares(names)
-        columns = Shards(key=keys)
-        owned: dict[int, Box | None] = {}
-        checks = []
-        tied = []
-        for entry, member in enumerate(self.members):
-            place, tensor = member.placed, self.tensors[member.number]
-            boxes = shares.get(self.aliases[entry])
-            everything = whole(tensor.shape).box
-            mine = everything if boxes is None else boxes.get(self._place_in(place.copies))
-            shares_of = list((boxes or {}).values())
-            if self._is_of_part(member) and place.pieces and mine is not None:
-                shares_of.append(mine)
-            if shares_of and self.aliases[entry] == entry:
-                checks.append((entry, shares_of))
-            elif shares_of:
-                tied.append((entry, self.aliases[entry]))
-            pieces = _held(place.pieces, mine) if mine is not None else []
-            if mine != everything:
-                owned[member.number] = mine
-            columns.tensor.append(member.number)
-            columns.dtype.append(dtype_name(tensor.dtype))
-            columns.kind.append(self.kinds[member.number])
-            columns.shape.append(list(place.shape))
-            columns.placement.append(self._text(member))
-            columns.alias.append(self.aliases[entry])
-            columns.copies.append(ranges(place.copies) if boxes is not None else "")
-            columns.pieces.append(len(pieces))
-            for piece in pieces:
-                columns.start += piece.start
-                columns.local += piece.local
-                columns.size += piece.size
-            if member.requires_grad:
-                columns.requires_grad.append(entry)
-        columns.crcs = [[] for _ in keys]
+        entries = list(map(self._entry, members, map(shares.get, aliases)))
+        pieces = [piece for entry in entries for piece in entry.pieces]
+        columns = Shards(
+            tensor=[member.number for member in members],
+            key=keys,
+            dtype=[dtype_name(self.tensors[member.number].dtype) for member in members],
+            kind=[self.kinds[member.number] for member in members],
+            shape=[list(member.placed.shape) for member in members],
+            placement=[self._text(member) for member in members],
+            alias=aliases,
+            copies=[
+                ranges(member.placed.copies) if alias in shares else ""
+                for member, alias in zip(members, aliases, strict=True)
+            ],
+            crcs=[[] for _ in members],
+            requires_grad=[number for number, member in enumerate(members) if member.requires_grad],
+            pieces=[len(entry.pieces) for entry in entries],
+            start=[n for piece in pieces for n in piece.start],
+            local=[n for piece in pieces for n in piece.local],
+            size=[n for piece in pieces for n in piece.size],
+        )
+        compared = [number for number, entry in enumerate(entries) if entry.compared]
         return Division(
             structure,
             columns,
             msgspec.msgpack.encode(columns),
             self._agreement(names, columns),
-            list(owned.items()),
-            checks,
-            tied,
+            # By number, as a tensor at several paths is several members.
+            owned=list({e.member.number: e.mine for e in entries if e.mine != e.whole}.items()),
+            checks=[(number, entries[number].compared) for number in compared if aliases[number] == number],
+            tied=[(number, aliases[number]) for number in compared if aliases[number] != number],
         )
+
+    def _entry(self, member: Member, boxes: dict[int, Box] | None) -> _Entry:
+        place = member.placed
+        everything = Box((0,) * len(place.local), place.local)
+        mine = everything if boxes is None else boxes.get(self._place_in(place.copies))
+        compared = [] if boxes is None else list(boxes.values())
+        if mine is not None and place.pieces and self._is_of_part(member):
+            compared.append(mine)
+        pieces = [] if mine is None else _held(place.pieces, mine)
+        return _Entry(member, everything, mine, compared, pieces)
 
     def _place_in(self, copies: tuple[int, ...]) -> int:
         found = self.places.get(copies)
@@ -249,10 +265,10 @@ class _Divider:
         return found
 
     def _is_of_part(self, member: Member) -> bool:
-        """Whether a tensor's mesh is a part of the job: other meshes may hold it too, and nobody knows which.
+        """Whether a tensor's mesh is a part of the job. Other meshes may hold it too; no rank knows which.
 
-        Then each mesh saves it, with a checksum of what this rank saves behind those of the shares. Where
-        several did, they are compared at the commit, and the first is kept.
+        Then each mesh saves it, with a checksum of what this rank saves behind those of the shares. If
+        several meshes have saved it, they are compared at the commit, and the first is kept.
         """
         return len(member.placed.ranks) < self.world_size
 
@@ -262,11 +278,11 @@ class _Divider:
         return member.placed.text
 
     def _shares(self, names: list[bytes]) -> dict[int, dict[int, Box]]:
-        """For each tensor that several ranks hold alike the box that each saves, by its place among them."""
+        """For each tensor that several ranks hold alike: the box that each saves, by its place among them."""
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for entry, member in enumerate(self.members):
             if len(member.placed.copies) > 1 and self.aliases[entry] == entry:
-                # What other meshes may hold too must be divided alike on all of them: by itself.
+                # A tensor that other meshes may hold too is divided by itself: alike on all meshes.
                 alone = entry if self._is_of_part(member) else -1
                 groups.setdefault((member.placed.copies, alone), []).append(entry)
         shares: dict[int, dict[int, Box]] = {}
@@ -286,10 +302,10 @@ class _Divider:
         return shares
 
     def _agreement(self, names: list[bytes], columns: Shards) -> str:
-        """The hash of every tensor that all ranks have a part in; empty if there is none.
+        """The hash of all tensors of which every rank may hold a part; "" if there is none.
 
-        What shares memory is part of it where all ranks hold the same. A rank whose part is empty cannot
-        tell.
+        It includes what shares memory where all ranks hold the same. A rank whose part is empty does not know
+        that.
         """
         rows = sorted(
             (
@@ -303,7 +319,7 @@ class _Divider:
 
 
 def _held(pieces: Sequence[Piece], box: Box) -> list[Piece]:
-    """What is left of the pieces of a local tensor when only a box of that is kept."""
+    """The pieces of a local tensor, cut to a box of it."""
     held = []
     for piece in pieces if box.volume else ():
         local, start, size = [], [], []
@@ -323,7 +339,7 @@ def _held(pieces: Sequence[Piece], box: Box) -> list[Piece]:
 
 
 def mark_share(value: torch.Tensor | np.ndarray[Any, Any], is_share: bool) -> None:  # noqa: FBT001
-    """Have a tensor or array be refused in a state dict, as it is a part of a global one; or not any more."""
+    """Mark a tensor or array as a part of a global one, so that a save refuses it; or remove the mark."""
     if isinstance(value, torch.Tensor):
         value.__dict__.pop(STAGED_SHARE, None)
         if is_share:
@@ -335,5 +351,5 @@ def mark_share(value: torch.Tensor | np.ndarray[Any, Any], is_share: bool) -> No
 
 
 def is_share_array(value: np.ndarray[Any, Any]) -> bool:
-    """Whether an array was marked; a tensor that was has the attribute `STAGED_SHARE`."""
+    """Whether an array is marked. A marked tensor has the attribute `STAGED_SHARE`."""
     return _share_arrays.get(id(value)) is value

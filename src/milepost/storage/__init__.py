@@ -10,8 +10,9 @@ cause and names the operation and the path. ``EINTR`` never gets out; a short wr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import msgspec
 
 __all__ = [
     "ALIGNMENT",
@@ -28,8 +29,7 @@ __all__ = [
 RenameMode = Literal["create", "replace", "exchange"]
 
 
-@dataclass(frozen=True)
-class Stat:
+class Stat(msgspec.Struct, frozen=True):
     """What is at a path; symbolic links are not followed.
 
     Attributes:
@@ -141,12 +141,7 @@ class Lock(Protocol):
 
 
 class Storage(Protocol):
-    """A place where checkpoints live. Instances are cheap, comparable and picklable.
-
-    A storage may also offer ``sync_file(path)``, which makes an existing file durable (without it,
-    attachments are rewritten), and ``is_network(folder)``, which tells that locks of other hosts may not
-    show there (what a dead save left is then cleared after a day only).
-    """
+    """A place where checkpoints live. Instances are cheap, comparable and picklable."""
 
     def create(self, path: str, *, direct: bool = False) -> NewFile:
         """Create a file that does not exist yet (EntryExistsError if it does).
@@ -187,6 +182,15 @@ class Storage(Protocol):
 
     def sync_folder(self, path: str) -> None:
         """Returns when the names in this folder are durable."""
+
+    def sync_file(self, path: str) -> None:
+        """Returns when the bytes of an existing file are durable, even if another process wrote them."""
+
+    def is_network(self, path: str) -> bool:
+        """Whether locks that other hosts hold in this folder may not show here.
+
+        What a dead save left there is then cleared only after a day.
+        """
 
     def lock(self, path: str, *, exclusive: bool = False) -> Lock | None:
         """Take a lock on an existing file without waiting; None if somebody else's stands against it."""

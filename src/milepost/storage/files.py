@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, StorageError
 from milepost.storage import ALIGNMENT
+from milepost.utils import OwnedByProcess
 
 __all__ = ["LocalNewFile", "LocalOpenFile", "wrapped"]
 
@@ -35,14 +36,13 @@ def wrapped(operation: str, path: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------- writing
 
 
-class LocalNewFile:
+class LocalNewFile(OwnedByProcess):
     """See `milepost.storage.NewFile`."""
 
     def __init__(self, path: str, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
         self._direct = False
-        self._owner = os.getpid()
         self._identity: os.stat_result | None = None
         try:
             self._identity = os.fstat(descriptor)
@@ -97,7 +97,7 @@ class LocalNewFile:
 
     def finish(self, size: int, *, sync: bool = True) -> None:
         with wrapped("finish", self._path):
-            if self._owner != os.getpid() or self._descriptor < 0:
+            if not self.is_owned or self._descriptor < 0:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             try:
                 with wrapped("truncate", self._path):
@@ -117,7 +117,7 @@ class LocalNewFile:
                 raise
 
     def discard(self) -> None:
-        if self._owner != os.getpid() or self._descriptor < 0:
+        if not self.is_owned or self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1
         self._remove()
@@ -138,7 +138,7 @@ class LocalNewFile:
 # ---------------------------------------------------------------------------- reading
 
 
-class LocalOpenFile:
+class LocalOpenFile(OwnedByProcess):
     """See `milepost.storage.OpenFile`."""
 
     def __init__(self, path: str, descriptor: int, size: int) -> None:
@@ -147,7 +147,6 @@ class LocalOpenFile:
         self._descriptor = descriptor
         self._direct: int | None = None
         self._lock = threading.Lock()
-        self._owner = os.getpid()
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         total = sum(map(len, buffers))
@@ -251,11 +250,11 @@ class LocalOpenFile:
         with self._lock:
             descriptors = {self._descriptor, self._direct} - {None, -1}
             self._descriptor = self._direct = -1
-        if self._owner == os.getpid():
+        if self.is_owned:
             for descriptor in descriptors:
                 with suppress(OSError):
                     os.close(descriptor)  # type: ignore[arg-type]  # None was taken out above
 
     def __del__(self) -> None:
-        if hasattr(self, "_owner"):
+        if hasattr(self, "_lock"):
             self.close()

@@ -14,12 +14,14 @@ import stat as stat_modes
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, EntryNotFoundError, StorageError
 from milepost.storage import RenameMode, Stat
 from milepost.storage.files import LocalNewFile, LocalOpenFile, wrapped
+from milepost.utils import OwnedByProcess
 
 __all__ = ["LocalStorage"]
 
@@ -30,11 +32,10 @@ _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_SUCH_KIND = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV})
 
 
-class _LocalFolder:
+class _LocalFolder(OwnedByProcess):
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
-        self._owner = os.getpid()
 
     def names(self) -> list[str]:
         with wrapped("list", self.path):
@@ -113,12 +114,12 @@ class _LocalFolder:
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0 and self._owner == os.getpid():
+        if descriptor >= 0 and self.is_owned:
             with suppress(OSError):
                 os.close(descriptor)
 
     def __del__(self) -> None:
-        if hasattr(self, "_owner"):
+        if hasattr(self, "_descriptor"):
             self.close()
 
 
@@ -153,19 +154,18 @@ def _stat(path: str, dir_fd: int | None = None) -> Stat:
 # ---------------------------------------------------------------------------- locks
 
 
-class _LocalLock:
+class _LocalLock(OwnedByProcess):
     """A `flock`. A forked child gives its copy of the descriptor up, or it would outlive its owner."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._owner = os.getpid()
         _locks.add(self)
 
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with suppress(OSError):
-                if self._owner == os.getpid():
+                if self.is_owned:
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
             with suppress(OSError):
                 os.close(descriptor)
@@ -188,8 +188,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 # ---------------------------------------------------------------------------- the storage
 
 
-@dataclass(frozen=True, slots=True)
-class LocalStorage:
+class LocalStorage(msgspec.Struct, frozen=True):
     """The file systems of this machine.
 
     ``lock`` is ``flock``. Where a file system does not know it, a shared lock is granted (it protects
@@ -273,7 +272,6 @@ class LocalStorage:
                 os.close(descriptor)
 
     def sync_file(self, path: str) -> None:
-        """Returns when the bytes of an existing file are durable, whoever wrote them."""
         with wrapped("fsync", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -282,7 +280,6 @@ class LocalStorage:
                 os.close(descriptor)
 
     def is_network(self, path: str) -> bool:
-        """Whether a folder lies on a network file system, where other hosts' locks may not show."""
         with wrapped("statfs", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:

@@ -1,13 +1,14 @@
-"""Reading many parts of a file into raw memory, in parallel and verified while the bytes are in cache.
+"""Reads many parts of a file into raw memory, in parallel, and checks the bytes while they are in cache.
 
-Three ways, chosen for every 64 MiB of the file by whether it is in the page cache:
+Each 64 MiB of the file is read in one of three ways. Whether it is in the page cache decides:
 
 - *warm, large*: pieces of 1 MiB straight into the target, each checked right after its read;
-- *warm, small*: one vectored read for many parts, what lies between them goes to a sink;
-- *cold*: large direct reads into a ring of private memory by some threads, while others check and copy
-  (a target is rarely aligned for direct I/O, and one thread cannot do both at the disk's speed).
+- *warm, small*: one vectored read for many parts; the bytes between them go to a sink;
+- *cold*: some threads make large direct reads into a ring of private memory, others check and copy. (A
+  target is rarely aligned for direct I/O, and one thread cannot do both at the disk's speed.)
 
-Nothing here knows of tensors. Addresses must stay valid until the call is over.
+The caller's thread alone reads a few megabytes: starting threads takes longer.
+Nothing here knows tensors. Addresses must stay valid until the call is over.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from milepost.storage.parallel import blocks_down, blocks_up, cached_regions, ru
 from milepost.storage.writing import Ring
 from milepost.utils import gc_paused
 
-__all__ = ["Damage", "Part", "ReadReport", "read_parts", "scan_file"]
+__all__ = ["Damage", "Part", "ReadReport", "check_mapped", "read_parts", "scan_file"]
 
 _REGION_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 20
@@ -40,20 +41,22 @@ _GROUP_PARTS = 256
 _WARM_GAP_BYTES = 64 << 10
 _COLD_GAP_BYTES = 256 << 10
 _WINDOW_BYTES = 8 << 20
-_INLINE_BYTES = 1 << 20
+_SCAN_BYTES = 256 << 10
+_INLINE_BYTES = 4 << 20
 _SMALL_BYTES = 32 << 10
+_CHECKED_CHUNKS = 64
 
 
 @dataclass(slots=True)
 class Part:
-    """A range of bytes of a file that somebody wants.
+    """A range of bytes of a file to read.
 
     Attributes:
         offset: Where it starts in the file.
-        address: Where in memory its bytes go; None if they are only to be checked.
+        address: Where in memory its bytes go; None to check them only.
         length: Number of bytes.
-        crcs: CRC-32 of each chunk of it, from its first byte on; None if it is not to be verified.
-        tag: Whatever tells the caller which part this is.
+        crcs: CRC-32 of each chunk of it, from its first byte on; None to skip the check.
+        tag: Any value by which the caller knows this part again.
     """
 
     offset: int
@@ -65,14 +68,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A chunk whose bytes are not what they were.
+    """A chunk whose bytes changed since they were written.
 
     Attributes:
-        tag: That of its part.
+        tag: The tag of its part.
         chunk: Its index in the part.
         offset: Where it starts in the file.
         expected: The CRC-32 it should have.
-        found: The one it has.
+        found: The CRC-32 it has.
     """
 
     tag: object
@@ -84,12 +87,12 @@ class Damage:
 
 @dataclass(slots=True)
 class ReadReport:
-    """What a read found.
+    """The result of a read.
 
     Attributes:
         damaged: The chunks that failed their check, in file order; their bytes are in the target.
         cached_bytes: How much was read through the page cache.
-        direct_bytes: How much was read round it.
+        direct_bytes: How much was read past it.
     """
 
     damaged: list[Damage] = field(default_factory=list)
@@ -103,7 +106,7 @@ _Piece = tuple[int, int, int | None, int, Part]
 
 @dataclass(slots=True)
 class _Operation:
-    """Pieces that one read serves, up to `limit`, with `gap` bytes between them at most."""
+    """Pieces that one read serves, up to `limit`, with at most `gap` bytes between two of them."""
 
     start: int
     end: int
@@ -120,25 +123,27 @@ def read_parts(
     threads: int | None = None,
     ring: Ring | None = None,
 ) -> ReadReport:
-    """Read all `parts`, sorted by offset, to where they go, and check those that have CRCs.
+    """Read all `parts`, sorted by offset, to their addresses, and check those that have CRCs.
 
-    On return every byte is in place, and what failed its check is in the report. If it raises, the
-    targets hold anything, and no thread is left.
+    On return every byte is in place, and the report lists the chunks that failed their check. If it raises,
+    the targets hold anything, and no thread is left.
 
     Args:
         file: The file.
-        parts: What to read; may overlap.
+        parts: What to read; parts may overlap.
         chunk_bytes: The length of a chunk; parts with CRCs are divided by it.
-        threads: How many read at most what is in the page cache; by default the processors, 2 to 8.
-        ring: Carries what is not; by default one is made for this call.
+        threads: How many threads read from the page cache at most; by default the processors, 2 to 8.
+        ring: Memory for direct reads; by default this call makes one.
 
     Raises:
         CorruptCheckpointError: The file ends before a part does; nothing was read.
     """
     _check_extent(file, max((part.offset + part.length for part in parts), default=0))
-    window_bytes = max(_WINDOW_BYTES, blocks_up(chunk_bytes) + 2 * ALIGNMENT)
+    windows = _Windows(file, chunk_bytes)
     with gc_paused():
-        warm, cold = _plan(file, parts, chunk_bytes, window_bytes)
+        for part in parts:
+            windows.add(part)
+    warm, cold = windows.warm, windows.cold
     report = ReadReport(
         cached_bytes=sum(operation.end - operation.start for operation in warm),
         direct_bytes=sum(operation.end - operation.start for operation in cold),
@@ -146,11 +151,16 @@ def read_parts(
     targets = _Targets(parts, chunk_bytes, report.damaged)
     if cold:
         extents = [(operation.start, operation.end) for operation in cold]
-        through_ring(file, extents, window_bytes, ring, lambda index, view: targets.copy(cold[index], view))
+        through_ring(
+            file,
+            extents,
+            windows.window_bytes,
+            ring,
+            lambda index, view: targets.copy(cold[index], view),
+            alone=report.direct_bytes <= _INLINE_BYTES,
+        )
     if warm:
-        # Threads that do little between two system calls only take the interpreter from each other.
-        pieces = sum(len(operation.pieces) for operation in warm)
-        few = report.cached_bytes <= max(_INLINE_BYTES, (_PIECE_BYTES >> 4) * pieces)
+        few = _is_little(report.cached_bytes, sum(len(operation.pieces) for operation in warm))
         enough = 1 if few else threads or default_threads()
         todo = deque(warm)
         with gc_paused() if few else nullcontext():
@@ -159,8 +169,32 @@ def read_parts(
     return report
 
 
+def check_mapped(memory: memoryview, parts: Sequence[Part], *, chunk_bytes: int) -> list[Damage]:
+    """Check parts of a file, which is mapped into `memory`, in place; returns the damage in file order.
+
+    Parts without CRCs are left out.
+    """
+    size = _CHECKED_CHUNKS * chunk_bytes
+    todo: deque[_Piece] = deque(
+        (part.offset + start, min(size, part.length - start), None, start // chunk_bytes, part)
+        for part in parts
+        for start in range(0, part.length if part.crcs else 0, size)
+    )
+    damaged: list[Damage] = []
+    targets = _Targets((), chunk_bytes, damaged)
+    few = _is_little(sum(part.length for part in parts), len(todo))
+    check = partial(targets.check_mapped, memory, todo)
+    run_workers([check] * (1 if few else default_threads()), todo.clear)
+    return sorted(damaged, key=lambda damage: damage.offset)
+
+
+def _is_little(size: int, pieces: int) -> bool:
+    """Whether one thread is the fastest: others would start, or take the interpreter from each other."""
+    return size <= max(_INLINE_BYTES, (_PIECE_BYTES >> 4) * pieces)
+
+
 def default_threads() -> int:
-    """The processors this process may use, 2 at least and 8 at most."""
+    """How many threads to use: the processors of this process, 2 at least and 8 at most."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return min(max(usable, 2), 8)
 
@@ -182,13 +216,13 @@ def scan_file(
 ) -> list[int]:
     """Read a whole file once and compute the CRC-32 of each of its pieces.
 
-    What is not in the page cache is read round it, so that checking a file pushes nothing out of memory.
-    If it raises, no thread is left.
+    Bytes that are not in the page cache are read past it, so that checking a file pushes nothing out of
+    memory. If it raises, no thread is left.
 
     Args:
         file: The file.
         pieces: Offset and length of each piece; in order, without a gap, to the end of the file.
-        ring: Carries the data; by default one is made for this call.
+        ring: Memory for the data; by default this call makes one.
         progress: Called in this thread with the number of bytes read since it was called last.
 
     Returns:
@@ -210,11 +244,15 @@ def scan_file(
         raise CorruptCheckpointError(
             f"the file is too long: {end} bytes expected, {file.size} found: {file.path}", path=file.path
         )
+    alone = end <= _INLINE_BYTES
+    cached = cached_regions(file, _REGION_BYTES)
+    # One read from the disk; from the page cache windows that stay in the processor's cache.
+    window_bytes = _SCAN_BYTES if alone and cached(0) else _WINDOW_BYTES
     crcs = array("L", bytes(array("L").itemsize * len(ends)))
     split: list[tuple[int, int, int, int]] = []
 
     def check(index: int, view: memoryview) -> None:
-        start = index * _WINDOW_BYTES
+        start = index * window_bytes
         stop = start + len(view)
         position = start
         piece = bisect_right(ends, start)
@@ -228,9 +266,8 @@ def scan_file(
             position = upto
             piece += 1
 
-    extents = [(start, min(start + _WINDOW_BYTES, end)) for start in range(0, end, _WINDOW_BYTES)]
-    cached = cached_regions(file, _REGION_BYTES)
-    through_ring(file, extents, _WINDOW_BYTES, ring, check, cached=cached, progress=progress)
+    extents = [(start, min(start + window_bytes, end)) for start in range(0, end, window_bytes)]
+    through_ring(file, extents, window_bytes, ring, check, alone=alone, cached=cached, progress=progress)
     for piece, _, length, crc in sorted(split):
         crcs[piece] = crc32_combine(crcs[piece], crc, length)
     return crcs.tolist()
@@ -239,67 +276,90 @@ def scan_file(
 # ---------------------------------------------------------------------------- planning
 
 
-def _plan(
-    file: OpenFile, parts: Sequence[Part], chunk_bytes: int, window_bytes: int
-) -> tuple[list[_Operation], list[_Operation]]:
-    """The reads through the page cache, and those round it."""
-    warm: list[_Operation] = []
-    cold: list[_Operation] = []
-    cached = cached_regions(file, _REGION_BYTES)
-    piece_bytes = max(_PIECE_BYTES // chunk_bytes, 1) * chunk_bytes
-    region_end = -1
-    is_warm = False
-    operation = full = _Operation(0, 0, 0, -1)
-    for part in parts:
+class _Windows:
+    """Groups parts, which come in the order of the file, into reads.
+
+    Attributes:
+        window_bytes: No direct read takes more.
+        warm: The reads through the page cache.
+        cold: The reads past it.
+    """
+
+    def __init__(self, file: OpenFile, chunk_bytes: int) -> None:
+        self.window_bytes = max(_WINDOW_BYTES, blocks_up(chunk_bytes) + 2 * ALIGNMENT)
+        self.warm: list[_Operation] = []
+        self.cold: list[_Operation] = []
+        self._chunk_bytes = chunk_bytes
+        self._piece_bytes = max(_PIECE_BYTES // chunk_bytes, 1) * chunk_bytes
+        self._cached = cached_regions(file, _REGION_BYTES)
+        self._region_end = -1
+        self._is_warm = False
+        self._operation = _FULL
+
+    def add(self, part: Part) -> None:
+        """Add a part to the last read, as far as that has room for it, and to new ones."""
         start, rest, address, crcs = part.offset, part.length, part.address, part.crcs
-        if crcs is not None and len(crcs) != -(-rest // chunk_bytes):
-            raise ValueError(f"{len(crcs)} CRCs for {rest} bytes in chunks of {chunk_bytes}")
+        if crcs is not None and len(crcs) != -(-rest // self._chunk_bytes):
+            raise ValueError(f"{len(crcs)} CRCs for {rest} bytes in chunks of {self._chunk_bytes}")
         if address is None and crcs is None:
-            continue
+            return
         chunk = 0
         while rest > 0:
-            if start >= region_end:
-                region_end = (start // _REGION_BYTES + 1) * _REGION_BYTES
-                if is_warm is not cached(start):
-                    is_warm, operation = not is_warm, full
-            length = 0
-            if operation.end <= start <= operation.end + operation.gap:
-                room = operation.limit - start
-                length = rest if rest <= room else room // chunk_bytes * chunk_bytes
-                if is_warm and (rest >= _PIECE_BYTES or len(operation.pieces) == _GROUP_PARTS):
-                    length = 0
-            if length <= 0:
-                if is_warm:
-                    limit = start + (min(rest, piece_bytes) if rest >= _PIECE_BYTES else _GROUP_BYTES)
-                    operation = _Operation(start, start, limit, _WARM_GAP_BYTES)
-                    warm.append(operation)
-                else:
-                    limit = blocks_down(start) + window_bytes
-                    operation = _Operation(start, start, limit, _COLD_GAP_BYTES)
-                    cold.append(operation)
-                room = limit - start
-                length = rest if rest <= room else room // chunk_bytes * chunk_bytes
+            if start >= self._region_end:
+                self._enter_region(start)
+            operation = self._operation
+            length = self._fitting(operation, start, rest)
+            if not length:
+                operation = self._operation = self._opened(start, rest)
+                length = self._fitting(operation, start, rest)
             operation.pieces.append((start, length, address, chunk, part))
             start += length
             operation.end = start
             rest -= length
-            chunk += length // chunk_bytes
+            chunk += length // self._chunk_bytes
             if address is not None:
                 address += length
-    return warm, cold
+
+    def _enter_region(self, start: int) -> None:
+        self._region_end = (start // _REGION_BYTES + 1) * _REGION_BYTES
+        if self._is_warm is not self._cached(start):
+            self._is_warm, self._operation = not self._is_warm, _FULL
+
+    def _fitting(self, operation: _Operation, start: int, rest: int) -> int:
+        """How many of `rest` bytes from `start` on fit into a read: all, or whole chunks."""
+        if not operation.end <= start <= operation.end + operation.gap:
+            return 0
+        pieces = len(operation.pieces)
+        if self._is_warm and pieces and (rest >= _PIECE_BYTES or pieces == _GROUP_PARTS):
+            return 0
+        room = operation.limit - start
+        return rest if rest <= room else max(room // self._chunk_bytes * self._chunk_bytes, 0)
+
+    def _opened(self, start: int, rest: int) -> _Operation:
+        if not self._is_warm:
+            limit = blocks_down(start) + self.window_bytes
+            self.cold.append(_Operation(start, start, limit, _COLD_GAP_BYTES))
+            return self.cold[-1]
+        limit = start + (min(rest, self._piece_bytes) if rest >= _PIECE_BYTES else _GROUP_BYTES)
+        self.warm.append(_Operation(start, start, limit, _WARM_GAP_BYTES))
+        return self.warm[-1]
+
+
+_FULL = _Operation(0, 0, 0, -1)
+"""A read into which nothing fits."""
 
 
 # ---------------------------------------------------------------------------- doing
 
 
 class _Targets:
-    """Where the parts go, and the check of what arrives there."""
+    """The memory of the parts, and the check of the bytes that arrive there."""
 
     def __init__(self, parts: Sequence[Part], chunk_bytes: int, damaged: list[Damage]) -> None:
         self._chunk_bytes = chunk_bytes
         self._damaged = damaged
-        # One view over all targets and whatever lies between them: slicing it is far cheaper than
-        # making a view from every address.
+        # One view over all targets and the memory between them: slicing it is far cheaper than making a
+        # view from every address.
         self._lowest = min((part.address for part in parts if part.address is not None), default=0)
         highest = max((part.address + part.length for part in parts if part.address is not None), default=0)
         self._memory = syscalls.memory_at(self._lowest, highest - self._lowest)
@@ -356,6 +416,15 @@ class _Targets:
                 if part.crcs is not None:
                     self._compare(part, chunk + number, crc32(view[start + done : start + done + count]))
 
+    def check_mapped(self, memory: memoryview, todo: deque[_Piece]) -> None:
+        """Check pieces of `todo`, which are in the memory of the whole file, until none is left."""
+        while True:
+            try:
+                piece = todo.popleft()
+            except IndexError:
+                return
+            self._check(piece, memory[piece[0] : piece[0] + piece[1]])
+
     def _at(self, address: int, length: int) -> memoryview:
         return self._memory[address - self._lowest : address - self._lowest + length]
 
@@ -363,9 +432,6 @@ class _Targets:
         _, length, _, chunk, part = piece
         size = self._chunk_bytes
         if part.crcs is None:
-            return
-        if length <= size:
-            self._compare(part, chunk, crc32(view))
             return
         for number, start in enumerate(range(0, length, size)):
             self._compare(part, chunk + number, crc32(view[start : start + size]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from milepost import syscalls
 from milepost.errors import StorageError
 from milepost.storage import ALIGNMENT, NewFile, RenameMode, Storage
+from milepost.utils import OwnedByProcess
 
 __all__ = ["WRITE_BYTES", "Ring", "publish_bytes", "write_bytes", "write_memory", "write_stream"]
 
@@ -22,7 +22,7 @@ WRITE_BYTES = 32 << 20
 """How much `write_memory` writes at a time."""
 
 
-class Ring:
+class Ring(OwnedByProcess):
     """A few blocks of private memory for data on its way, kept by its owner from one file to the next.
 
     The memory comes with the first use of each part of it and goes with `close` or with the ring. One
@@ -50,7 +50,7 @@ class Ring:
     @contextmanager
     def lease(self) -> Iterator[list[memoryview]]:
         """The blocks, for one user until the context ends; what they hold is arbitrary."""
-        if self._owner != os.getpid():
+        if not self.is_owned:
             self._reset()
         with self._lock:
             if self._memory is None:
@@ -217,7 +217,7 @@ def publish_bytes(storage: Storage, path: str, data: bytes, mode: RenameMode, *,
     name is taken; "replace" takes it.
     """
     folder, _, name = path.rpartition("/")
-    aside = f"{folder}/.{name}.{secrets.token_hex(8)}.tmp"
+    aside = f"{folder}/.{name}.{os.urandom(8).hex()}.tmp"
     write_bytes(storage, aside, data, sync=sync)
     try:
         storage.rename(aside, path, mode)

@@ -358,7 +358,10 @@ class StorageContract:
         storage.make_folder(f"{folder}/private", private=True)
         storage.make_public(f"{folder}/private")
         storage.sync_folder(f"{folder}/private")
-        for use in (storage.make_public, storage.sync_folder):
+        self.raw_put(storage, f"{folder}/file", b"abc")
+        storage.sync_file(f"{folder}/file")
+        assert self.raw_get(storage, f"{folder}/file") == b"abc"
+        for use in (storage.make_public, storage.sync_folder, storage.sync_file, storage.is_network):
             with _raises(EntryNotFoundError):
                 use(f"{folder}/none")
 

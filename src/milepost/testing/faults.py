@@ -103,18 +103,6 @@ class FaultyStorage:
             elif operation != "discard":  # which never raises
                 raise _as_storage_error(error, operation, path)
 
-    def __getattr__(self, name: str) -> Callable[[str], Any]:
-        """What a storage may also offer, where the inner one does."""
-        if name not in {"sync_file", "is_network"}:
-            raise AttributeError(name)
-        call = getattr(self.inner, name)
-
-        def counted(path: str) -> Any:
-            self._step(name, path)
-            return call(path)
-
-        return counted
-
     def create(self, path: str, *, direct: bool = False) -> NewFile:
         """See `Storage.create`."""
         self._step("create", path)
@@ -154,6 +142,16 @@ class FaultyStorage:
         """See `Storage.sync_folder`."""
         self._step("sync_folder", path)
         self.inner.sync_folder(path)
+
+    def sync_file(self, path: str) -> None:
+        """See `Storage.sync_file`."""
+        self._step("sync_file", path)
+        self.inner.sync_file(path)
+
+    def is_network(self, path: str) -> bool:
+        """See `Storage.is_network`."""
+        self._step("is_network", path)
+        return self.inner.is_network(path)
 
     def lock(self, path: str, *, exclusive: bool = False) -> Lock | None:
         """See `Storage.lock`."""

@@ -1,22 +1,21 @@
-"""Who works on an attempt: everybody in its folder holds a shared lock on its ``attempt.json``.
+"""Every process in an attempt's folder holds a shared lock on its ``attempt.json``.
 
-The lock ends with the process, so that whoever gets it exclusively knows that all the others are gone.
+The lock ends with the process. A process that gets it exclusively knows that all others are gone.
 """
 
 from __future__ import annotations
 
 # Paths are str, here as in the storage package.
 import os
-import secrets
 import socket
-import time as _time
-from collections.abc import Callable
+import time
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 
-from milepost.commit.folders import MAX_SMALL_BYTES, Hidden, Note, list_names, opened, read_note, siblings
+from milepost.commit.by_rename.folders import Hidden, opened, siblings
+from milepost.commit.contents import MAX_SMALL_BYTES, Note, list_names, read_note
+from milepost.commit.waiting import Clock
 from milepost.errors import (
     CommitError,
     CorruptCheckpointError,
@@ -29,44 +28,34 @@ from milepost.storage import Lock, Storage
 from milepost.storage.writing import publish_bytes, write_bytes
 
 __all__ = [
-    "Clock",
     "claim",
-    "encode_note",
     "is_abandoned",
     "make_parents",
+    "new_note",
     "refuse_other_starts",
     "take_over",
     "unchanged_seconds",
 ]
 
 NETWORK_PATIENCE_SECONDS = 24 * 3600.0
-"""On network file systems, where locks may lie, an attempt is taken for dead when unchanged for so long."""
+"""On a network file system a lock may not show. An attempt is dead there when unchanged for so long."""
 CLAIM_SECONDS = 60.0
-"""How long a claim waits for somebody who is just clearing a folder of this name."""
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where an attempt gets its time from."""
-
-    time: Callable[[], float] = _time.time
-    monotonic: Callable[[], float] = _time.monotonic
-    sleep: Callable[[float], None] = _time.sleep
+"""How long a claim waits while another process clears a folder of this name."""
 
 
 class _NoLock:
-    """Stands for the lock where the age of a folder decides."""
+    """Replaces the lock where the age of a folder decides."""
 
     def release(self) -> None:
         pass
 
 
-def encode_note(
+def new_note(
     path: str, attempt: str, *, world_size: int = 0, process: str = "", private: bool = False
-) -> bytes:
-    """The bytes of an ``attempt.json``."""
+) -> Note:
+    """The ``attempt.json`` of this process."""
     name = os.path.basename(path)
-    note = Note(
+    return Note(
         name=shown(name),
         stem=shown(stem_of(name)),
         attempt=attempt,
@@ -75,9 +64,8 @@ def encode_note(
         private=private,
         host=socket.gethostname(),
         pid=os.getpid(),
-        time=_time.time(),
+        time=time.time(),
     )
-    return msgspec.json.encode(note)
 
 
 def make_parents(storage: Storage, path: str) -> None:
@@ -93,11 +81,11 @@ def make_parents(storage: Storage, path: str) -> None:
         storage.sync_folder(os.path.dirname(folder))
 
 
-def claim(storage: Storage, folder: str, note: bytes, clock: Clock) -> Lock:
+def claim(storage: Storage, folder: str, note: Note, clock: Clock) -> Lock:
     """Make an attempt's folder, or enter the one that another rank made, and lock its ``attempt.json``.
 
     Raises:
-        CommitError: Somebody clears the folder, and does not end.
+        CommitError: Another process clears the folder and does not finish.
         StorageError: The folder cannot be made.
     """
     deadline = clock.monotonic() + CLAIM_SECONDS
@@ -118,12 +106,12 @@ def claim(storage: Storage, folder: str, note: bytes, clock: Clock) -> Lock:
     raise CommitError(f"the folder of this attempt is being cleared, without an end: {folder}", path=folder)
 
 
-def _lock_note(storage: Storage, folder: str, note: bytes) -> Lock | None:
+def _lock_note(storage: Storage, folder: str, note: Note) -> Lock | None:
     path = os.path.join(folder, NOTE_NAME)
     if storage.stat(path) is None:
         # Locked before it has its name: there is no moment in which it looks abandoned.
         ours = os.path.join(folder, _note_aside())
-        write_bytes(storage, ours, note, sync=False)
+        write_bytes(storage, ours, msgspec.json.encode(note), sync=False)
         lock = None
         try:
             lock = storage.lock(ours)
@@ -163,7 +151,7 @@ def is_abandoned(storage: Storage, hidden: Hidden) -> bool:
     return lock is not None
 
 
-def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | None:
+def take_over(storage: Storage, hidden: Hidden, note: Note | None) -> Lock | None:
     """The exclusive lock of an attempt whose owners are gone, or None.
 
     Args:
@@ -171,30 +159,29 @@ def take_over(storage: Storage, hidden: Hidden, note: bytes | None) -> Lock | No
         hidden: Its folder.
         note: What to write into an ``attempt.json`` that a power cut has taken.
     """
-    ask: Callable[[str], bool] | None = getattr(storage, "is_network", None)
     path = os.path.join(hidden.path, NOTE_NAME)
     try:
-        if ask is not None and ask(hidden.path):
+        if storage.is_network(hidden.path):
             old = unchanged_seconds(storage, hidden.path) > NETWORK_PATIENCE_SECONDS
             return _NoLock() if old else None
         if note is not None and storage.stat(path) is None:
-            publish_bytes(storage, path, note, "create", sync=False)
+            publish_bytes(storage, path, msgspec.json.encode(note), "create", sync=False)
         return storage.lock(path, exclusive=True)
     except (EntryExistsError, EntryNotFoundError):
         return None
 
 
 def unchanged_seconds(storage: Storage, path: str) -> float:
-    """How long no file in a folder has changed, in seconds, by the clock of its own file system.
+    """For how many seconds no file in a folder has changed, by the clock of the file system.
 
-    0 where that cannot be told: the folder is gone, or a file was listed and then not seen.
+    0 if that is unknown: the folder is gone, or a listed file is not seen.
     """
     probe = _note_aside()
     with opened(storage, path) as folder:
         if folder is None:
             return 0.0
         names = list_names(folder)
-        # Probes of others pass by, so they count only where nothing else is there.
+        # Other processes leave such probes for a moment: they count only if nothing else is there.
         found = [folder.stat(name) for name in [n for n in names if not is_note_aside(n)] or names]
         write_bytes(storage, os.path.join(path, probe), b"", sync=False)
         try:
@@ -206,35 +193,30 @@ def unchanged_seconds(storage: Storage, path: str) -> float:
 
 
 def _note_aside() -> str:
-    return f".{NOTE_NAME}.{secrets.token_hex(8)}.tmp"
+    return f".{NOTE_NAME}.{os.urandom(8).hex()}.tmp"
 
 
-def refuse_other_starts(storage: Storage, path: str, *, world_size: int, process: str) -> None:
-    """With several ranks and no common start id, the ranks of other processes never come together.
+def refuse_other_starts(storage: Storage, path: str, ours: Note) -> None:
+    """Refuse ranks that can never commit together, because each process has its own attempt id.
+
+    Args:
+        storage: Where.
+        path: The checkpoint.
+        ours: The ``attempt.json`` of this process.
 
     Raises:
-        CommitError: Another process saves to this path as one of several ranks, under an id of its own.
+        CommitError: Another process saves to this path as one of several ranks, under an id that it made.
     """
     for hidden in siblings(storage, path):
         with opened(storage, hidden.path) as folder:
             note = None if folder is None else read_note(folder)
-        if note is None or not note.private or note.process == process:
+        if note is None or not note.private or note.process == ours.process:
             continue
-        if note.world_size != world_size or is_abandoned(storage, hidden):
+        if note.world_size != ours.world_size or is_abandoned(storage, hidden):
             continue
         raise CommitError(
             f"another process (pid {note.pid} on {note.host}) saves to this path as one of "
-            f"{world_size} ranks too, but has no start id in common with this one: {path}",
+            f"{ours.world_size} ranks too, but has no start id in common with this one: {path}",
             hint="give MILEPOST_START_ID or CheckpointWriterConfig.start_id a value that all ranks share "
             "and that is new at every start; or use a barrier, or the default process group",
         )
-
-
-def same_rank_error(path: str, attempt: str, rank: int) -> CommitError:
-    """The error for two processes that are the same rank of one attempt."""
-    return CommitError(
-        f"rank {rank} has already saved, or begun to save, to this path with the attempt id {attempt}, in "
-        f"another process: it was started twice, or the start id of this job is not new: {path}",
-        hint="start each rank once; MILEPOST_START_ID or CheckpointWriterConfig.start_id must be new at "
-        "every start of the job",
-    )

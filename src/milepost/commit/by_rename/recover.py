@@ -1,8 +1,7 @@
-"""What attempts that died have left behind: finishing those that are whole, removing the rest.
+"""Recovery after a death: publish the attempts that are complete, remove the rest.
 
-Both are safe beside live savers and may run any number of times, in any number of processes at once. Nothing
-is touched for its name alone: a folder must say itself that it is the attempt in its name, and nobody may
-hold the lock on its ``attempt.json``.
+Any number of processes may do both at once, beside live savers. A folder is touched only if its content says
+that it is the attempt in its name, and if nobody holds the lock on its ``attempt.json``.
 """
 
 # Paths are str, here as in the storage package.
@@ -12,22 +11,13 @@ import logging
 import os
 from contextlib import suppress
 
-from milepost.commit.claim import encode_note, is_abandoned, take_over
-from milepost.commit.folders import (
-    Hidden,
-    belongs,
-    list_names,
-    names_of,
-    opened,
-    published_manifest,
-    read_beacons,
-    read_manifest,
-    read_note,
-    siblings,
-)
-from milepost.commit.marks import checked_manifest, read_shards
-from milepost.commit.publish import publish, retire
-from milepost.commit.removal import remove_tree, sweep
+from milepost.commit.by_rename.claim import is_abandoned, new_note, take_over
+from milepost.commit.by_rename.folders import Hidden, names_of, opened, published_manifest, siblings
+from milepost.commit.by_rename.publish import publish, retire
+from milepost.commit.by_rename.removal import remove_tree, sweep
+from milepost.commit.contents import read_manifest
+from milepost.commit.judge import Verdict, classify, is_overtaken, is_whole
+from milepost.commit.marks import read_shards
 from milepost.errors import (
     EntryExistsError,
     EntryNotFoundError,
@@ -46,7 +36,6 @@ from milepost.format.names import (
     index_name,
     is_aborted,
     is_note_aside,
-    ranks_in,
 )
 from milepost.storage import Folder, Storage
 from milepost.storage.writing import publish_bytes
@@ -57,37 +46,32 @@ _logger = logging.getLogger(__name__)
 
 
 def roll_forward(storage: Storage, path: str) -> list[str]:
-    """Publish the newest attempt at `path` that is complete but was left unpublished.
+    """Publish the newest attempt at `path` that is complete but was not published.
 
-    It is left alone while somebody works on it, and never put over a newer checkpoint. Where the path is
-    empty and there is no such attempt, a replaced checkpoint that is still whole returns to its place.
+    An attempt stays as it is while somebody works on it, and never replaces a newer checkpoint. If nothing is
+    at the path and there is no such attempt, a replaced checkpoint that is whole returns there.
 
     Returns:
         The hidden folders that were moved into place (one at most).
     """
     path = os.path.abspath(path)
-    whole: list[tuple[tuple[int, float], str, Hidden]] = []
-    replaced: list[tuple[tuple[int, float], str, Hidden]] = []
+    found: dict[str, list[tuple[tuple[int, float], str, Hidden]]] = {"complete": [], "replaced": []}
     for hidden in siblings(storage, path):
         with opened(storage, hidden.path) as folder:
             if folder is None:
                 continue
-            names = list_names(folder)
-            manifest = checked_manifest(folder, hidden.attempt, names, deep=True)
-            if manifest is not None:
-                whole.append((manifest.order, hidden.attempt, hidden))
-                continue
-            with suppress(LoadError, StorageError):
-                manifest = read_manifest(folder)
-                if manifest is not None and manifest.attempt != hidden.attempt:
-                    manifest = checked_manifest(folder, manifest.attempt, names, deep=True)
-                    if manifest is not None:
-                        replaced.append((manifest.order, hidden.attempt, hidden))
-    if whole:
-        hidden = max(whole, key=lambda found: found[:2])[2]
+            verdict = classify(folder, hidden.attempt, deep=True)
+            whole = verdict.state == "complete"
+            with suppress(StorageError):
+                whole = whole or (verdict.state == "replaced" and is_whole(folder, verdict))
+            if whole:
+                assert verdict.manifest is not None
+                found[verdict.state].append((verdict.manifest.order, hidden.attempt, hidden))
+    if found["complete"]:
+        hidden = max(found["complete"], key=lambda one: one[:2])[2]
         return [hidden.path] if _finish(storage, path, hidden) else []
-    if replaced and storage.stat(path) is None:
-        hidden = max(replaced, key=lambda found: found[:2])[2]
+    if found["replaced"] and storage.stat(path) is None:
+        hidden = max(found["replaced"], key=lambda one: one[:2])[2]
         with suppress(EntryExistsError, EntryNotFoundError):
             storage.rename(hidden.path, path, "create")
             storage.sync_folder(os.path.dirname(path))
@@ -97,19 +81,22 @@ def roll_forward(storage: Storage, path: str) -> list[str]:
 
 def _finish(storage: Storage, path: str, hidden: Hidden) -> bool:
     """Commit and publish a complete attempt whose owners are gone."""
-    lock = take_over(storage, hidden, encode_note(path, hidden.attempt))
+    lock = take_over(storage, hidden, new_note(path, hidden.attempt))
     if lock is None:
         return False
     try:
         with opened(storage, hidden.path) as folder:
             if folder is None:
                 return False
-            manifest = checked_manifest(folder, hidden.attempt, list_names(folder), deep=True)
-            if manifest is None or is_overtaken(manifest, published_manifest(storage, path)):
+            verdict = classify(folder, hidden.attempt, deep=True)
+            manifest = verdict.manifest
+            if verdict.state != "complete" or manifest is None:
+                return False
+            if is_overtaken(manifest, published_manifest(storage, path)):
                 return False
             shards = read_shards(folder, manifest) if manifest.shards else None
             if not commit_manifest(storage, hidden.path, manifest, shards):
-                # The names may be no more than what a killed process saw: they must be durable first.
+                # A killed process may have made the manifest without making its name durable: do so first.
                 storage.sync_folder(hidden.path)
         publish(storage, path, manifest)
     except (TargetError, LoadError) as error:
@@ -127,11 +114,11 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest, shards: b
     This is the commit.
 
     Returns:
-        False if there is one already; its names are then as durable as its creator made them.
+        False if there is one already. Its creator makes its name durable.
     """
     storage.make_public(folder)
     if shards is not None:
-        # Whoever assembles the same marks makes the same bytes: what is there already is as good.
+        # Every rank makes the same bytes of the same marks: those that are there are as good.
         with suppress(EntryExistsError):
             publish_bytes(storage, os.path.join(folder, SHARDS_NAME), shards, "create")
     try:
@@ -142,16 +129,8 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest, shards: b
     return True
 
 
-def is_overtaken(whole: Manifest, published: Manifest | None) -> bool:
-    """Whether a checkpoint that waits beside a path is of no use, as one as new as it is there.
-
-    Of two savers that knew nothing of each other the one whose checkpoint is published comes later.
-    """
-    return published is not None and published.order >= whole.order
-
-
 def next_sequence(storage: Storage, path: str) -> int:
-    """The number of a save that comes now: one above all that can be seen of saves to this path."""
+    """The number of the next save: one above every number seen at the path and beside it."""
     highest = 0
     for place in (path, *(hidden.path for hidden in siblings(storage, path))):
         with suppress(LoadError), opened(storage, place) as folder:
@@ -166,7 +145,7 @@ def next_sequence(storage: Storage, path: str) -> int:
 
 
 def tidy(storage: Storage, path: str, *, keep: str) -> None:
-    """Finish or remove what earlier attempts left; a failure of that does not stop a new save."""
+    """Finish or remove what earlier attempts left. A failure is logged and does not stop the new save."""
     try:
         roll_forward(storage, path)
         clean_up(storage, path, keep=keep)
@@ -175,16 +154,16 @@ def tidy(storage: Storage, path: str, *, keep: str) -> None:
 
 
 def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[str]:
-    """Remove what dead attempts at `path` left: partials, what was replaced, passing files.
+    """Remove what dead attempts at `path` left: parts, replaced checkpoints, temporary files.
 
-    A complete attempt is only removed when a newer checkpoint is published. What fails is logged.
+    A complete attempt is removed only if a newer checkpoint is published. Failures are logged.
 
     Args:
         storage: Where.
         path: The checkpoint.
-        keep: An attempt that is left alone. Parts of the other attempts of its start stay as well, as those
-            of any start of which somebody works on an attempt here: slower ranks may still come. They go
-            when a later attempt of that start is committed, or when the whole start is dead.
+        keep: An attempt that stays. Parts of other attempts of its start stay as well, because slower ranks
+            may still come. So do those of every start of which somebody works on an attempt here. They go
+            when a later attempt of that start is committed, or when nobody of that start works here.
 
     Returns:
         The hidden folders that were removed.
@@ -207,13 +186,13 @@ def clean_up(storage: Storage, path: str, *, keep: str | None = None) -> list[st
 
 
 def _numbered(attempt: str) -> tuple[str, int]:
-    """The start that an attempt belongs to, and which of its attempts it is; "" for the only rank's."""
+    """The start of an attempt and its number in it; "" for an attempt of a single rank."""
     start, _, number = attempt.rpartition("-")
     return (start, int(number)) if number.isdecimal() else ("", 0)
 
 
 def _live_starts(storage: Storage, beside: list[Hidden], keep: str | None) -> set[str]:
-    """The starts of which ranks may still come: that of `keep`, and any of which somebody works here."""
+    """The starts whose ranks may still come: that of `keep`, and those that somebody works for here."""
     starts = {_numbered(keep or "")[0]}
     for hidden in beside:
         start = _numbered(hidden.attempt)[0]
@@ -232,72 +211,42 @@ def _is_awaited(storage: Storage, path: str, attempt: str, live: set[str]) -> bo
 
 def _clear(storage: Storage, path: str, hidden: Hidden, live: set[str]) -> bool:
     with opened(storage, hidden.path) as folder:
-        if folder is None:
-            return False
-        judge = _judge(storage, path, hidden, folder)
-        aborted = is_aborted(list_names(folder))
-    awaited = judge == "part" and _is_awaited(storage, path, hidden.attempt, live)
-    if judge is None or (awaited and not aborted):
+        verdict = _leftover(storage, path, hidden, folder)
+    if verdict is None:
         return False
-    if judge == "unborn":
+    awaited = verdict.state == "part" and _is_awaited(storage, path, hidden.attempt, live)
+    if awaited and not is_aborted(verdict.names):
+        return False
+    if verdict.state == "unborn":
         return _remove_unborn(storage, hidden.path)
-    if judge == "replaced":
+    if verdict.state in ("replaced", "remains"):
         return retire(storage, path, hidden.path, None)
-    lock = take_over(storage, hidden, encode_note(path, hidden.attempt))
+    lock = take_over(storage, hidden, new_note(path, hidden.attempt))
     if lock is None:
         return False
     try:
         with opened(storage, hidden.path) as folder:
-            if folder is None or _judge(storage, path, hidden, folder) != judge:
+            again = _leftover(storage, path, hidden, folder)
+            if folder is None or again is None or again.state != verdict.state:
                 return False
             has_manifest = folder.stat(MANIFEST_NAME) is not None
         if has_manifest:
-            # It may be the former checkpoint of a job that reused its start id: the user's files move along.
+            # It may be the former checkpoint of a job that reused its start id: keep the user's files.
             return retire(storage, path, hidden.path, None)
-        # Ranks that come late must still hear of the failure.
+        # Ranks that come late must still see the abort marks.
         remove_tree(storage, hidden.path, lock, word=awaited)
     finally:
         lock.release()
     return not awaited
 
 
-def _judge(storage: Storage, path: str, hidden: Hidden, folder: Folder) -> str | None:
-    """What a hidden folder is: "unborn", "replaced", "overtaken", a "part", or None: to be left alone."""
-    names = list_names(folder)
-    if all(is_note_aside(name) for name in names):
-        return "unborn"
-    try:
-        manifest = read_manifest(folder)
-    except LoadError:
+def _leftover(storage: Storage, path: str, hidden: Hidden, folder: Folder | None) -> Verdict | None:
+    """The verdict on a folder that may be cleared; None if the folder stays, or is gone."""
+    if folder is None:
         return None
-    published = published_manifest(storage, path)
-    if manifest is not None and manifest.attempt != hidden.attempt:
-        return "replaced" if published is not None else None
-    if not _says_so(folder, hidden, names):
-        plain = manifest is None and NOTE_NAME not in names
-        return "replaced" if plain and published is not None and published.attempt == hidden.attempt else None
-    # A manifest alone is a commit, too: what it lists may only seem to be missing.
-    whole = manifest or checked_manifest(folder, hidden.attempt, names, deep=False)
-    if whole is None:
-        return "part"
-    return "overtaken" if is_overtaken(whole, published) else None
-
-
-def _says_so(folder: Folder, hidden: Hidden, names: list[str]) -> bool:
-    """Whether the folder's content says that it is this attempt at this path.
-
-    ``attempt.json`` is not fsynced: after a power cut a beacon or a mark may have to speak for it.
-    """
-    note = read_note(folder)
-    if note is not None:
-        return belongs(note, folder, hidden.attempt)
-    if any(beacon.attempt == hidden.attempt for beacon in read_beacons(folder, names).values()):
-        return True
-    for rank in sorted(ranks_in(names))[:1]:
-        with suppress(LoadError, StorageError):
-            mark = decode_mark(folder.read(index_name(rank), MAX_INDEX_BYTES), folder.path)
-            return mark.attempt == hidden.attempt
-    return False
+    verdict = classify(folder, hidden.attempt, deep=False)
+    published = None if verdict.state == "unborn" else published_manifest(storage, path)
+    return verdict if verdict.is_leftover(published) else None
 
 
 def _remove_unborn(storage: Storage, path: str) -> bool:

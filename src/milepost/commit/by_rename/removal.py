@@ -1,4 +1,4 @@
-"""Removing what is ours: passing files, and the folders of attempts."""
+"""Remove our temporary files and the folders of attempts."""
 
 # Paths are str, here as in the storage package.
 from __future__ import annotations
@@ -6,20 +6,20 @@ from __future__ import annotations
 import errno
 import os
 
-from milepost.commit.folders import names_of
+from milepost.commit.by_rename.folders import names_of
 from milepost.errors import EntryNotFoundError, StorageError
 from milepost.format.names import MANIFEST_NAME, NOTE_NAME, index_rank, is_aborted, is_own
 from milepost.storage import Lock, Storage
 
-__all__ = ["NOT_EMPTY", "remove_file", "remove_tree", "sweep"]
+__all__ = ["remove_entry", "remove_file", "remove_if_empty", "remove_tree", "sweep"]
 
 _ROUNDS = 5
-NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 _GONE_SOON = frozenset({errno.ENOENT, errno.EBUSY})
 
 
 def sweep(storage: Storage, path: str) -> None:
-    """Remove our passing files (attempt.json, beacons, abort marks) from a published checkpoint."""
+    """Remove our temporary files (attempt.json, beacons, abort marks) from a published checkpoint."""
     names = names_of(storage, path) or []
     if MANIFEST_NAME not in names:
         return
@@ -31,19 +31,19 @@ def sweep(storage: Storage, path: str) -> None:
 def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) -> None:
     """Remove an attempt's folder with everything in it, and release the lock on its ``attempt.json``.
 
-    With `word` the folder stays, with what says that the attempt was aborted.
+    With `word` the folder and the abort marks stay.
 
-    The order leaves no moment in which the rest looks like a whole checkpoint, or like nobody's. When
-    ``attempt.json`` is gone the folder's name is free: what is in it then is another's, and stays.
+    The order matters: at no moment does the rest look like a whole checkpoint, or like nobody's folder. When
+    ``attempt.json`` is gone, another saver may use the folder's name: its files stay.
 
     Raises:
-        StorageError: Something could not be removed; it is left with the ``attempt.json``.
+        StorageError: Something could not be removed. It stays, with the ``attempt.json``.
     """
     for _ in range(_ROUNDS):
         names = [name for name in names_of(storage, path) or () if name != NOTE_NAME]
         names = [name for name in names if not (word and is_aborted([name]))]
         for name in sorted(names, key=_removal_order):
-            _remove_entry(storage, os.path.join(path, name))
+            remove_entry(storage, os.path.join(path, name))
         if not names:
             break
     else:
@@ -55,13 +55,9 @@ def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) 
         )
     if word:
         return
-    _remove_entry(storage, os.path.join(path, NOTE_NAME))
+    remove_entry(storage, os.path.join(path, NOTE_NAME))
     lock.release()  # before the folder goes: NFS and FUSE keep a removed file that is open in it
-    try:
-        storage.remove(path)
-    except StorageError as error:
-        if not isinstance(error, EntryNotFoundError) and error.errno not in NOT_EMPTY:
-            raise
+    remove_if_empty(storage, path)
 
 
 def _removal_order(name: str) -> int:
@@ -72,14 +68,28 @@ def _removal_order(name: str) -> int:
     return 3 if name.startswith("abort") else 2
 
 
-def _remove_entry(storage: Storage, path: str) -> None:
+def remove_entry(storage: Storage, path: str) -> None:
+    """Remove a file, or a folder with everything in it; it may be gone already."""
     found = storage.stat(path)
     if found is None:
         return
     if found.kind == "folder":
         for name in names_of(storage, path) or ():
-            _remove_entry(storage, os.path.join(path, name))
+            remove_entry(storage, os.path.join(path, name))
     remove_file(storage, path)
+
+
+def remove_if_empty(storage: Storage, path: str) -> bool:
+    """Remove a folder that holds nothing; True if it is gone."""
+    try:
+        storage.remove(path)
+    except EntryNotFoundError:
+        return True
+    except StorageError as error:
+        if error.errno not in _NOT_EMPTY:
+            raise
+        return False
+    return True
 
 
 def remove_file(storage: Storage, path: str) -> None:

@@ -1,8 +1,8 @@
-"""Which paths a save may replace, and how a committed checkpoint takes its place there.
+"""Check which paths a save may replace; move a committed checkpoint to its path.
 
-Nothing is deleted in a published folder but what a manifest of ours lists, the plain
-``checkpoint_<n>.pt`` files that a save replaces, and our own passing files. Everything else belongs to the
-user, and moves along into the new checkpoint.
+In a published folder Milepost deletes only the files that its manifest lists, the plain
+``checkpoint_<n>.pt`` files that a save replaces, and its own temporary files. Everything else belongs to the
+user and moves into the new checkpoint.
 """
 
 # Paths are str, here as in the storage package.
@@ -12,11 +12,13 @@ import errno
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Literal
 
-from milepost.commit.folders import absolute_path, list_names, names_of, published_manifest, read_manifest
-from milepost.commit.removal import NOT_EMPTY, remove_file, sweep
+import msgspec
+
+from milepost.commit.by_rename.folders import absolute_path, names_of, published_manifest
+from milepost.commit.by_rename.removal import remove_file, remove_if_empty, sweep
+from milepost.commit.contents import list_names, read_manifest
 from milepost.errors import (
     CorruptCheckpointError,
     EntryExistsError,
@@ -39,8 +41,7 @@ _TRIES = 50
 # ---------------------------------------------------------------------------- the target
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Where a save goes.
 
     Attributes:
@@ -170,7 +171,8 @@ def _check_parents(storage: Storage, path: str) -> None:
             f"no checkpoint can be made here, as the folder above is not writable: {above}",
             path=path,
             phase="check",
-            hint="check its permissions, or save to another path",
+            hint="check its permissions and whether its file system is mounted read-only, or save to "
+            "another path",
         )
 
 
@@ -178,15 +180,16 @@ def _check_parents(storage: Storage, path: str) -> None:
 
 
 def publish(storage: Storage, path: str, manifest: Manifest) -> None:
-    """Put a committed attempt (its manifest is durable) in its place; on return that is durable.
+    """Move a committed attempt, whose manifest is durable, to its path; on return that is durable.
 
-    What it replaces goes: the user's own entries move into the new folder first, then the files that the old
-    manifest lists are removed. If only that clearing fails, there is a warning, and the next save does it.
+    Then clear the checkpoint that it replaces: the user's entries move into the new folder, and the files
+    that the old manifest lists are removed. If only the clearing fails, the log says so, and the next save
+    does it.
 
     Raises:
         TargetError: Something that may not be replaced has appeared at `path`. The attempt stays beside
             it, committed: `locate` finds it, and the next save publishes it when the way is free.
-        StorageError: It is neither seen beside the path nor at it, nor is a later checkpoint.
+        StorageError: Neither the attempt nor a later checkpoint is seen at the path or beside it.
     """
     attempt = manifest.attempt
     if not _move_in(storage, path, manifest):
@@ -200,28 +203,28 @@ def publish(storage: Storage, path: str, manifest: Manifest) -> None:
 
 
 def _move_in(storage: Storage, path: str, manifest: Manifest) -> bool:
-    """The renames. Returns False if another process has published the attempt, or a later one since."""
+    """Do the renames; False if another process has published this attempt or a later one."""
     attempt = manifest.attempt
     partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
-    late = False
+    overtaken = False
     for _ in range(_TRIES):
         source = next((place for place in (partial, slot) if _holds(storage, place, attempt)), None)
         there = published_manifest(storage, path)
         if source is None:
-            if late or (there and (there.attempt == attempt or there.order >= manifest.order)):
+            if overtaken or (there and (there.attempt == attempt or there.order >= manifest.order)):
                 return False
             continue  # it has been moved between the looks
         try:
             if there is not None and there.sequence > manifest.sequence > 0:
                 # A later save is there already, as when writers of a dead start commit late.
-                late = True
+                overtaken = True
                 gone = [retire(storage, path, place, None) for place in (partial, slot)]
                 if all(gone):
                     return False
                 continue  # the path is empty for a moment, as the later one is moved in
             free = storage.stat(path) is None
             # Where no rename refuses a taken name, one that ended halfway leaves an empty folder.
-            if free or (_what_is_at(storage, path) == "empty" and _remove_if_empty(storage, path)):
+            if free or (_what_is_at(storage, path) == "empty" and remove_if_empty(storage, path)):
                 storage.rename(source, path, "create")
                 return True
             if source == partial:
@@ -248,10 +251,10 @@ def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
     except StorageError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-        # Until the last of these there is no checkpoint at the path itself, but `locate` finds the new one.
-        # Each must be durable before the next, or a power cut could let one folder take another's name.
+        # Until the last rename nothing is at the path, but `locate` finds the new checkpoint.
+        # Each must be durable before the next: else a power cut could give a folder the name of another.
         parent = os.path.dirname(path)
-        _remove_if_empty(storage, partial)  # of a rename that ended halfway
+        remove_if_empty(storage, partial)  # of a rename that ended halfway
         storage.rename(slot, partial, "create")
         storage.sync_folder(parent)
         storage.rename(path, slot, "create")
@@ -260,7 +263,7 @@ def _exchange(storage: Storage, path: str, partial: str, slot: str) -> None:
 
 
 def is_pending(storage: Storage, path: str, attempt: str) -> bool:
-    """Whether a committed attempt may still be in a hidden folder; it may be on the way between two."""
+    """Whether a committed attempt may still be in a hidden folder, or on its way between two."""
     partial, slot = join_hidden(path, attempt), join_hidden(path, attempt, REPLACED)
     with suppress(LoadError, StorageError):
         return any(_holds(storage, place, attempt) for place in (partial, slot, partial))
@@ -276,7 +279,7 @@ def _holds(storage: Storage, place: str, attempt: str) -> bool:
 
 
 def retire(storage: Storage, path: str, hidden: str, attempt: str | None) -> bool:
-    """Clear a hidden folder that holds what was replaced at `path`; True if it is gone.
+    """Clear a hidden folder that holds what a save replaced at `path`; True if it is gone.
 
     Entries that its manifest does not list move into the checkpoint at `path`, then the listed files are
     removed, the manifest last, so that every part of this can be taken up again. Any number of processes
@@ -304,15 +307,8 @@ def retire(storage: Storage, path: str, hidden: str, attempt: str | None) -> boo
             continue
         finally:
             folder.close()
-        try:
-            storage.remove(hidden)
-        except EntryNotFoundError:
+        if remove_if_empty(storage, hidden):
             return True
-        except StorageError as error:
-            if error.errno not in NOT_EMPTY:
-                raise
-            continue
-        return True
     return False
 
 
@@ -343,7 +339,7 @@ def _move_unlisted(storage: Storage, source: str, target: str, prefix: str, list
         _move_beside(storage, old, target, name)
         moved = True
     if moved:
-        # What is the user's must be durable in its new place before anything of the old is removed.
+        # The user's entries must be durable in their new place before anything of the old is removed.
         storage.sync_folder(target)
         storage.sync_folder(source)
 
@@ -358,7 +354,7 @@ def _move_beside(storage: Storage, old: str, folder: str, name: str) -> None:
         new = os.path.join(folder, f"{name}.{number}" if number else name)
         try:
             if _is_folder(storage, old) and _is_folder(storage, new):
-                _remove_if_empty(storage, new)  # as a rename that ended halfway leaves it
+                remove_if_empty(storage, new)  # as a rename that ended halfway leaves it
             storage.rename(old, new, "create")
         except EntryExistsError:
             continue
@@ -383,23 +379,10 @@ def _remove_listed(storage: Storage, folder: Folder, path: str, names: set[str])
             found = folder.stat(name)
             if found is not None and found.kind == "folder":
                 # If this fails, the manifest is there still: the folder is known to be ours.
-                _remove_if_empty(storage, os.path.join(path, name))
+                remove_if_empty(storage, os.path.join(path, name))
     remove_file(storage, os.path.join(path, MANIFEST_NAME))
 
 
 def _is_folder(storage: Storage, path: str) -> bool:
     found = storage.stat(path)
     return found is not None and found.kind == "folder"
-
-
-def _remove_if_empty(storage: Storage, path: str) -> bool:
-    """Whether this folder is gone."""
-    try:
-        storage.remove(path)
-    except EntryNotFoundError:
-        return True
-    except StorageError as error:
-        if error.errno not in NOT_EMPTY:
-            raise
-        return False
-    return True

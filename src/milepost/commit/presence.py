@@ -1,53 +1,47 @@
-"""What a rank says in its attempt's folder for the others: what it does, and that it failed."""
+"""What a rank leaves in its attempt for the others: beacons that say what it does, and that it failed."""
 
 from __future__ import annotations
 
-# Paths are str, here as in the storage package.
-import os
 from contextlib import suppress
 
 import msgspec
 
-from milepost.commit.claim import Clock
-from milepost.commit.folders import AbortMark, Beacon
+from milepost.commit.contents import AbortMark, Beacon, read_beacons
+from milepost.commit.place import Place
+from milepost.commit.waiting import Clock
 from milepost.errors import EntryExistsError, StorageError
 from milepost.format.names import ABORTED_NAME, abort_name, beacon_name, shown
-from milepost.storage import Storage
-from milepost.storage.writing import publish_bytes
 
-__all__ = ["Word"]
+__all__ = ["Presence"]
 
 _BEACON_SECONDS = 0.25
 
 
-class Word:
-    """The word of one rank.
+class Presence:
+    """What the others see of one rank.
 
     Args:
-        storage: Where.
-        folder: The attempt's folder.
+        place: Where the attempt is.
         attempt: The attempt's id.
         rank: The rank.
         process: Random id of the process that the save belongs to.
         clock: Where time comes from.
     """
 
-    def __init__(
-        self, storage: Storage, folder: str, attempt: str, rank: int, process: str, clock: Clock
-    ) -> None:
-        self._storage, self._folder, self._clock = storage, folder, clock
+    def __init__(self, place: Place, attempt: str, rank: int, process: str, clock: Clock) -> None:
+        self._place, self._clock = place, clock
         self._attempt, self._rank, self._process = attempt, rank, process
         self._phase = "begin"
         self._last_seconds = float("-inf")
 
-    def put(self, name: str, data: bytes, *, replace: bool = False) -> None:
-        """A small file that may be lost. EntryExistsError if it is there, unless `replace`."""
-        path = os.path.join(self._folder, name)
-        publish_bytes(self._storage, path, data, "replace" if replace else "create", sync=False)
-
-    def begin(self) -> None:
-        """The first beacon; EntryExistsError if there is one of this rank."""
-        self.put(beacon_name(self._rank), self._beacon(0))
+    def begin(self) -> bool:
+        """Leave the first beacon; False if another process has left one as this rank."""
+        try:
+            self._place.put(beacon_name(self._rank), self._beacon(0))
+        except EntryExistsError:
+            known = read_beacons(self._place.inside(), [beacon_name(self._rank)]).get(self._rank)
+            return known is None or known.process == self._process
+        return True
 
     def progress(self, phase: str, bytes_done: int) -> None:
         """Renew the beacon at a change of phase, else a few times a second at most. Never raises."""
@@ -56,7 +50,7 @@ class Word:
             return
         self._phase, self._last_seconds = phase, now
         with suppress(StorageError):
-            self.put(beacon_name(self._rank), self._beacon(bytes_done), replace=True)
+            self._place.put(beacon_name(self._rank), self._beacon(bytes_done), replace=True)
 
     def _beacon(self, bytes_done: int) -> bytes:
         beacon = Beacon(rank=self._rank, attempt=self._attempt, phase=self._phase, process=self._process)
@@ -74,4 +68,4 @@ class Word:
         )
         for name in (abort_name(self._rank), ABORTED_NAME):
             with suppress(EntryExistsError):
-                self.put(name, msgspec.json.encode(mark))
+                self._place.put(name, msgspec.json.encode(mark))

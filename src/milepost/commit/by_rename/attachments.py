@@ -4,23 +4,21 @@ from __future__ import annotations
 
 # Paths are str, here as in the storage package.
 import os
-from collections.abc import Callable
 from contextlib import suppress
 
-from milepost.commit.folders import file_digest, list_names
+from milepost.commit.contents import file_digest, list_names
 from milepost.errors import CommitError, EntryNotFoundError
 from milepost.format.index import FileDigest
 from milepost.format.names import SHARDS_NAME, data_rank, index_rank, is_own, is_plain_name
 from milepost.storage import Folder, Storage
-from milepost.storage.writing import publish_bytes
 
 __all__ = ["collect"]
 
 
 def collect(storage: Storage, root: Folder, path: str, world_size: int) -> list[FileDigest]:
-    """Hash the files below a folder that are not our own, and make them durable.
+    """Hash the files below a folder that hooks have added, and make them durable.
 
-    Other ranks' hooks may be at work in the folder: what vanishes meanwhile was a passing file of theirs.
+    Other ranks' hooks may be at work there: a file that vanishes meanwhile was a temporary file of theirs.
 
     Args:
         storage: Where.
@@ -29,7 +27,7 @@ def collect(storage: Storage, root: Folder, path: str, world_size: int) -> list[
         world_size: How many ranks there are.
 
     Raises:
-        CommitError: There is something that a checkpoint cannot hold, or one of our names is used.
+        CommitError: A hook added something that a checkpoint cannot hold, or used a name of ours.
     """
     found: list[FileDigest] = []
     names = [name for name in list_names(root) if not _is_ours(name, world_size)]
@@ -54,7 +52,7 @@ def _collect(storage: Storage, root: Folder, path: str, names: list[str], found:
                 storage.sync_folder(inner)
         elif stat.kind == "file" and is_plain_name(name) and name.isprintable():
             with suppress(EntryNotFoundError):
-                _sync_file(storage, root, inner, name)
+                storage.sync_file(inner)
                 found.append(file_digest(root, name))
         else:
             what = {"symlink": "a symbolic link", "other": "a device"}.get(stat.kind, "no valid name")
@@ -71,18 +69,3 @@ def _is_ours(name: str, world_size: int) -> bool:
 
 def _refused(what: str, hint: str) -> CommitError:
     return CommitError(f"pre_commit added {what}", phase="pre_commit", hint=hint)
-
-
-def _sync_file(storage: Storage, folder: Folder, path: str, name: str) -> None:
-    """Make the bytes of an existing file durable."""
-    sync: Callable[[str], None] | None = getattr(storage, "sync_file", None)
-    if sync is not None:
-        sync(path)
-        return
-    file = folder.open(name)
-    try:
-        data = bytearray(file.size)
-        file.read_into(0, [memoryview(data)])
-    finally:
-        file.close()
-    publish_bytes(storage, path, bytes(data), "replace")
