@@ -2,8 +2,8 @@
 
 pip install nox
 nox --list
-nox --session "torch-2.7.1"
-nox --session "torch-2.7.1" -- tests/unit    # arguments for pytest
+nox --session "torch(2.7.1)"
+nox --session "torch(2.7.1)" -- tests/unit    # arguments for pytest
 """
 
 from __future__ import annotations

@@ -328,13 +328,13 @@ def damage(path, rank):
 def test_a_rank_that_never_comes_is_named(start, path, way, absent):
     """Ranks wait for another no longer than their timeout, and each names the one that did not come."""
     others = [rank for rank in range(WORLD) if rank != absent]
-    call = (path, ALL, {"timeout_seconds": 10, "ready": others})
+    call = (path, ALL, {"timeout_seconds": 3, "ready": others})
     results = start(way, *(call if rank in others else None for rank in range(WORLD)))
     assert results[absent].error is None
     for rank in range(WORLD):
         if rank != absent:
             assert isinstance(results[rank].error, PeerLoadError), results[rank].error
-            assert f"rank {absent} could not load: it did not come to load within 10" in str(
+            assert f"rank {absent} could not load: it did not come to load within 3" in str(
                 results[rank].error
             )
             assert results[rank].error.rank == absent
@@ -347,7 +347,7 @@ def test_a_rank_that_missed_a_load_takes_part_in_the_next(start, path, way, late
     """Ranks that waited in vain, and the one that did not come, load together the next time."""
     call = (path, ALL, {})
     others = [rank for rank in range(WORLD) if rank != late]
-    calls = [[(path, ALL, {"timeout_seconds": 5, "ready": others}), call] for _ in range(WORLD)]
+    calls = [[(path, ALL, {"timeout_seconds": 2, "ready": others}), call] for _ in range(WORLD)]
     calls[late] = [None, call]
     for rank, result in enumerate(start(way, *calls)):
         assert result.error is None, result.error

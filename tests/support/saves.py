@@ -188,8 +188,8 @@ class Scenario:
 
     def check_mine(self, path: str, storage: Storage | None = None) -> None:
         """The user's files are in the folder, as they were."""
-        found = tree(default_storage() if storage is None else storage, path)
-        assert all(found[name] == b"mine: " + name.encode() for name in self.mine)
+        found = tree(default_storage() if storage is None else storage, path) if self.mine else {}
+        assert all(found.get(name) == b"mine: " + name.encode() for name in self.mine)
 
 
 PLAIN_STATE = {"plain": torch.arange(5), "epoch": 3}
