@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -558,7 +559,8 @@ def test_an_address_is_no_path(command, tmp_path, monkeypatch):
 
 def test_rm_asks_and_removes(run, monkeypatch):
     """`rm` names what it is about to remove, removes it on yes alone, and leaves no trace of it."""
-    monkeypatch.setattr("milepost.cli.rm._can_ask", lambda: True)
+    module = importlib.import_module("milepost.cli.rm")  # the command of this name hides it as an attribute
+    monkeypatch.setattr(module, "_can_ask", lambda: True)
     no = CliRunner().invoke(app, ["rm", str(run / "step-5")], input="n\n")
     assert "step 5, " in no.stderr
     assert "nothing was removed" in no.stderr
