@@ -328,11 +328,12 @@ def save(how):
 def parts_of(how, rank, world, fault, hurry):
     """The storage, the hook and the barrier of a rank with this fault."""
     from milepost.barriers import TCPStoreBarrier
-    from milepost.commit import Clock, part, waiting
+    from milepost.commit import Clock, waiting
+    from milepost.commit.by_rename import place
 
     if hurry is not None:
         clock = Clock(monotonic=hurry.monotonic, sleep=hurry.sleep)
-        part.Clock = lambda: clock
+        place.Clock = lambda: clock
         if fault.gate is not None:
             fault.gate.tell = hurry.tell
     if how.stall is not None:

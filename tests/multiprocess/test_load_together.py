@@ -21,6 +21,7 @@ from milepost.errors import (
     MismatchError,
     PeerLoadError,
 )
+from milepost.ranks import load_meeting
 from milepost.ranks.load_meeting import Meeting, Report, Verdict, refuse
 from milepost.ranks.start import Start
 
@@ -84,6 +85,7 @@ def work(way, calls):
         template = None if template is None else template_of(way, rank, template)
         seconds, world = options.pop("timeout_seconds", 60), options.pop("world", WORLD)
         ready = options.pop("ready", [])  # ranks that a slow machine must not make late
+        load_meeting.GRACE_SECONDS = 1 if ready else 5
         at = store if world == WORLD else dist.PrefixStore("some", meeting)
         reader = CheckpointReader(RankInfo(rank, world), store=at, timeout_seconds=seconds)
         result.error = None
