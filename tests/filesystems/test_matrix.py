@@ -10,8 +10,9 @@ import os
 
 import pytest
 import torch
-from support.background import KillOnce, close, error_of, make, result, state_of, step_at
+from support.background import close, error_of, make, result, state_of, step_at
 from support.file_systems import FILE_SYSTEMS, fill, overlay_over, run_on
+from support.hooks import KillOnce
 from support.saves import ONE, SCENARIOS, check_recovery, killed_saves, make_old, save, which
 from support.states import make_state
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.disks import tree
-from support.processes import descriptors, ended, fork, in_child
+from support.processes import KILLED, descriptors, ended, fork, in_child, is_running
 from support.saves import SCENARIOS, load, save, which
 from support.states import make_state, same
 
@@ -143,13 +143,15 @@ def test_verify_meets_a_replace_at_every_operation(tmp_path):
 
 SAVER = """
 import sys, torch
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[2])
+from support.processes import ended, fork
 from support.saves import save
-big = {"big": torch.full((%d,), float(sys.argv[2]))}
-print("ready", flush=True)
+torch.set_num_threads(1)
+big = {"big": torch.full((%d,), 2.0)}
 for _ in sys.stdin:
-    save(sys.argv[1], big, step=int(sys.argv[2]))
-    print("saved", flush=True)
+    pid = fork(lambda: save(sys.argv[1], big, step=2))
+    print(pid, flush=True)
+    print(ended(pid), flush=True)
 """
 
 
@@ -161,32 +163,27 @@ def test_a_save_of_many_blocks_that_is_killed_at_any_moment_loses_nothing(tmp_pa
     path = f"{tmp_path}/step"
     save(path, {"big": torch.full((count,), 1.0)}, step=1)
     killed = 0
-    for round_ in range(4):
-        child = subprocess.Popen(
-            [sys.executable, "-c", SAVER % count, path, "2", str(Path(__file__).parents[1])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        with child:
-            assert child.stdout.readline() == "ready\n"
-            child.stdin.write("go\n")
-            child.stdin.flush()
+    command = [sys.executable, "-c", SAVER % count, path, str(Path(__file__).parents[1])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as saver:
+        for round_ in range(4):
             goal = choose.randint(1, blocks - 1) * BLOCK_BYTES
-            while child.poll() is None:
+            saver.stdin.write("go\n")
+            saver.stdin.flush()
+            pid = int(saver.stdout.readline())
+            while is_running(pid):
                 sizes = []
                 for file in tmp_path.glob(".step.*.partial/checkpoint_0.pt"):
                     with suppress(FileNotFoundError):  # it is published meanwhile
                         sizes.append(file.stat().st_size)
                 if sizes and max(sizes) >= goal:
-                    child.kill()
+                    os.kill(pid, signal.SIGKILL)
                     break
-            child.stdin.close()
-        killed += bool(list(tmp_path.glob(".step.*.partial")))
-        found = load(path)["big"]
-        assert found.eq(found[0]).all()
-        assert found[0] == (1.0 if round_ == 0 else found[0])
-        assert not verify(default_storage(), path).problems
+            assert int(saver.stdout.readline()) in (0, KILLED)
+            killed += bool(list(tmp_path.glob(".step.*.partial")))
+            found = load(path)["big"]
+            assert found.eq(found[0]).all()
+            assert found[0] == (1.0 if round_ == 0 else found[0])
+            assert not verify(default_storage(), path).problems
     assert killed >= 2
     save(path, 3)
     assert which(path) == 3

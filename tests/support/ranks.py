@@ -163,8 +163,11 @@ class Job:
 
 def serve():
     """The launcher's process: forks the ranks of each job, and waits until all they started has ended."""
+    # The ranks need these, and would import them in each process.
     import torch._dynamo
-    import torch.distributed.tensor  # noqa: F401 - so that the ranks have it, and what it imports when used
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel  # noqa: F401
 
     import milepost.builder  # noqa: F401 - as above
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.background import Diary
+from support.hooks import Diary
 from support.saves import load, manifest_of
 from support.states import assert_same
 

@@ -521,7 +521,7 @@ def test_an_abort_that_cannot_be_written_does_not_hide_the_error(storage):
 
 def test_the_last_rank_publishes_what_a_dead_one_committed(storage):
     """When the committer dies between commit and publishing, the last rank to leave publishes."""
-    zero, one = rank_of(storage, 0), rank_of(storage, 1)
+    zero, one = rank_of(storage, 0), rank_of(storage, 1, clock=StepClock().clock)
     faulty = FaultyStorage(storage)
     zero._place._storage = faulty
     faulty.fail_at(1000, OSError(5, "never"))
