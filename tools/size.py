@@ -37,7 +37,6 @@ MAX_TOP_FILES = 18
 MAX_LINES = {ast.ClassDef: 300, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
 
 REASONS: dict[str, str] = {
-    "builder.py:make_async_checkpointer": "not taken apart yet",
     "testing/contract.py:StorageContract": "a class of tests, one for each promise of a storage",
 }
 """Classes and functions that may be longer, as "package/module.py:Class.method", each with the reason."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -94,18 +93,7 @@ def pyright(program, folder):
     return {item["range"]["start"]["line"] + 1: item["message"] for item in found}
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        mypy,
-        pytest.param(
-            pyright,
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("basedpyright") is None, reason="basedpyright is not installed"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("check", [mypy, pyright])
 def test_type_checkers_see_what_a_user_sees(check, tmp_path):
     """Every line marked as wrong is an error, among them names that the root lacks, and no other line is."""
     (tmp_path / "program.py").write_text(PROGRAM)
