@@ -36,7 +36,7 @@ demo-distributed: $(STAMP) ## train on 4 ranks, kill them, go on on 2, kill them
 	$(BIN)/python examples/demo_distributed.py
 
 test: $(STAMP) ## what proves the promises, but for the long runs (test-slow, test-filesystems)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not filesystems" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not filesystems" $(PYTEST_ARGS)
 ifneq ($(HAVE_GAZETTEER),)
 	@if bash tools/touched.sh test-gazetteer gazetteer; then $(MAKE) test-gazetteer; fi
 endif

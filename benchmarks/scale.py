@@ -44,7 +44,7 @@ from milepost.testing.faults import FaultyStorage
 from milepost.types import RankInfo
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where the storage in memory lives
-from memory_storage import MemoryStorage
+from support.disks import MemoryStorage
 
 TENSORS = 1024
 REAL_SHAPES = [(n,) for n in (1, 2, 3)] + [(a, b) for a in (1, 2, 3) for b in (2, 4, 8)]

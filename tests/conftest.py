@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -48,6 +49,24 @@ def _nothing_is_leaked(_environment_is_restored: None) -> Iterator[None]:
     leaks += [f"shared memory /dev/shm/{name}" for name, _ in _new(_shared_memory, shared)]
     if leaks:
         pytest.fail("left behind by this test: " + "; ".join(leaks), pytrace=False)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts this process, and new ones, also where the tests were started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator:
+    """Starts jobs of several ranks, see `support.ranks`."""
+    from support.ranks import Launcher
+
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 def _new(look, before: dict) -> list[tuple]:

@@ -12,12 +12,13 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-import background
 import pytest
 import torch
-from background import ONE, PATIENCE, error_of, is_running, recording_writer, result, state_of, wait_until
-from scenarios import in_child
-from states import assert_same, load
+from support import background, hooks
+from support.background import error_of, recording_writer, result, state_of
+from support.processes import PATIENCE, in_child, is_running, wait_until
+from support.saves import ONE, load
+from support.states import assert_same
 
 from milepost.checkpoint_process import (
     CheckpointProcess,
@@ -149,10 +150,10 @@ def test_the_messages_of_the_original_have_their_names():
 
 def test_an_init_function_that_raises(start, tmp_path):
     """The constructor does not raise; the creation future and a write do, with the traceback."""
-    process = start(background.fail_to_start, ("gpu", 3))
+    process = start(hooks.fail_to_start, ("gpu", 3))
     with pytest.raises(RuntimeError, match=r"LookupError: no such device: \('gpu', 3\)") as caught:
         process.process_creation_future.result(PATIENCE)
-    assert "background.py" in str(caught.value)
+    assert "hooks.py" in str(caught.value)
     error = error_of(process.write(state_of(1), str(tmp_path / "c")))
     assert isinstance(error, LostWriterError)
     assert "no such device" in "".join(error.__notes__)
@@ -160,14 +161,14 @@ def test_an_init_function_that_raises(start, tmp_path):
 
 def test_a_writer_function_that_raises(start):
     """The function that makes the writer may fail as well."""
-    process = start(writer=background.fail_to_start, checkpoint_writer_init_args={})
+    process = start(writer=hooks.fail_to_start, checkpoint_writer_init_args={})
     with pytest.raises(RuntimeError, match="TypeError"):
         process.process_creation_future.result(PATIENCE)
 
 
 def test_a_start_that_takes_too_long(start):
     """After the time for the start, the creation future is a TimeoutError, and the child is gone."""
-    process = start(background.hang, config=CheckpointProcessConfig(subprocess_init_timeout_secs=1))
+    process = start(hooks.hang, config=CheckpointProcessConfig(subprocess_init_timeout_secs=1))
     with pytest.raises(TimeoutError, match="Timed out"):
         process.process_creation_future.result(PATIENCE)
     wait_until(lambda: not process.process.is_alive(), "the end of the child")
@@ -176,7 +177,7 @@ def test_a_start_that_takes_too_long(start):
 def test_a_child_that_ends_at_once_is_quoted(start):
     """What a child wrote before it ended is in the error."""
     with pytest.raises(RuntimeError, match="some library says: giving up"):
-        start(background.noisy_exit).process_creation_future.result(PATIENCE)
+        start(hooks.noisy_exit).process_creation_future.result(PATIENCE)
 
 
 def test_an_interpreter_that_cannot_be_started(start, monkeypatch, tmp_path):
@@ -298,7 +299,7 @@ def test_a_writer_that_returns_a_future_is_waited_for(start, tmp_path):
 def test_the_writer_gets_the_rank(tmp_path):
     """`rank_info` is added to the writer's arguments when it is not among them."""
     process = CheckpointProcess(
-        RankInfo(3, 5), CheckpointProcessConfig(), None, (), background.fail_to_start_with_rank, {}
+        RankInfo(3, 5), CheckpointProcessConfig(), None, (), hooks.fail_to_start_with_rank, {}
     )
     with pytest.raises(RuntimeError, match="rank 3 of 5"):
         process.process_creation_future.result(PATIENCE)
@@ -467,7 +468,7 @@ def test_a_lost_child_fails_its_writes_and_is_replaced(lean, tmp_path):
 def test_a_lost_child_is_seen_though_its_own_child_holds_the_line(start, tmp_path):
     """The end of the child is not hidden by a process that it has forked and that holds its socket."""
     file = tmp_path / "pid"
-    process = start(background.leave_a_process_behind, (str(file),))
+    process = start(hooks.leave_a_process_behind, (str(file),))
     process.process_creation_future.result(PATIENCE)
     os.kill(process.process.pid, signal.SIGSTOP)
     written = process.write(state_of(1), str(tmp_path / "c"))

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from memory_storage import MemoryStorage
-from power import RecordingStorage
+from support.disks import MemoryStorage
+from support.power import RecordingStorage
 
 from milepost.storage.local import LocalStorage
 from milepost.testing import FaultyStorage, StorageContract

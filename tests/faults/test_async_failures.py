@@ -13,23 +13,20 @@ import threading
 import warnings
 
 import pytest
-from background import (
-    ONE,
-    Diary,
-    Gate,
+from support.background import (
     arenas,
     close,
     error_of,
-    is_running,
     make,
     parts,
     result,
     state_of,
     step_at,
-    wait_until,
     writer_pid,
 )
-from scenarios import in_child
+from support.hooks import Diary, Gate
+from support.processes import in_child, is_running, wait_until
+from support.saves import ONE
 
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
@@ -94,7 +91,7 @@ def test_a_hook_that_raises(tmp_path, kind):
     with make(hook) as checkpointer:
         error = error_of(checkpointer.save(str(tmp_path / "c"), state_of(1), step=1)[1])
         assert "the hook is broken" in str(error)
-        assert "background.py" in "".join(error.__notes__)
+        assert "hooks.py" in "".join(error.__notes__)
         assert isinstance(error, ValueError if kind == "pre" else PostCommitError)
         assert step_at(tmp_path / "c") == (None if kind == "pre" else 1)
     assert hook.lines() == (["pre c 1"] if kind == "pre" else ["pre c 1", "post c 1"])

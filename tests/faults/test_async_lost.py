@@ -8,33 +8,26 @@ import time
 
 import pytest
 import torch
-from background import (
-    PATIENCE,
-    Diary,
-    Gate,
-    KillOnce,
+from support.background import (
     close,
     error_of,
-    is_running,
     kill_writer,
     make,
     parts,
     result,
     state_of,
     step_at,
-    wait_until,
     writer_pid,
 )
-from scenarios import in_child
-from states import load
+from support.hooks import Diary, Gate, KillOnce, KillsWriter
+from support.processes import PATIENCE, in_child, is_running, wait_until
+from support.saves import load
 
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import BarrierConfig, CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import CommitError, LostWriterError
 from milepost.staging import CheckpointStager
-from milepost.storage import default_storage
-from milepost.testing import MUTATIONS, FaultyStorage
 from milepost.types import RankInfo
 
 
@@ -162,38 +155,6 @@ def test_a_trainer_that_is_killed_leaves_the_checkpoint_of_before(tmp_path):
 # -- lost writers ----------------------------------------------------------------------------------
 
 
-class Killing:
-    """A storage that kills its process at an operation, unless another process was killed there before."""
-
-    def __init__(self, number, file):
-        self.number, self.file = number, file
-
-    def __reduce__(self):
-        return _killing, (self.number, self.file)
-
-
-def _killing(number, file):
-    """In the checkpoint process: the first one is killed at this operation, a second one is not."""
-    storage = FaultyStorage(default_storage(), counts=MUTATIONS)
-    if not os.path.exists(file):
-        with open(file, "w"):
-            return storage.fail_at(number)
-    return storage
-
-
-class Proxy:
-    """What the trainer itself uses of such a storage: the plain one."""
-
-    def __init__(self, number, file):
-        self._made, self._inner = Killing(number, file), default_storage()
-
-    def __reduce__(self):
-        return self._made.__reduce__()
-
-    def __getattr__(self, name):
-        return getattr(default_storage(), name)
-
-
 @pytest.mark.parametrize("replace", [False, True], ids=["new", "replacing"])
 @pytest.mark.parametrize("stride", [15, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.timeout(900)
@@ -208,7 +169,7 @@ def test_a_writer_that_is_killed_at_any_operation_is_replaced(tmp_path, replace,
         if replace:
             with make() as checkpointer:
                 result(checkpointer.save(path, state_of(1))[1])
-        lean = LeanWriter(commit_hook=diary, storage=Proxy(number, str(folder / "killed")))
+        lean = LeanWriter(commit_hook=diary, storage=KillsWriter(number, str(folder / "killed")))
         with parts(lean) as checkpointer:
             pid = writer_pid(checkpointer)
             assert error_of(checkpointer.save(path, state_of(2), step=2)[1]) is None

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from background import PATIENCE, arenas, is_running, make, result, state_of, step_at, wait_until, writer_pid
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from support.background import arenas, make, result, state_of, step_at, writer_pid
+from support.processes import PATIENCE, is_running, wait_until
 
 
 class Training(RuleBasedStateMachine):

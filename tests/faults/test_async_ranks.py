@@ -9,11 +9,13 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from background import PATIENCE, close, error_of, make, parts, wait_until, writer_pid
+from support.background import close, error_of, make, parts, writer_pid
+from support.hooks import Full
+from support.processes import PATIENCE, wait_until
 
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_reader import CheckpointReader
-from milepost.checkpoint_writer import CheckpointWriter, WriterHook
+from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
     AbortedError,
@@ -50,17 +52,6 @@ def both_save(checkpointer, other, path, number):
     written = checkpointer.save(path, state(number))[1]
     other.write(path, state(number))
     assert error_of(written) is None
-
-
-class Full(WriterHook):
-    """A disk that is full when a save says so."""
-
-    def pre_commit(self, path, **kwargs):
-        if kwargs.get("full"):
-            raise OSError(28, "No space left on device")
-
-    def post_commit(self, path, **kwargs):
-        """Nothing to do."""
 
 
 @pytest.mark.parametrize("with_step", [False, True])

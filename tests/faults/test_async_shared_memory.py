@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 import torch
-from background import error_of, make, result
-from scenarios import in_child
-from states import assert_same
+from support.background import error_of, make, result
+from support.processes import in_child
+from support.states import assert_same
 
 from milepost import syscalls
 from milepost.background.arena import Arena

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from scenarios import in_child, make_state, save, which
+from support.processes import in_child
+from support.saves import save, which
+from support.states import make_state
 
 from milepost.builder import make_async_checkpointer, make_sync_checkpointer
 from milepost.config import AsyncConfig, CheckpointerConfig

@@ -6,7 +6,8 @@ import os
 import signal
 import time
 
-from scenarios import in_child, save, which
+from support.processes import in_child
+from support.saves import save, which
 
 from milepost.commit import clean_up, roll_forward
 from milepost.storage.local import LocalStorage

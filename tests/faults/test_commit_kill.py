@@ -5,21 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from commit_steps import (
-    Killed,
-    MortalStorage,
-    NoExchange,
-    arrive,
-    assert_clean,
-    content,
-    hidden,
-    loaded_step,
-    make_folders,
-    put,
-    save,
-    tree,
-)
-from memory_storage import MemoryStorage
+from support.commits import arrive, assert_clean, content, let_die, loaded_step, save
+from support.disks import Killed, MemoryStorage, MortalStorage, NoExchange, hidden, make_folders, put, tree
 
 from milepost.commit import clean_up, roll_forward
 
@@ -71,7 +58,7 @@ def leftovers(storage):
     """A dead rank's partial, and what a save exchanged out before it died."""
     old(storage)
     dying = MortalStorage(storage)
-    dying.before = lambda operation, path: setattr(dying, "dies_at", 0) if path == "/run" else None
+    dying.meanwhile = lambda operation, path: setattr(dying, "dies_at", 0) if path == "/run" else None
     with pytest.raises(Killed):
         save(dying, PATH, 1)
     arrive(storage, PATH, 8, attempt="job-1", rank=1, world_size=2).close()
@@ -169,7 +156,7 @@ def test_a_load_finds_a_complete_save_that_died_before_it_was_published():
     old(storage)
     attempt = arrive(storage, PATH, 2)
     assert loaded_step(storage, PATH) == 2
-    attempt._release()
+    let_die(attempt)
     assert roll_forward(storage, PATH) == [attempt.folder]
     assert loaded_step(storage, PATH) == 2
     assert clean_up(storage, PATH) == []

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from commit_steps import (
-    Killed,
-    MortalStorage,
-    NoExchange,
-    arrive,
-    assert_clean,
-    hidden,
-    loaded_step,
-    make_folders,
-    put,
-    save,
-    tree,
-)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from memory_storage import MemoryStorage
+from support.commits import arrive, assert_clean, let_die, loaded_step, save
+from support.disks import Killed, MemoryStorage, MortalStorage, NoExchange, hidden, make_folders, put, tree
 
 from milepost.commit import clean_up, roll_forward
 from milepost.errors import StorageError
@@ -98,7 +86,7 @@ class Commits(RuleBasedStateMachine):
         if how == "complete":
             attempt.complete()
         if how == "die":
-            attempt._release()
+            let_die(attempt)
         attempt.close()
         found = loaded_step(self.storage, PATH)
         if how == "die":

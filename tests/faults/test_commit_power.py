@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from commit_steps import NoExchange, Wrapper, arrive, content, loaded_step, make_folders, put, save, tree
-from memory_storage import MemoryStorage
-from power import RecordingStorage, disk_states
+from support.commits import arrive, content, loaded_step, save
+from support.disks import MemoryStorage, NoExchange, Wrapper, make_folders, put, tree
+from support.power import RecordingStorage, disk_states
 
 from milepost.errors import MilepostError
 
@@ -89,10 +89,11 @@ def violations(setup, *, dropped=0, with_exchange=True, attach=False, limit=64):
     dropping = DropSync(storage, dropped)
     save(dropping, PATH, 2, hook=hook(dropping) if attach else None)
     before = {fresh: None, plain: 0}.get(setup, 1)
-    found = []
+    found, seen = [], (set(), set())
     for upto in range(settled, len(recording.log) + 1):
         finished = upto == len(recording.log)
-        for disk in disk_states(recording.log, upto, settled=settled, seed=upto, limit=limit):
+        disks = disk_states(recording.log, upto, settled=settled, seed=upto, limit=limit, seen=seen[finished])
+        for disk in disks:
             storage = disk if with_exchange else NoExchange(disk)
             problem = judge(
                 storage, {2} if finished else {before, 2}, NOTES if setup is old_with_notes else {}

@@ -9,22 +9,18 @@ import signal
 import threading
 
 import pytest
-from commit_steps import (
+from support.commits import Turns, arrive, assert_clean, content, loaded_step, save
+from support.disks import (
     Killed,
+    MemoryStorage,
     MortalStorage,
     NoExchange,
-    Turns,
-    arrive,
-    assert_clean,
-    content,
     hidden,
-    loaded_step,
     make_folders,
     put,
-    save,
     tree,
 )
-from memory_storage import MemoryStorage
+from support.processes import KILLED, ended, fork, in_child
 
 from milepost.commit import clean_up, roll_forward
 from milepost.errors import AbortedError
@@ -229,19 +225,6 @@ def test_a_rank_that_dies_at_any_operation_leaves_the_old_checkpoint_or_the_new_
 # ---------------------------------------------------------------------------- processes
 
 
-def fork(work):
-    """Run `work` in a forked child; its wait status."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(pid, 0)[1]
-
-
 @pytest.mark.parametrize("stride_start", range(3))
 def test_sigkill_between_any_two_operations_on_a_real_disk(tmp_path, stride_start):
     """SIGKILL of a real process at any operation: old or new loads whole, and the next save clears up."""
@@ -253,9 +236,9 @@ def test_sigkill_between_any_two_operations_on_a_real_disk(tmp_path, stride_star
         for name, data in NOTES.items():
             with open(f"{path}/{name}", "wb") as file:
                 file.write(data)
-        status = fork(lambda at=at: save(FaultyStorage(storage).fail_at(at), path, 2))
-        died = os.WIFSIGNALED(status)
-        assert os.WTERMSIG(status) == signal.SIGKILL if died else status == 0
+        code = in_child(lambda at=at: save(FaultyStorage(storage).fail_at(at), path, 2))
+        died = code == KILLED
+        assert died or code == 0
         assert loaded_step(storage, path) in ({1, 2} if died else {2})
         save(storage, path, 3)
         assert loaded_step(storage, path) == 3
@@ -272,30 +255,15 @@ def test_real_processes_save_to_one_path_at_the_same_time(tmp_path):
     save(storage, path, 1)
     with open(f"{path}/notes.txt", "wb") as file:
         file.write(b"mine")
-    pids = []
-    for number in range(3):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                for step in range(10):
-                    save(storage, path, 100 * (number + 1) + step)
-                code = 0
-            except BaseException as error:
-                os.write(2, f"{error!r} {error}\n".encode())
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    running = set(pids)
-    statuses = {}
-    while running:
-        assert loaded_step(storage, path) is not None
-        for pid in list(running):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                running.discard(pid)
-                statuses[pid] = status
-    assert set(statuses.values()) == {0}
+
+    def saves(number):
+        for step in range(10):
+            save(storage, path, 100 * (number + 1) + step)
+
+    for pid in [fork(lambda number=number: saves(number)) for number in range(3)]:
+        while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            assert loaded_step(storage, path) is not None
+        assert ended(pid) == 0
     save(storage, path, 9)
     assert_clean(storage, path)
     assert tree(storage, path)["notes.txt"] == b"mine"
@@ -306,15 +274,14 @@ def test_a_live_saver_in_another_process_keeps_its_folder(tmp_path):
     path = str(tmp_path / "step")
     storage = LocalStorage()
     ready, go = os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            attempt = arrive(storage, path, 2, attempt="job-1", rank=1, world_size=2)
-            os.write(ready[1], b"x")
-            os.read(go[0], 1)
-            attempt.close()
-        finally:
-            os._exit(0)
+
+    def saver():
+        attempt = arrive(storage, path, 2, attempt="job-1", rank=1, world_size=2)
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        attempt.close()
+
+    pid = fork(saver)
     try:
         os.read(ready[0], 1)
         assert clean_up(storage, path) == []

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import load, make_state, same, save
+from support.saves import load, save
+from support.states import make_state, same
 
 from milepost.barriers import Barrier
 from milepost.checkpoint_reader import CheckpointReader

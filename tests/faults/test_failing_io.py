@@ -9,7 +9,9 @@ import threading
 from unittest.mock import Mock
 
 import pytest
-from scenarios import SCENARIOS, SINGLE, descriptors, load, make_state, same, save
+from support.processes import descriptors
+from support.saves import ONE, SCENARIOS, load, save
+from support.states import make_state, same
 
 from milepost import syscalls
 from milepost.checkpoint_reader import CheckpointReader
@@ -76,16 +78,16 @@ def test_one_writer_goes_on_after_every_failure(quick_path, scenario):
     """The same writer, whose save has failed at any operation, saves the next time."""
     path = scenario.prepare(quick_path)
     storage = FaultyStorage(default_storage())
-    writer = CheckpointWriter(CheckpointWriterConfig(), SINGLE, storage=storage)
+    writer = CheckpointWriter(CheckpointWriterConfig(), ONE, storage=storage)
     for number in range(1, 200):
         storage.operations.clear()
-        storage._faults = []
+        storage.faults = []
         storage.fail_at(number, OSError(errno.EIO, "broken"))
         with contextlib.suppress(MilepostError):
             writer.write(path, make_state(2))
         if len(storage.operations) < number:
             break
-        storage._faults = []
+        storage.faults = []
         writer.write(path, make_state(3))
         assert scenario.found(path) == 3
         scenario.check_tidy(path)
@@ -195,7 +197,7 @@ def test_whatever_operation_of_a_load_fails_the_error_says_so(quick_path, into, 
         template = make_state(2) if into == "template" else None
         before, threads = descriptors(), threading.active_count()
         try:
-            found = CheckpointReader(SINGLE, storage=storage).read(path, template, verify=verify_)[0]
+            found = CheckpointReader(ONE, storage=storage).read(path, template, verify=verify_)[0]
         except MilepostError as error:
             failed += 1
             assert quick_path in str(error)  # noqa: PT017 - it may also work

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from forge import Forge, dump, write
-from scenarios import in_child, load, make_state, same, save
+from support.forge import Forge, dump, write
+from support.processes import in_child
+from support.saves import load, save
+from support.states import make_state, same
 
 from milepost.errors import (
     ConfigError,
@@ -729,8 +731,9 @@ def test_a_structure_of_numpy_is_no_key(forge):
 DEVICES = ["hpu", "hpu:3", "privateuseone", "privateuseone:7", "vulkan", "xla", "lazy", "mtia", "fpga"]
 LOADS = """
 import sys
-from forge import Forge
-from scenarios import load, make_state, same
+from support.forge import Forge
+from support.saves import load
+from support.states import make_state, same
 from milepost.errors import ConfigError
 forge = Forge(sys.argv[1])
 for device in sys.argv[2:]:

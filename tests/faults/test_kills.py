@@ -6,7 +6,8 @@ import os
 import random
 
 import pytest
-from scenarios import KILLED, SCENARIOS, check_recovery, descriptors, in_child, killed_saves
+from support.processes import KILLED, descriptors, in_child
+from support.saves import SCENARIOS, check_recovery, killed_saves
 
 from milepost.storage import default_storage
 from milepost.testing import MUTATIONS, FaultyStorage

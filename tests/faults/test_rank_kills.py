@@ -1,42 +1,32 @@
 """Ranks in processes of their own that are killed, stall, disagree or come twice while they save.
 
-Each job is started as torchrun does it: a process for each rank, with RANK, WORLD_SIZE and an agent's store
-in the environment, and with gloo. The launcher has imported torch already, and forks them.
-
 This module is torch-free until a rank calls for it: the writers of background saves import it as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import itertools
 import os
-import pickle
 import random
-import select
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ports import free_port
+from support.processes import free_port
+from support.ranks import KILLED, PATIENCE, WORLD, Gate, join
 
-from milepost import errors
 from milepost.errors import (
     AbortedError,
     CheckpointNotFoundError,
     CommitError,
     CommitTimeoutError,
     MilepostError,
-    RemoteError,
     StateError,
 )
 from milepost.health.listing import scan
@@ -44,233 +34,7 @@ from milepost.health.verify import verify
 from milepost.storage import default_storage
 from milepost.testing import FaultyStorage
 
-WORLD = 3
-PATIENCE = 90
-"""Seconds after which a job is ended by force, and its test fails."""
-
-KILLED = "killed"
-"""What became of a rank that was killed."""
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the launcher adopts orphans as Linux can")
-
-
-# -- jobs --------------------------------------------------------------------------------------------
-
-
-def _agent_store():
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
-
-
-class Launcher:
-    """Runs jobs, one after the other; everything that they started has ended when one is over."""
-
-    def __init__(self):
-        _agent_store()  # the first one leaves a pipe of libuv's
-        folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-        code = f"import sys; sys.path[:0] = {folders!r}; import test_rank_kills; test_rank_kills.serve()"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self._numbers = itertools.count(1)
-        assert pickle.load(self._process.stdout) == "ready"
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait(PATIENCE)
-        self._process.stdout.close()
-
-    def start(self, folder, work, *arguments, ranks=None, world=WORLD, store=None, **environment):
-        """Start a process for each of the ranks (by default all), to call ``work(*arguments)``.
-
-        ``store`` is the agent's store of an earlier start; by default it is a new one.
-        """
-        store = store or _agent_store()
-        number = next(self._numbers)
-        folder = f"{folder}/job-{number}"
-        os.mkdir(folder)
-        common = {
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(number),
-            "MILEPOST_START_ID": f"test-{os.getpid()}",
-            **environment,
-        }
-        ranks = range(world) if ranks is None else ranks
-        job = [
-            (work, arguments, common | {"RANK": str(rank), "PROCESS": str(n)}, f"{folder}/{n}")
-            for n, rank in enumerate(ranks)
-        ]
-        pickle.dump(job, self._process.stdin)
-        self._process.stdin.flush()
-        return Job(self._process.stdout, folder, pickle.load(self._process.stdout), store)
-
-    def run(self, *arguments, **options):
-        return self.start(*arguments, **options).wait()
-
-
-@dataclass
-class Job:
-    """The processes of a job."""
-
-    replies: Any
-    folder: str
-    pids: list[int]
-    store: Any
-
-    def kill(self, number):
-        try:
-            os.kill(self.pids[number], signal.SIGKILL)
-        except ProcessLookupError:  # the launcher's answer is read, or the next job would get it
-            pytest.fail(f"process {number} has ended by itself: {self.wait()}")
-
-    def logs(self):
-        """What each process has written last."""
-        return [Path(f"{self.folder}/{n}.log").read_text()[-3000:] for n in range(len(self.pids))]
-
-    def wait(self):
-        """What each process returned, the exception that it raised, or KILLED."""
-        codes, late = pickle.load(self.replies)
-        self.store = None
-        logs = "\n".join(self.logs())
-        assert not late, f"not over within {PATIENCE} seconds:\n{logs}"
-        found = []
-        for number, pid in enumerate(self.pids):
-            if codes[pid] == -signal.SIGKILL:
-                found.append(KILLED)
-                continue
-            assert codes[pid] == 0, f"exit code {codes[pid]} of process {number}:\n{logs}"
-            found.append(pickle.loads(Path(f"{self.folder}/{number}.result").read_bytes()))
-        return found
-
-
-def serve():
-    """The launcher's process: forks the ranks of each job, and waits until all they started has ended."""
-    import torch._dynamo
-    import torch.distributed.tensor  # noqa: F401 - so that the ranks have it, and what it imports when used
-
-    import milepost.builder  # noqa: F401 - as above
-
-    subreaper = 36
-    assert ctypes.CDLL(None).prctl(subreaper, 1, 0, 0, 0) == 0
-    replies = os.fdopen(os.dup(1), "wb")
-    signal.signal(signal.SIGALRM, lambda *_: _raise_late())
-    pickle.dump("ready", replies)
-    replies.flush()
-    while True:
-        try:
-            job = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pids = [_fork(*rank) for rank in job]
-        pickle.dump(pids, replies)
-        replies.flush()
-        codes, late = {}, False
-        signal.alarm(PATIENCE)
-        while True:
-            try:
-                pid, status = os.wait()
-                codes[pid] = os.waitstatus_to_exitcode(status)
-            except TimeoutError:
-                late = True
-                for name in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-                    os.kill(int(name), signal.SIGKILL)
-                signal.alarm(1)
-            except ChildProcessError:
-                break
-        signal.alarm(0)
-        pickle.dump((codes, late), replies)
-        replies.flush()
-
-
-def _raise_late():
-    raise TimeoutError
-
-
-def _fork(work, arguments, environment, result):
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        log = os.open(f"{result}.log", os.O_CREAT | os.O_WRONLY, 0o600)
-        null = os.open("/dev/null", os.O_RDONLY)
-        for source, target in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(source, target)
-        os.environ.update(environment)
-        try:
-            returned = work(*arguments)
-        except Exception as error:
-            traceback.print_exc()
-            returned = error
-        if isinstance(returned, RemoteError):  # its class was made in the rank
-            kind = getattr(errors, type(returned).__name__, RemoteError)
-            returned = kind(returned.message).located(rank=returned.rank, key=returned.key)
-        Path(f"{result}.result").write_bytes(pickle.dumps(returned))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(1)
-
-
-class Gate:
-    """Where a process stops until the test lets it pass, and where the test hears that it has come."""
-
-    def __init__(self, folder, name="gate"):
-        self.paths = [f"{folder}/{name}.{end}" for end in ("came", "go")]
-        self._ends = []
-
-    def __enter__(self):
-        for path in self.paths:
-            os.mkfifo(path)
-            self._ends.append(os.open(path, os.O_RDWR))
-        return self
-
-    def __exit__(self, *_):
-        for end in self._ends:
-            os.close(end)
-
-    def __getstate__(self):
-        return {"paths": self.paths}
-
-    def stop(self):
-        """Called by the process."""
-        for path, mode in zip(self.paths, "wr", strict=True):
-            with open(path, f"{mode}b", buffering=0) as fifo:
-                _ = fifo.write(b"x") if mode == "w" else fifo.read(1)
-
-    def leave(self):
-        """Called by the process instead, where it does not stop."""
-        with open(self.paths[0], "wb", buffering=0) as fifo:
-            fifo.write(b"x")
-
-    def wait(self, count=1):
-        """Called by the test: returns when so many processes have come."""
-        for _ in range(count):
-            assert select.select(self._ends[:1], [], [], PATIENCE)[0], "nobody came to the gate"
-            os.read(self._ends[0], 1)
-
-    def open(self, count=1):
-        """Called by the test: lets so many processes pass."""
-        os.write(self._ends[1], b"x" * count)
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 # -- what the ranks save, and how ----------------------------------------------------------------------
@@ -326,41 +90,12 @@ def state_of(step, odd=""):
     return state
 
 
-def differences(found, expected, path=""):
-    """The paths at which two state dicts differ."""
-    import torch
-
-    if isinstance(expected, dict):
-        if not isinstance(found, dict) or list(found) != list(expected):
-            return [f"{path}: other keys"]
-        return [line for key in expected for line in differences(found[key], expected[key], f"{path}.{key}")]
-    if type(found) is not type(expected):
-        return [f"{path}: a {type(found).__name__}"]
-    if isinstance(expected, torch.Tensor):
-        pair = [getattr(value, "_local_tensor", value) for value in (found, expected)]
-        equal = pair[0].dtype == pair[1].dtype and torch.equal(*pair)
-    else:
-        equal = found == expected
-    return [] if equal else [f"{path}: {found!r}"]
-
-
-def join():
-    """Become a rank of the job's process group; on return all others have, so that one may die."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"joined/{rank}", b"")
-    store.wait([f"joined/{other}" for other in range(world)])
-    return rank, world
-
-
 @dataclass
 class Die:
     """Kills the process before an operation on the storage (or at the first one after it).
 
-    ``trainer`` is for writers of background saves: the pid of their trainer, which dies first.
+    ``trainer`` is for writers of background saves: the pid of their trainer, which dies first. ``tell`` is
+    called before that.
     """
 
     operation: str
@@ -368,6 +103,7 @@ class Die:
     after: bool = False
     trainer: int = 0
     armed: bool = False
+    tell: Any = None
 
     def __call__(self, operation, path):
         if self.armed or not self.operation:
@@ -378,6 +114,8 @@ class Die:
             self.armed = True
 
     def now(self):
+        if self.tell:
+            self.tell()
         if self.trainer not in (0, os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.trainer, signal.SIGKILL)
@@ -491,8 +229,29 @@ PHASES = {
 }
 
 
-SHORT = 3
-"""How long ranks wait for one that never comes, in seconds."""
+class Hurry:
+    """The clock of a rank whose time limit is over as soon as all ranks wait, or have died or stopped."""
+
+    def __init__(self, store, rank, world, limit):
+        self.store, self.limit, self.skipped = store, limit, 0.0
+        self.mine, self.all = f"waits/{rank}", [f"waits/{other}" for other in range(world)]
+
+    def tell(self):
+        self.store.set(self.mine, b"")
+
+    def monotonic(self):
+        return time.monotonic() + self.skipped
+
+    def sleep(self, seconds):
+        self.tell()
+        if self.store.check(self.all):
+            self.skipped += self.limit
+        else:
+            time.sleep(seconds)
+
+
+SHORT = 1
+"""How long ranks really wait in a barrier for one that never comes, in seconds."""
 
 
 @dataclass
@@ -511,6 +270,7 @@ class Save:
         done: Where a process tells that it has returned.
         slow: Seconds that each operation on the storage takes longer.
         group: With a process group, and DTensors.
+        hurry: With the clock `Hurry`. One rank must have a fault that keeps it from its mark.
     """
 
     path: str
@@ -524,6 +284,7 @@ class Save:
     done: Gate | None = None
     slow: float = 0
     group: bool = True
+    hurry: bool = False
 
 
 def save(how):
@@ -544,14 +305,15 @@ def save(how):
         state["own"] += 0.5
     if fault.odd == "step":
         how.step += 1
-    parts = parts_of(how, rank, world, fault)
+    hurry = Hurry(store, rank, world, how.timeout) if how.hurry else None
+    parts = parts_of(how, rank, world, fault, hurry)
     if fault.last:
         store.wait([f"done/{other}" for other in range(world) if other != rank])
     if fault.after is not None:
         fault.after.stop()
 
     def meet():
-        if how.timeout <= SHORT:  # only what a rank meets on purpose may keep it from being in time
+        if how.timeout < 60:  # only what a rank meets on purpose may keep it from being in time
             store.set(f"ready/{rank}", b"")
             store.wait([f"ready/{other}" for other in range(world)])
 
@@ -563,11 +325,17 @@ def save(how):
     return error
 
 
-def parts_of(how, rank, world, fault):
+def parts_of(how, rank, world, fault, hurry):
     """The storage, the hook and the barrier of a rank with this fault."""
     from milepost.barriers import TCPStoreBarrier
-    from milepost.commit import waiting
+    from milepost.commit import Clock, waiting
+    from milepost.commit.by_rename import place
 
+    if hurry is not None:
+        clock = Clock(monotonic=hurry.monotonic, sleep=hurry.sleep)
+        place.Clock = lambda: clock
+        if fault.gate is not None:
+            fault.gate.tell = hurry.tell
     if how.stall is not None:
         waiting.STALL_SECONDS, waiting.HEARTBEAT_SECONDS = how.stall, how.stall / 5
     die = None
@@ -578,6 +346,7 @@ def parts_of(how, rank, world, fault):
         die = Die("", "")
     if die is not None:
         die.trainer = os.getpid()
+        die.tell = hurry and hurry.tell
     storage = default_storage()
     if fault.phase in PHASES:
         storage = FaultyStorage(storage, before=die)
@@ -662,13 +431,13 @@ def in_background(how, rank, world, state, meet, storage, hook, barrier):
 
 
 def resume(path, expected, step):
-    """One rank of a fresh job: load what is expected into a template, then save, and load that."""
+    """One rank of another job: load what is expected into a template, then save, and load that."""
     import torch
     import torch.distributed as dist
+    from support.states import differences
 
     from milepost import CheckpointerConfig, make_sync_checkpointer
 
-    join()
     config = CheckpointerConfig()
     config.writer_config.replicated = ["model.plain"]
     config.writer_config.write_barrier_timeout_secs = 60
@@ -699,6 +468,8 @@ def listed(path, saved, world=WORLD):
 
     Everything that it calls committed is whole, verified, and one of the states that were saved.
     """
+    from support.states import differences
+
     from milepost import RankInfo
     from milepost.checkpoint_reader import CheckpointReader
 
@@ -721,9 +492,9 @@ def listed(path, saved, world=WORLD):
     return step
 
 
-def check_recovery(launcher, folder, path, expected, step):
-    """A fresh job of the same size loads what is expected and saves; nothing else is left."""
-    assert launcher.run(folder, resume, path, expected, step) == [[]] * WORLD
+def check_recovery(launcher, path, expected, step):
+    """Another job of the same size loads what is expected and saves; nothing else is left."""
+    assert launcher.ask(resume, path, expected, step) == [[]] * WORLD
     assert listed(path, {step}) == step
     parent, name = os.path.split(path)
     assert os.listdir(parent) == [name]
@@ -740,6 +511,8 @@ def path(quick_path):
 def first(launcher, tmp_path_factory):
     """A checkpoint of step 1."""
     folder = str(tmp_path_factory.mktemp("first"))
+    # From now on there are ranks that resume, for all tests.
+    assert launcher.ask(resume, f"{folder}/resumed/c", None, 1) == [[]] * WORLD
     os.mkdir(f"{folder}/run")
     assert launcher.run(folder, save, Save(f"{folder}/run/c", 1)) == [None] * WORLD
     assert listed(f"{folder}/run/c", {1}) == 1
@@ -764,7 +537,7 @@ def test_a_rank_killed_before_its_mark_leaves_the_old_checkpoint(
     outcomes = launcher.run(quick_path, save, Save(path, 2, faults={victim: Fault(phase)}))
     assert outcomes == [KILLED if rank == victim else None for rank in RANKS]
     assert listed(path, {1, 2}) == 1
-    check_recovery(launcher, quick_path, path, 1, 3)
+    check_recovery(launcher, path, 1, 3)
 
 
 @pytest.mark.parametrize("victim", RANKS)
@@ -776,7 +549,7 @@ def test_the_last_rank_killed_after_its_mark_leaves_the_new_one(
     outcomes = launcher.run(quick_path, save, Save(path, 2, faults={victim: Fault(phase, last=True)}))
     assert outcomes == [KILLED if rank == victim else None for rank in RANKS]
     assert listed(path, {1, 2}) == 2
-    check_recovery(launcher, quick_path, path, 2, 3)
+    check_recovery(launcher, path, 2, 3)
 
 
 def is_told(outcome):
@@ -793,7 +566,7 @@ def test_with_a_barrier_a_rank_killed_before_its_mark_is_named(
     launcher, quick_path, path, before, phase, victim
 ):
     """With a barrier, the ranks that wait for one that died before its mark name it and its last phase."""
-    how = Save(path, 2, port=free_port(), timeout=SHORT, faults={victim: Fault(phase)})
+    how = Save(path, 2, port=free_port(), hurry=True, faults={victim: Fault(phase)})
     outcomes = launcher.run(quick_path, save, how)
     assert outcomes[victim] == KILLED
     last = {"begin": "never began", "before its mark": "commit"}.get(phase, phase)
@@ -802,7 +575,7 @@ def test_with_a_barrier_a_rank_killed_before_its_mark_is_named(
             assert isinstance(outcomes[rank], CommitTimeoutError | AbortedError), outcomes[rank]
             assert f"rank {victim}: {last}" in str(outcomes[rank])
     assert listed(path, {1, 2}) == 1
-    check_recovery(launcher, quick_path, path, 1, 3)
+    check_recovery(launcher, path, 1, 3)
 
 
 @pytest.mark.parametrize("victim", RANKS)
@@ -818,7 +591,7 @@ def test_with_a_barrier_a_rank_killed_after_its_mark_leaves_one_of_both(
     assert all(map(is_told, others)), others
     found = listed(path, {1, 2})
     assert found == (2 if None in others else 1)
-    check_recovery(launcher, quick_path, path, found, 3)
+    check_recovery(launcher, path, found, 3)
 
 
 @pytest.mark.parametrize("phase", ["shard map", "manifest", "publish"])
@@ -828,7 +601,7 @@ def test_when_rank_0_dies_as_it_commits_the_others_commit(launcher, quick_path, 
     outcomes = launcher.run(quick_path, save, how)
     assert listed(path, {1, 2}) == 2
     assert outcomes == [KILLED, None, None]
-    check_recovery(launcher, quick_path, path, 2, 3)
+    check_recovery(launcher, path, 2, 3)
 
 
 @pytest.mark.parametrize("victim", RANKS)
@@ -838,7 +611,7 @@ def test_a_rank_killed_while_it_waits_in_the_barrier(launcher, quick_path, path,
     with Gate(quick_path) as gate:
         faults = {late: Fault(stop="barrier", gate=gate)}
         # Longer than a busy machine takes to bring all ranks there, as the victim waits already.
-        how = Save(path, 2, port=free_port(), timeout=2 * SHORT, faults=faults, stall=0.3)
+        how = Save(path, 2, port=free_port(), timeout=3 * SHORT, faults=faults, stall=0.3)
         job = launcher.start(quick_path, save, how)
         gate.wait()
         job.kill(victim)
@@ -849,7 +622,7 @@ def test_a_rank_killed_while_it_waits_in_the_barrier(launcher, quick_path, path,
     assert all(map(is_told, others)), others
     found = listed(path, {1, 2})
     assert found == (2 if None in others else 1)
-    check_recovery(launcher, quick_path, path, found, 3)
+    check_recovery(launcher, path, found, 3)
 
 
 # -- background saves ------------------------------------------------------------------------------------
@@ -880,7 +653,7 @@ def test_a_trainer_killed_with_its_writer_before_the_mark(
     else:
         assert others == [None, None]
     assert listed(path, {1, 2}) == 1
-    check_recovery(launcher, quick_path, path, 1, 3)
+    check_recovery(launcher, path, 1, 3)
 
 
 @pytest.mark.parametrize("phase", ["after its mark", "shard map", "manifest", "publish"])
@@ -889,7 +662,7 @@ def test_the_last_trainer_killed_with_its_writer_after_its_mark(launcher, quick_
     how = Save(path, 2, background=True, faults={1: Fault(phase, last=True)})
     assert launcher.run(quick_path, save, how) == [None, KILLED, None]
     assert listed(path, {1, 2}) == 2
-    check_recovery(launcher, quick_path, path, 2, 3)
+    check_recovery(launcher, path, 2, 3)
 
 
 def test_writers_whose_trainers_die_in_the_barrier_commit(launcher, quick_path, path, before):
@@ -898,7 +671,7 @@ def test_writers_whose_trainers_die_in_the_barrier_commit(launcher, quick_path, 
     how = Save(path, 2, free_port(), background=True, timeout=15, faults=faults)
     assert launcher.run(quick_path, save, how) == [KILLED] * WORLD
     assert listed(path, {1, 2}) == 2
-    check_recovery(launcher, quick_path, path, 2, 3)
+    check_recovery(launcher, path, 2, 3)
 
 
 @pytest.mark.parametrize("barrier", [False, True], ids=["marks", "barrier"])
@@ -915,7 +688,7 @@ def test_writers_finish_without_trainers(launcher, quick_path, path, before, bar
         assert job.wait() == [KILLED] * WORLD
         seconds = time.monotonic() - opened
     assert listed(path, {1, 2}) == 2
-    check_recovery(launcher, quick_path, path, 2, 3)
+    check_recovery(launcher, path, 2, 3)
     assert seconds < 10, "a writer has waited for what had happened already"
 
 
@@ -933,7 +706,7 @@ def check_refused(launcher, folder, path, how, told):
             assert text in str(outcome)
     assert sum(not isinstance(outcome, AbortedError) for outcome in waited) == 1
     assert listed(path, {1}) == 1
-    check_recovery(launcher, folder, path, 1, 3)
+    check_recovery(launcher, path, 1, 3)
 
 
 ODD = {
@@ -980,7 +753,7 @@ def test_a_state_that_cannot_be_saved_stops_all_ranks_at_once(
         assert type(outcomes[1]).__name__ in str(outcomes[rank])
         assert f"(key {key})" in str(outcomes[rank])
     assert listed(path, {1}) == 1
-    check_recovery(launcher, quick_path, path, 1, 3)
+    check_recovery(launcher, path, 1, 3)
 
 
 def test_a_state_that_cannot_be_saved_is_never_committed(launcher, quick_path, path, before):
@@ -989,7 +762,7 @@ def test_a_state_that_cannot_be_saved_is_never_committed(launcher, quick_path, p
     outcomes = launcher.run(quick_path, save, how)
     assert [type(outcome) for outcome in outcomes] == [type(None), StateError, type(None)]
     assert listed(path, {1}) == 1
-    check_recovery(launcher, quick_path, path, 1, 3)
+    check_recovery(launcher, path, 1, 3)
 
 
 # -- attempts that meet ------------------------------------------------------------------------------------
@@ -1002,7 +775,7 @@ def test_marks_of_former_starts_are_never_mixed_in(launcher, quick_path, path, b
         outcomes = launcher.run(quick_path, save, how)
         assert outcomes == [KILLED if rank == victim else None for rank in RANKS]
         assert listed(path, {1}) == 1
-    check_recovery(launcher, quick_path, path, 1, 4)
+    check_recovery(launcher, path, 1, 4)
 
 
 def test_a_start_id_that_is_not_new_is_refused(launcher, quick_path, path, before):
@@ -1016,7 +789,7 @@ def test_a_start_id_that_is_not_new_is_refused(launcher, quick_path, path, befor
     assert "start id of this job is not new" in f"{again[0]} {again[1]}"
     assert isinstance(again[2], AbortedError)
     assert listed(path, {1}) == 1
-    check_recovery(launcher, quick_path, path, 1, 3)
+    check_recovery(launcher, path, 1, 3)
 
 
 def test_a_rank_that_is_started_twice_never_makes_a_mixed_checkpoint(launcher, quick_path, path, before):
@@ -1037,7 +810,7 @@ def test_a_rank_that_is_started_twice_never_makes_a_mixed_checkpoint(launcher, q
         outcomes = job.wait()
     assert any(isinstance(outcome, CommitError) for outcome in (outcomes[1], outcomes[3])), outcomes
     assert listed(path, {1, 2}) in {1, 2}
-    check_recovery(launcher, quick_path, path, listed(path, {1, 2}), 3)
+    check_recovery(launcher, path, listed(path, {1, 2}), 3)
 
 
 # -- ranks that are slow -------------------------------------------------------------------------------------
@@ -1049,7 +822,7 @@ def test_a_rank_that_stalls_is_named(launcher, quick_path, path, before, victim,
     """The others do not hang: their CommitTimeoutError names the rank that stalls and its last phase."""
     with Gate(quick_path) as gate, Gate(quick_path, "done") as done:
         faults = {victim: Fault(stop=phase, gate=gate)}
-        how = Save(path, 2, 0, timeout=SHORT, faults=faults, stall=0.3, done=done)
+        how = Save(path, 2, 0, hurry=True, faults=faults, done=done)
         job = launcher.start(quick_path, save, how)
         gate.wait()
         done.wait(WORLD - 1)
@@ -1063,11 +836,11 @@ def test_a_rank_that_stalls_is_named(launcher, quick_path, path, before, victim,
             assert f"ranks {victim} did not arrive" in str(outcomes[rank])
             assert f"rank {victim}: {phase}" in str(outcomes[rank])
     assert listed(path, {1}) == 1
-    check_recovery(launcher, quick_path, path, 1, 3)
+    check_recovery(launcher, path, 1, 3)
 
 
 @pytest.mark.parametrize("port", [None, 0], ids=["marks", "barrier"])
 def test_a_slow_shared_folder_only_takes_longer(launcher, quick_path, path, before, port):
     """Where every operation on the storage takes its time, a save commits all the same."""
     assert launcher.run(quick_path, save, Save(path, 2, port, slow=0.01)) == [None] * WORLD
-    check_recovery(launcher, quick_path, path, 2, 3)
+    check_recovery(launcher, path, 2, 3)

@@ -9,19 +9,13 @@ import shutil
 from dataclasses import dataclass
 
 import pytest
-from test_rank_kills import KILLED, WORLD, Launcher, Save, join, listed, state_of
+from support.ranks import KILLED, WORLD, join
+from test_rank_kills import Save, listed, state_of
 
 from milepost import RankInfo
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.storage import default_storage
 from milepost.testing import MUTATIONS, FaultyStorage
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @dataclass

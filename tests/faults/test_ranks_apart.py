@@ -6,7 +6,8 @@ import os
 from contextlib import nullcontext
 
 import pytest
-from scenarios import in_child, same
+from support.processes import in_child
+from support.states import same
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook

@@ -6,12 +6,10 @@ import errno
 import os
 import pickle
 import resource
-import signal
-import subprocess
-import sys
 
 import pytest
-from memory_storage import MemoryStorage
+from support.disks import MemoryStorage
+from support.processes import KILLED, in_child
 
 from milepost import syscalls
 from milepost.errors import StorageError
@@ -92,15 +90,6 @@ def test_each_operation_failing_in_turn(tmp_path, number, times):
     assert current(LocalStorage(), folder) == NEW
 
 
-TESTS = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-KILLED = """
-import pickle, sys
-sys.path[:0] = sys.argv[2:]
-from test_storage_faults import save
-save(pickle.load(sys.stdin.buffer), sys.argv[1])
-"""
-
-
 @pytest.mark.parametrize("way", ["kill", "torn"])
 def test_a_kill_at_each_operation(tmp_path, way):
     """Killed by SIGKILL before, or in the middle of, any operation, a process leaves old or new, whole."""
@@ -109,15 +98,11 @@ def test_a_kill_at_each_operation(tmp_path, way):
         os.mkdir(folder)
         prepare(LocalStorage(), folder)
         faulty = FaultyStorage(LocalStorage(), counts=MUTATIONS).fail_at(at, way)
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", KILLED, folder, *TESTS],
-            input=pickle.dumps(faulty),
-            check=False,
-        )
+        code = in_child(lambda faulty=faulty, folder=folder: save(faulty, folder))
         assert current(LocalStorage(), folder) in (OLD, NEW)
-        if done.returncode == 0:
+        if code == 0:
             break
-        assert done.returncode == -signal.SIGKILL
+        assert code == KILLED
     assert at > 15
     assert current(LocalStorage(), folder) == NEW
 

@@ -26,8 +26,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from ports import free_port
-from test_rank_kills import WORLD, Launcher, _agent_store, differences, full_state, join, state_of
+from support.processes import free_port
+from support.ranks import WORLD, Launcher, agent_store, join
+from support.states import differences
+from test_rank_kills import full_state, state_of
 
 from milepost import CheckpointerConfig, RankInfo, make_async_checkpointer, make_sync_checkpointer
 from milepost.checkpoint_reader import CheckpointReader
@@ -386,7 +388,7 @@ class Storm:
         self.root, self.folder, self.choose = root, f"{root}/run", random.Random(seed)
         for folder in (self.folder, f"{root}/0", f"{root}/1"):
             os.mkdir(folder)
-        self.kept = _agent_store()
+        self.kept = agent_store()
         self.told, self.begun, self.deleted = {}, defaultdict(set), set()
         self.bad, self.commits, self.counts = [], [], Counter()
 

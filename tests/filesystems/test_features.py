@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from file_systems import FILE_SYSTEMS, run_on
+from support.file_systems import FILE_SYSTEMS, run_on
 
 from milepost import syscalls
 from milepost.storage.local import LocalStorage

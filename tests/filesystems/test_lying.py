@@ -9,8 +9,8 @@ import os
 
 import pytest
 import torch
-from file_systems import LOOKS, LYING_FUSE, become_client, mount_lying, run_on
-from scenarios import SCENARIOS, check_recovery
+from support.file_systems import LOOKS, LYING_FUSE, become_client, mount_lying, run_on
+from support.saves import SCENARIOS, check_recovery
 
 from milepost import syscalls
 from milepost.checkpoint_reader import CheckpointReader

@@ -10,9 +10,11 @@ import os
 
 import pytest
 import torch
-from background import KillOnce, close, error_of, make, result, state_of, step_at
-from file_systems import FILE_SYSTEMS, fill, overlay_over, run_on
-from scenarios import SCENARIOS, SINGLE, check_recovery, killed_saves, make_old, make_state, save, which
+from support.background import close, error_of, make, result, state_of, step_at
+from support.file_systems import FILE_SYSTEMS, fill, overlay_over, run_on
+from support.hooks import KillOnce
+from support.saves import ONE, SCENARIOS, check_recovery, killed_saves, make_old, save, which
+from support.states import make_state
 
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
 from milepost.errors import MilepostError
@@ -55,7 +57,7 @@ def each(scenarios, folder):
 
 def failed_save(path, state, hook=None):
     """The error of a save that must fail."""
-    writer = CheckpointWriter(CheckpointWriterConfig(), SINGLE, commit_hook=hook)
+    writer = CheckpointWriter(CheckpointWriterConfig(), ONE, commit_hook=hook)
     try:
         with pytest.raises((MilepostError, LookupError)) as caught:
             writer.write(path, state)

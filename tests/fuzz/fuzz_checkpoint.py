@@ -28,8 +28,9 @@ if atheris:
         import milepost.checkpoint_reader
         import milepost.health.verify  # noqa: F401
 
-from forge import Forge, dump, write
-from scenarios import load, make_state, save
+from support.forge import Forge, dump, write
+from support.saves import load, save
+from support.states import make_state
 
 from milepost.errors import (
     ConfigError,

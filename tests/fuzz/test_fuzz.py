@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from forge import dump
 from fuzz_checkpoint import TARGETS, Fuzzed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.forge import dump
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from make_v1 import ATTEMPT, METADATA, STEP, plain_state, state, write
-from states import assert_same, data_file, load, manifest_of, raw_index_of, sharing, torch_load
+from support.saves import data_file, load, manifest_of, raw_index_of, torch_load
+from support.states import assert_same, sharing
 
 from milepost.format.tree import TreeDecoder
 

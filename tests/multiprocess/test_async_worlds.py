@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from background import error_of, make, result, state_of, step_at
-from ports import free_port
-from scenarios import in_child
-from states import load
+from support.background import error_of, make, result, state_of, step_at
+from support.processes import free_port, in_child
+from support.saves import load
 
 from milepost.config import BarrierConfig
 from milepost.types import RankInfo
@@ -153,7 +152,7 @@ time.sleep(1000)
 
 def test_under_torchrun_with_a_worker_that_fails(tmp_path):
     """One worker is killed, torchrun ends the other: what both had staged commits all the same."""
-    from background import wait_until
+    from support.processes import wait_until
 
     (tmp_path / "train.py").write_text(WORKER)
     launcher = [

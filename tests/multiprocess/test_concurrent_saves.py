@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import SCENARIOS, descriptors, in_child, load, make_state, names_in, same, save, which
+from support.disks import tree
+from support.processes import KILLED, descriptors, ended, fork, in_child, is_running
+from support.saves import SCENARIOS, load, save, which
+from support.states import make_state, same
 
 from milepost.errors import MilepostError, StorageError, TargetError
 from milepost.health.verify import verify
@@ -27,32 +30,11 @@ from milepost.testing import FaultyStorage
 BLOCK_BYTES = Ring().block_bytes
 
 
-def fork(work):
-    """Start `work` in a forked child; returns its pid."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pid
-
-
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def tidy(path):
     """Nothing but the checkpoint is in its folder and the one above."""
     parent, name = os.path.split(path)
     assert os.listdir(parent) == [name]
-    assert names_in(default_storage(), path) == ["checkpoint_0.pt", "index_0.json", "manifest.json"]
+    assert sorted(tree(default_storage(), path)) == ["checkpoint_0.pt", "index_0.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["replacing", "fresh"])
@@ -117,7 +99,7 @@ def replacing(path, at):
 
     def before(operation, target):
         if len(storage.operations) == at - 1:
-            storage._before = None
+            storage.before = None
             save(path, 2)
 
     storage = FaultyStorage(default_storage(), before=before)
@@ -161,13 +143,15 @@ def test_verify_meets_a_replace_at_every_operation(tmp_path):
 
 SAVER = """
 import sys, torch
-sys.path.insert(0, sys.argv[3])
-from scenarios import save
-big = {"big": torch.full((%d,), float(sys.argv[2]))}
-print("ready", flush=True)
+sys.path.insert(0, sys.argv[2])
+from support.processes import ended, fork
+from support.saves import save
+torch.set_num_threads(1)
+big = {"big": torch.full((%d,), 2.0)}
 for _ in sys.stdin:
-    save(sys.argv[1], int(sys.argv[2]), state=big)
-    print("saved", flush=True)
+    pid = fork(lambda: save(sys.argv[1], big, step=2))
+    print(pid, flush=True)
+    print(ended(pid), flush=True)
 """
 
 
@@ -177,41 +161,36 @@ def test_a_save_of_many_blocks_that_is_killed_at_any_moment_loses_nothing(tmp_pa
     blocks = 6
     count = blocks * BLOCK_BYTES // 4
     path = f"{tmp_path}/step"
-    save(path, 1, state={"big": torch.full((count,), 1.0)})
+    save(path, {"big": torch.full((count,), 1.0)}, step=1)
     killed = 0
-    for round_ in range(4):
-        child = subprocess.Popen(
-            [sys.executable, "-c", SAVER % count, path, "2", str(Path(__file__).parents[1])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        with child:
-            assert child.stdout.readline() == "ready\n"
-            child.stdin.write("go\n")
-            child.stdin.flush()
+    command = [sys.executable, "-c", SAVER % count, path, str(Path(__file__).parents[1])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as saver:
+        for round_ in range(4):
             goal = choose.randint(1, blocks - 1) * BLOCK_BYTES
-            while child.poll() is None:
+            saver.stdin.write("go\n")
+            saver.stdin.flush()
+            pid = int(saver.stdout.readline())
+            while is_running(pid):
                 sizes = []
                 for file in tmp_path.glob(".step.*.partial/checkpoint_0.pt"):
                     with suppress(FileNotFoundError):  # it is published meanwhile
                         sizes.append(file.stat().st_size)
                 if sizes and max(sizes) >= goal:
-                    child.kill()
+                    os.kill(pid, signal.SIGKILL)
                     break
-            child.stdin.close()
-        killed += bool(list(tmp_path.glob(".step.*.partial")))
-        found = load(path)["big"]
-        assert found.eq(found[0]).all()
-        assert found[0] == (1.0 if round_ == 0 else found[0])
-        assert not verify(default_storage(), path).problems
+            assert int(saver.stdout.readline()) in (0, KILLED)
+            killed += bool(list(tmp_path.glob(".step.*.partial")))
+            found = load(path)["big"]
+            assert found.eq(found[0]).all()
+            assert found[0] == (1.0 if round_ == 0 else found[0])
+            assert not verify(default_storage(), path).problems
     assert killed >= 2
     save(path, 3)
     assert which(path) == 3
     tidy(path)
 
 
-def test_ctrl_c_in_the_middle_of_a_save_leaves_nothing(tmp_path):
+def test_ctrl_c_in_the_middle_of_a_save_leaves_nothing(tmp_path, interruptible):
     """SIGINT while blocks are written: nothing is left, no thread, no descriptor; then it saves."""
     path = f"{tmp_path}/step"
     save(path, 1)
@@ -227,7 +206,7 @@ def test_ctrl_c_in_the_middle_of_a_save_leaves_nothing(tmp_path):
 
         before, threads = descriptors(), threading.active_count()
         with pytest.raises(KeyboardInterrupt):
-            save(path, 2, FaultyStorage(default_storage(), before=interrupt), state=state)
+            save(path, state, FaultyStorage(default_storage(), before=interrupt), step=2)
         assert threading.active_count() == threads
         assert descriptors() == before
         assert which(path) == 1
@@ -253,7 +232,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing():
         save(path, 1)
         for count in (300_000, 3_000_000, 258_000):
             with pytest.raises(StorageError, match="No space left") as caught:
-                save(path, 2, state={"big": torch.zeros(count)})
+                save(path, {"big": torch.zeros(count)}, step=2)
             assert folder in str(caught.value)
             assert "free space" in str(caught.value)
             assert which(path) == 1

@@ -11,8 +11,8 @@ import sys
 import textwrap
 
 import pytest
-from ports import free_port
-from states import manifest_of
+from support.processes import free_port
+from support.saves import manifest_of
 
 PROLOGUE = """
 import logging, os, signal, sys, threading, time
@@ -53,36 +53,15 @@ def agree(word):  # the ranks' own use of the store, to order what they do
 """
 
 
-class Job:
-    """Ranks that run a program, in processes of their own."""
+@pytest.fixture
+def job(launcher, tmp_path):
+    """Runs a program on each rank; what each has printed, and its exit code."""
 
-    def __init__(self, program, run, world=2, kind="sync", prefix=(), join="join()"):
-        address = f"tcp://127.0.0.1:{free_port()}"
+    def run(program, run, kind="sync", join="join()"):
         code = f"{PROLOGUE}\n{join}\n{textwrap.dedent(program)}"
-        self.ranks = [
-            subprocess.Popen(
-                [
-                    *(prefix[rank] if prefix else ()),
-                    *(sys.executable, "-c", code, str(rank), str(world), address, kind, str(run)),
-                ],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
+        return launcher.programs(tmp_path, code, f"tcp://127.0.0.1:{free_port()}", kind, run)
 
-    def ends(self):
-        """What each rank has printed, and its exit code."""
-        try:
-            outputs = [rank.communicate(timeout=150)[0] for rank in self.ranks]
-        finally:
-            for rank in self.ranks:
-                rank.kill()
-                rank.communicate()
-        return [(output, rank.returncode) for output, rank in zip(outputs, self.ranks, strict=True)]
+    return run
 
 
 def assert_done(ends):
@@ -103,7 +82,7 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
 @pytest.mark.parametrize(("kind", "store"), [("sync", "tcp"), ("async", "file"), ("async", "nested")])
-def test_a_save_that_is_over_is_committed_on_every_rank(tmp_path, kind, store):
+def test_a_save_that_is_over_is_committed_on_every_rank(job, tmp_path, kind, store):
     """With nothing configured, each rank finds at once, and loads, what it has saved; also when replaced."""
     program = """
     with make() as checkpointer:
@@ -114,12 +93,12 @@ def test_a_save_that_is_over_is_committed_on_every_rank(tmp_path, kind, store):
     print("done")
     """
     run = tmp_path / "run"
-    assert_done(Job(program, run, kind=kind, join=STORES[store]).ends())
+    assert_done(job(program, run, kind=kind, join=STORES[store]))
     assert sorted(os.listdir(run)) == ["s0", "s1"]
     assert [manifest_of(run / name).step for name in ("s0", "s1")] == [2, 3]
 
 
-def test_the_training_uses_the_store_and_the_group_meanwhile(tmp_path):
+def test_the_training_uses_the_store_and_the_group_meanwhile(job, tmp_path):
     """Neither waits for the other: the training's store and groups, two checkpointers, their order."""
     program = """
     with make() as one, make() as other:
@@ -152,12 +131,12 @@ def test_the_training_uses_the_store_and_the_group_meanwhile(tmp_path):
     print("done")
     """
     run = tmp_path / "run"
-    assert_done(Job(program, run, kind="async", join=STORES["file"]).ends())
+    assert_done(job(program, run, kind="async", join=STORES["file"]))
     steps = {name: manifest_of(run / name).step for name in os.listdir(run)}
     assert steps == {"latest": 4, "a": 2, "b": 2}
 
 
-def test_a_failure_is_told_on_every_rank_and_the_next_save_commits(tmp_path):
+def test_a_failure_is_told_on_every_rank_and_the_next_save_commits(job, tmp_path):
     """A rank whose save fails raises; the others raise that at once with its name; then all save again."""
     program = """
     with make() as checkpointer:
@@ -173,7 +152,7 @@ def test_a_failure_is_told_on_every_rank_and_the_next_save_commits(tmp_path):
     """
     for kind in ("sync", "async"):
         run = tmp_path / kind
-        ends = Job(program, run, kind=kind).ends()
+        ends = job(program, run, kind=kind)
         assert_done(ends)
         assert "1 AbortedError True True" in ends[0][0]
         assert "1 UnsupportedTypeError True True" in ends[1][0]
@@ -181,7 +160,7 @@ def test_a_failure_is_told_on_every_rank_and_the_next_save_commits(tmp_path):
         assert "latest" in os.listdir(run)
 
 
-def test_rank_0_hosts_the_store_and_ends_while_another_still_waits(tmp_path):
+def test_rank_0_hosts_the_store_and_ends_while_another_still_waits(job, tmp_path):
     """A store that is gone is no verdict: the manifest in the folder tells the other rank."""
     program = """
     import socket
@@ -203,7 +182,7 @@ def test_rank_0_hosts_the_store_and_ends_while_another_still_waits(tmp_path):
         save(checkpointer, 1)
     print("done")
     """
-    assert_done(Job(program, tmp_path / "run").ends())
+    assert_done(job(program, tmp_path / "run"))
 
 
 def test_a_rank_that_leaves_without_close_still_meets_those_that_come_later(tmp_path):
@@ -220,12 +199,14 @@ def test_a_rank_that_leaves_without_close_still_meets_those_that_come_later(tmp_
             save(checkpointer, 1)
     print("done")
     """
-    ends = Job(program, tmp_path / "run", kind="async").ends()
-    assert [code for _, code in ends] == [0, 0], ends
+    code = f"{PROLOGUE}\njoin()\n{textwrap.dedent(program)}"
+    arguments = ["2", f"tcp://127.0.0.1:{free_port()}", "async", str(tmp_path / "run")]
+    ranks = [subprocess.Popen([sys.executable, "-c", code, rank, *arguments]) for rank in "01"]
+    assert [rank.wait(150) for rank in ranks] == [0, 0]
     assert manifest_of(tmp_path / "run" / "latest").step == 1
 
 
-def test_a_group_that_goes_before_its_ranks_know_each_other_is_told_at_once(tmp_path):
+def test_a_group_that_goes_before_its_ranks_know_each_other_is_told_at_once(job, tmp_path):
     """Without a group there is no start id any more: the save raises, and waits for nobody."""
     program = """
     checkpointer = make() if rank == 0 else None
@@ -236,12 +217,12 @@ def test_a_group_that_goes_before_its_ranks_know_each_other_is_told_at_once(tmp_
         print("RAISED", type(error).__name__, str(error).replace("\\n", " "))
     print("done")
     """
-    ends = Job(program, tmp_path / "run").ends()
+    ends = job(program, tmp_path / "run")
     assert_done(ends)
     assert "RAISED CommitError the process group has gone before all its ranks" in ends[0][0], ends[0][0]
 
 
-def test_ranks_that_do_not_save_are_named(tmp_path):
+def test_ranks_that_do_not_save_are_named(job, tmp_path):
     """`if rank == 0: save` says soon whom it waits for and what to do, and raises when the time is over."""
     program = """
     meeting._PATIENCE_SECONDS = 0.2
@@ -257,7 +238,7 @@ def test_ranks_that_do_not_save_are_named(tmp_path):
         store().wait(["end"])
     print("done")
     """
-    ends = Job(program, tmp_path / "run", world=2).ends()
+    ends = job(program, tmp_path / "run")
     assert "waits for ranks [1], which have not called save for it" in ends[0][0], ends[0][0]
     assert "pass RankInfo(0, 1)" in ends[0][0]
     assert "RAISED CommitTimeoutError ranks 1 did not arrive within 2 s" in ends[0][0], ends[0][0]
@@ -266,7 +247,7 @@ def test_ranks_that_do_not_save_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_that_is_killed_while_the_others_meet_is_named(tmp_path, kind):
+def test_a_rank_that_is_killed_while_the_others_meet_is_named(job, tmp_path, kind):
     """The others raise when the time is over, with its name; the old checkpoint stays."""
     program = """
     config.writer_config.write_barrier_timeout_secs = 3
@@ -292,7 +273,7 @@ def test_a_rank_that_is_killed_while_the_others_meet_is_named(tmp_path, kind):
     print("done")
     """
     run = tmp_path / "run"
-    ends = Job(program, run, kind=kind).ends()
+    ends = job(program, run, kind=kind)
     assert_done(ends[:1])
     assert "RAISED CommitTimeoutError ranks 1 did not arrive within 3 s" in ends[0][0], ends[0][0]
     assert ends[1][1] == -signal.SIGKILL
@@ -302,9 +283,11 @@ def test_a_rank_that_is_killed_while_the_others_meet_is_named(tmp_path, kind):
 @pytest.mark.skipif(os.geteuid() != 0, reason="another view of a folder needs root, for a mount namespace")
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="there is no unshare command")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path, kind):
+def test_a_folder_that_is_not_shared_is_told_on_all_ranks(job, tmp_path, kind):
     """Where a rank does not see what rank 0 writes, the save fails on all, with the hosts and ways out."""
     program = """
+    if rank == 1:
+        hide(run)
     meeting._VISIBLE_SECONDS = 1
     with make() as checkpointer:
         try:
@@ -315,10 +298,9 @@ def test_a_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path, kind):
     """
     run = tmp_path / "run"
     run.mkdir()
-    apart = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none "{run}" && exec "$@"', "sh"]
-    if subprocess.run([*apart, "true"], check=False).returncode:
+    if subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("no mount namespaces here")
-    ends = Job(program, run, kind=kind, prefix=([], apart)).ends()
+    ends = job(program, run, kind=kind, join="from support.file_systems import hide\njoin()")
     assert_done(ends)
     for output, _ in ends:
         assert "the folder is not shared between the ranks" in output

@@ -1,22 +1,22 @@
 """Training under real parallelism that is saved in one layout and goes on in others, bit for bit.
 
-Each job is a process for each rank, with gloo; the launcher of the tests that kill ranks forks them. A saving
-rank also keeps, in a file of its own, the full tensors of what it saved; loading ranks compare with that.
+Each job is a process for each rank, with gloo, see `support.ranks`. A saving rank also keeps, in
+a file of its own, the full tensors of what it saved; loading ranks compare with that.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from states import data_file, differences
+from support.processes import free_port
+from support.saves import data_file
+from support.states import differences
 from torch import nn
 
 from milepost.config import BarrierConfig, CheckpointerConfig, CheckpointWriterConfig
@@ -288,20 +288,6 @@ def load_one(saved, layout):
 # -- tests ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def launcher():
-    """The launcher of the tests that kill ranks, which can import this module as well."""
-    here = Path(__file__).parent
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(here.parent / "faults")
-        patch.setenv("PYTHONPATH", str(here), prepend=os.pathsep)
-        from test_rank_kills import Launcher
-
-        launcher = Launcher()
-    yield launcher
-    launcher.close()
-
-
 def leaves(value, path=""):
     """The tensors of a state dict by key."""
     if isinstance(value, torch.Tensor):
@@ -381,8 +367,6 @@ CASES = [
 )
 def test_what_is_saved_in_one_layout_goes_on_in_others(launcher, tmp_path, saved, layouts, times):
     """Each layout, on as many ranks or not, loads the very bits that another one saved, and trains on."""
-    from test_rank_kills import free_port  # which the launcher's fixture has imported
-
     saved = replace(saved, path=f"{tmp_path}/c", port=free_port())
     for world, names in layouts.items():
         save = saved if world == saved.world else None

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
-import subprocess
-import sys
 import threading
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.ranks import WORLD
 
 from milepost import RankInfo
 from milepost.checkpoint_reader import CheckpointReader
@@ -25,93 +21,24 @@ from milepost.errors import (
     MismatchError,
     PeerLoadError,
 )
+from milepost.ranks import load_meeting
 from milepost.ranks.load_meeting import Meeting, Report, Verdict, refuse
 from milepost.ranks.start import Start
 
-WORLD = 3
 WAYS = ["group", "store"]
 
 # -- jobs --------------------------------------------------------------------------------------------
 
 
-def agent_store():
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
-
-
-@pytest.fixture(scope="module")
-def start():
-    """Starts jobs: a process that has imported torch, and forks the ranks of one job after the other."""
-    agent_store()  # the first one leaves a pipe of libuv's
-    code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]"
-    code += "; import test_load_together; test_load_together.serve()"
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+@pytest.fixture
+def start(launcher, tmp_path):
+    """Starts a job of ranks that load."""
 
     def run(way, *calls):
         """What became of a load: for each rank `Loaded` of its calls (one for all, or one for each)."""
-        store = agent_store()
-        pickle.dump((way, store.port, calls * WORLD if len(calls) == 1 else calls), launcher.stdin)
-        launcher.stdin.flush()
-        results, logs = pickle.load(launcher.stdout)
-        assert all(isinstance(result, Loaded) for result in results), logs
-        del store
-        return results
+        return launcher.run(tmp_path, work, way, calls * WORLD if len(calls) == 1 else calls)
 
-    assert pickle.load(launcher.stdout) == "ready"
-    yield run
-    launcher.stdin.close()
-    launcher.wait(60)
-    launcher.stdout.close()
-
-
-def serve():
-    """The launcher's process."""
-    import torch._dynamo
-    import torch.distributed.tensor  # noqa: F401 - so that the ranks have it, and what it imports when used
-
-    replies = os.fdopen(os.dup(1), "wb")
-    answer = "ready"
-    while True:
-        pickle.dump(answer, replies)
-        replies.flush()
-        try:
-            way, port, calls = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        ranks = [fork(rank, way, port, call) for rank, call in enumerate(calls)]
-        found = []
-        for _, pipe in ranks:
-            with os.fdopen(pipe, "rb") as file:
-                found.append(file.read())
-        for pid, _ in ranks:
-            os.waitpid(pid, 0)
-        answer = ([pickle.loads(data) if data else None for data in found], found)
-
-
-def fork(rank, way, port, call):
-    end, theirs = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(theirs)
-        return pid, end
-    try:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(WORLD),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-        )
-        data = pickle.dumps(work(rank, way, call))
-    except BaseException:
-        data = pickle.dumps(traceback.format_exc())
-    with os.fdopen(theirs, "wb") as file:
-        file.write(data)
-    os._exit(0)
+    return run
 
 
 class Loaded:
@@ -125,7 +52,7 @@ class Loaded:
     """
 
 
-def work(rank, way, call):
+def work(way, calls):
     """Load as a rank: with the default process group, with a store only, or with neither.
 
     Of several calls, one after the other, the last counts. None is a load in which this rank takes no part:
@@ -136,18 +63,19 @@ def work(rank, way, call):
 
     log = io.StringIO()
     logging.getLogger("milepost").addHandler(logging.StreamHandler(log))
-    port, store = int(os.environ["MASTER_PORT"]), None
+    del os.environ["MILEPOST_START_ID"]
+    rank, store = int(os.environ["RANK"]), None
     if way == "group":
         dist.init_process_group("gloo")
         meeting = dist.distributed_c10d._get_default_store()
     else:
-        meeting = dist.TCPStore("127.0.0.1", port, is_master=False)
+        meeting = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
         store = meeting if way == "store" else None
     meeting.set(f"here/{rank}", b"")
     meeting.wait([f"here/{other}" for other in range(WORLD)])
     result = Loaded()
     result.error, result.missing, result.values, result.text = None, None, {}, ""
-    calls = call if isinstance(call, list) else [call]
+    calls = calls[rank] if isinstance(calls[rank], list) else [calls[rank]]
     for number, now in enumerate(calls):
         if now is None:
             if len(calls) > 1:
@@ -157,6 +85,7 @@ def work(rank, way, call):
         template = None if template is None else template_of(way, rank, template)
         seconds, world = options.pop("timeout_seconds", 60), options.pop("world", WORLD)
         ready = options.pop("ready", [])  # ranks that a slow machine must not make late
+        load_meeting.GRACE_SECONDS = 1 if ready else 5
         at = store if world == WORLD else dist.PrefixStore("some", meeting)
         reader = CheckpointReader(RankInfo(rank, world), store=at, timeout_seconds=seconds)
         result.error = None
@@ -401,13 +330,13 @@ def damage(path, rank):
 def test_a_rank_that_never_comes_is_named(start, path, way, absent):
     """Ranks wait for another no longer than their timeout, and each names the one that did not come."""
     others = [rank for rank in range(WORLD) if rank != absent]
-    call = (path, ALL, {"timeout_seconds": 10, "ready": others})
+    call = (path, ALL, {"timeout_seconds": 3, "ready": others})
     results = start(way, *(call if rank in others else None for rank in range(WORLD)))
     assert results[absent].error is None
     for rank in range(WORLD):
         if rank != absent:
             assert isinstance(results[rank].error, PeerLoadError), results[rank].error
-            assert f"rank {absent} could not load: it did not come to load within 10" in str(
+            assert f"rank {absent} could not load: it did not come to load within 3" in str(
                 results[rank].error
             )
             assert results[rank].error.rank == absent
@@ -420,7 +349,7 @@ def test_a_rank_that_missed_a_load_takes_part_in_the_next(start, path, way, late
     """Ranks that waited in vain, and the one that did not come, load together the next time."""
     call = (path, ALL, {})
     others = [rank for rank in range(WORLD) if rank != late]
-    calls = [[(path, ALL, {"timeout_seconds": 5, "ready": others}), call] for _ in range(WORLD)]
+    calls = [[(path, ALL, {"timeout_seconds": 2, "ready": others}), call] for _ in range(WORLD)]
     calls[late] = [None, call]
     for rank, result in enumerate(start(way, *calls)):
         assert result.error is None, result.error

@@ -9,8 +9,8 @@ import textwrap
 import time
 
 import pytest
-from ports import free_port
-from states import manifest_of
+from support.processes import free_port
+from support.saves import manifest_of
 
 PROGRAM = textwrap.dedent(
     """

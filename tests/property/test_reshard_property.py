@@ -9,7 +9,7 @@ import msgspec
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from states import differences, torch_parts
+from support.states import differences, torch_parts
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 

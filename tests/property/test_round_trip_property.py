@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from memory_storage import MemoryStorage
-from states import assert_same, sharing, tensors_in
+from support.disks import MemoryStorage
+from support.states import assert_same, sharing, tensors_in
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import itertools
 import random
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memory_storage import MemoryStorage
-from states import bytes_tensor, raw_bytes, torch_parts
+from support.disks import MemoryStorage
+from support.ranks import as_rank
+from support.states import bytes_tensor, raw_bytes, torch_parts
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
@@ -32,7 +29,6 @@ from milepost.config import CheckpointWriterConfig
 from milepost.errors import CorruptCheckpointError
 from milepost.format.index import decode_index
 from milepost.health.verify import verify
-from milepost.state import placements as placements_module
 from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
 
@@ -41,19 +37,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.float64,
 _paths = itertools.count()
 
 # -- worlds ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def as_rank(rank, size):
-    """Be a rank of a world of this size."""
-    placements_module._known.clear()  # where a mesh lies is kept for this process's rank
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

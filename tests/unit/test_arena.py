@@ -9,7 +9,7 @@ import os
 import threading
 
 import pytest
-from scenarios import in_child
+from support.processes import in_child
 
 from milepost import syscalls
 from milepost.background.arena import Arena, available_bytes

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from background import Diary
-from states import assert_same, load, manifest_of
+from support.hooks import Diary
+from support.saves import load, manifest_of
+from support.states import assert_same
 
 import milepost
 from milepost import errors

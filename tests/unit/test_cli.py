@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commit_steps import Killed, MortalStorage
+from support.disks import Killed, MortalStorage
 from typer.testing import CliRunner
 
 import milepost
@@ -445,7 +445,7 @@ def test_debug_shows_the_traceback(run):
     assert result.exit_code == 3
 
 
-def test_an_interrupt_ends_cleanly(run):
+def test_an_interrupt_ends_cleanly(run, interruptible):
     """Ctrl-C in the middle of a command is exit code 130 and one word, without a traceback."""
     code = (
         "import os, signal, sys, milepost.health.verify\n"

@@ -6,21 +6,9 @@ import os
 
 import msgspec
 import pytest
-from commit_steps import (
-    StepClock,
-    Wrapper,
-    arrive,
-    assert_clean,
-    content,
-    hidden,
-    index_of,
-    loaded_step,
-    make_folders,
-    put,
-    save,
-    tree,
-)
-from memory_storage import MemoryStorage
+from support.commits import StepClock, arrive, assert_clean, content, index_of, let_die, loaded_step, save
+from support.disks import MemoryStorage, Wrapper, hidden, make_folders, put, tree
+from support.processes import in_child
 
 from milepost.commit import (
     attempt_id,
@@ -108,13 +96,7 @@ def test_a_forked_child_is_another_process():
     """A forked child has a process id and a start id of its own."""
     reader, writer = os.pipe()
     own = (process_id(), attempt_id("/ids/fork", 0, 2))
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(writer, f"{process_id()} {attempt_id('/ids/fork', 1, 2)}".encode())
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+    in_child(lambda: os.write(writer, f"{process_id()} {attempt_id('/ids/fork', 1, 2)}".encode()))
     child = os.read(reader, 1000).decode().split()
     os.close(reader)
     os.close(writer)
@@ -162,7 +144,7 @@ def test_progress_never_raises(storage):
     attempt = begin(faulty, PATH, attempt="job-1", rank=0, world_size=1)
     faulty.fail_at(len(faulty.operations) + 1, OSError(28, "full"), times=None)
     attempt.progress("write", 5)
-    faulty._faults.clear()
+    faulty.faults.clear()
     attempt.close()
 
 
@@ -213,7 +195,7 @@ def test_a_lost_writers_data_is_written_again(storage):
     """A retry with the same attempt finds the half-written data file of the lost writer gone."""
     first = begin(storage, PATH, attempt="retry", rank=0, world_size=1)
     put(storage, first.data_path, b"half")
-    first._release()
+    let_die(first)
     assert save(storage, PATH, 1, attempt="retry")
     assert loaded_step(storage, PATH) == 1
 
@@ -221,7 +203,7 @@ def test_a_lost_writers_data_is_written_again(storage):
 def test_a_lost_writers_mark_is_taken_up(storage):
     """When the lost writer had marked, a retry has nothing to write, and its completion commits."""
     first = rank_of(storage, 0)
-    first._release()
+    let_die(first)
     again = begin(storage, PATH, attempt="job-1", rank=0, world_size=2)
     assert again.marked
     assert not again.committed
@@ -539,7 +521,7 @@ def test_an_abort_that_cannot_be_written_does_not_hide_the_error(storage):
 
 def test_the_last_rank_publishes_what_a_dead_one_committed(storage):
     """When the committer dies between commit and publishing, the last rank to leave publishes."""
-    zero, one = rank_of(storage, 0), rank_of(storage, 1)
+    zero, one = rank_of(storage, 0), rank_of(storage, 1, clock=StepClock().clock)
     faulty = FaultyStorage(storage)
     zero._place._storage = faulty
     faulty.fail_at(1000, OSError(5, "never"))
@@ -550,10 +532,10 @@ def test_the_last_rank_publishes_what_a_dead_one_committed(storage):
         if operation == "rename" and path == PATH:
             raise KeyboardInterrupt
 
-    faulty._before = stop
+    faulty.before = stop
     with pytest.raises(KeyboardInterrupt):
         zero.complete()
-    zero._release()
+    let_die(zero)
     one.wait_for_commit(60)
     assert one.committed
     assert storage.stat(PATH) is None
@@ -567,12 +549,12 @@ def test_an_attempt_belongs_to_the_process_that_began_it(tmp_path):
     storage = LocalStorage()
     path = str(tmp_path / "step")
     attempt = arrive(storage, check_target(storage, path).path, 1)
-    pid = os.fork()
-    if pid == 0:
+
+    def ends_it():
         attempt.abort(ValueError("child"))
         attempt.close()
-        os._exit(0)
-    os.waitpid(pid, 0)
+
+    assert in_child(ends_it) == 0
     assert attempt.complete()
     attempt.close()
     assert loaded_step(storage, path) == 1

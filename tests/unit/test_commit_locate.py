@@ -7,8 +7,8 @@ import os
 import zipfile
 
 import pytest
-from commit_steps import Wrapper, arrive, content, loaded_step, make_folders, put, save, tree
-from memory_storage import MemoryStorage
+from support.commits import arrive, content, loaded_step, save
+from support.disks import MemoryStorage, Wrapper, make_folders, put, tree
 
 from milepost.commit import begin, locate
 from milepost.errors import (

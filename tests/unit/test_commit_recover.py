@@ -6,22 +6,8 @@ import os
 import time
 
 import pytest
-from commit_steps import (
-    Killed,
-    MortalStorage,
-    StepClock,
-    Wrapper,
-    arrive,
-    assert_clean,
-    content,
-    hidden,
-    loaded_step,
-    make_folders,
-    put,
-    save,
-    tree,
-)
-from memory_storage import MemoryStorage
+from support.commits import StepClock, arrive, assert_clean, content, let_die, loaded_step, save
+from support.disks import Killed, MemoryStorage, MortalStorage, Wrapper, hidden, make_folders, put, tree
 
 from milepost.commit import begin, clean_up, roll_forward
 from milepost.commit.by_rename.removal import remove_tree
@@ -49,7 +35,7 @@ def die_at(storage, condition, step=2, **kwargs):
         if condition(operation, path):
             mortal.dies_at = 0
 
-    mortal.before = watch
+    mortal.meanwhile = watch
     with pytest.raises(Killed):
         save(mortal, PATH, step, **kwargs)
 
@@ -66,7 +52,7 @@ def test_a_complete_set_of_marks_is_committed_by_the_next_save(storage):
     """Marks without a manifest and without an abort are a checkpoint; recovery commits and publishes it."""
     attempts = [arrive(storage, PATH, 2, attempt="job-1", rank=rank, world_size=3) for rank in range(3)]
     for attempt in attempts:
-        attempt._release()
+        let_die(attempt)
     assert loaded_step(storage, PATH) == 2
     assert storage.stat(PATH) is None
     assert roll_forward(storage, PATH) == ["/run/.step.job-1.partial"]
@@ -89,7 +75,7 @@ def test_marks_whose_files_are_not_there_are_not_rolled_forward(storage, damage)
     """A data file that is missing or cut, or a damaged mark, makes the attempt a dead one."""
     save(storage, PATH, 1)
     attempt = arrive(storage, PATH, 2)
-    attempt._release()
+    let_die(attempt)
     name = "index_0.json" if damage in {"index", "shorter"} else "checkpoint_0.pt"
     data = tree(storage, attempt.folder)[name]
     storage.remove(f"{attempt.folder}/{name}")
@@ -129,7 +115,7 @@ def test_an_older_attempt_is_never_published_over_a_newer_checkpoint(storage):
     attempt = arrive(storage, PATH, 1)
     save(storage, PATH, 2)
     assert loaded_step(storage, PATH) == 2
-    attempt._release()
+    let_die(attempt)
     assert roll_forward(storage, PATH) == []
     assert loaded_step(storage, PATH) == 2
     assert clean_up(storage, PATH) == [attempt.folder]
@@ -140,7 +126,7 @@ def test_of_several_unpublished_attempts_the_newest_wins(storage):
     """Two complete attempts beside each other: the newer loads and is published, the older is removed."""
     older, newer = arrive(storage, PATH, 1), arrive(storage, PATH, 2)
     for attempt in (older, newer):
-        attempt._release()
+        let_die(attempt)
     assert loaded_step(storage, PATH) == 2
     assert roll_forward(storage, PATH) == [newer.folder]
     assert clean_up(storage, PATH) == [older.folder]
@@ -178,7 +164,7 @@ def test_nothing_is_removed_for_its_name_alone(storage):
     """Folders that look like ours but do not say so themselves are left alone, whatever is in them."""
     save(storage, PATH, 1)
     other = arrive(storage, "/run/other", 5)
-    other._release()
+    let_die(other)
     storage.rename(other.folder, join_hidden(PATH, other.id), "create")
     for attempt, files in {
         "mine": {"notes.txt": b""},
@@ -206,7 +192,7 @@ def test_a_partial_without_its_attempt_json_is_known_by_its_other_files(storage)
     """When a power cut took attempt.json, a beacon or a mark that names the attempt is enough to clear it."""
     for rank, keep in ((0, "state_0.json"), (1, "index_1.json")):
         attempt = arrive(storage, PATH, 2, attempt="job-1", rank=rank, world_size=2)
-        attempt._release()
+        let_die(attempt)
         for name in tree(storage, attempt.folder):
             if name not in {keep, f"checkpoint_{rank}.pt"}:
                 storage.remove(f"{attempt.folder}/{name}")
@@ -223,7 +209,7 @@ def test_a_damaged_checkpoint_at_the_path_is_not_replaced_by_recovery(storage):
     """What cannot be read at the path is left for its owner; the complete attempt still loads."""
     make_folders(storage, PATH)
     attempt = arrive(storage, PATH, 2)
-    attempt._release()
+    let_die(attempt)
     put(storage, f"{PATH}/manifest.json", b"{}")
     assert roll_forward(storage, PATH) == []
     assert loaded_step(storage, PATH) == 2
@@ -260,7 +246,7 @@ def test_on_a_network_file_system_only_age_makes_an_attempt_dead(tmp_path):
     storage = Network(LocalStorage())
     path = str(tmp_path / "step")
     attempt = arrive(storage, path, 2, attempt="job-1", rank=0, world_size=2)
-    attempt._release()
+    let_die(attempt)
     assert clean_up(storage, path) == []
     long_ago = time.time() - 25 * 3600
     for name in os.listdir(attempt.folder):
@@ -283,7 +269,7 @@ def test_a_save_goes_on_when_old_leftovers_cannot_be_cleared(storage):
 def test_a_folder_that_is_just_being_cleared_is_begun_again(storage):
     """A begin that meets a cleaner waits until the folder is gone, and then makes its own."""
     dead = begin(storage, PATH, attempt="job-1", rank=1, world_size=2)
-    dead._release()
+    let_die(dead)
     lock = storage.lock(f"{dead.folder}/attempt.json", exclusive=True)
 
     def clear():
@@ -379,7 +365,7 @@ def test_an_unreadable_checkpoint_is_not_taken_for_none(storage):
     save(storage, PATH, 2)
     newer = arrive(storage, PATH, 3)
     for attempt in (older, newer):
-        attempt._release()
+        let_die(attempt)
     before = tree(storage, "/run")
     for look in (roll_forward, loaded_step):
         with pytest.raises(StorageError, match="Input/output error"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from commit_steps import Wrapper, assert_clean, content, hidden, loaded_step, make_folders, put, save, tree
-from memory_storage import MemoryStorage
+from support.commits import assert_clean, content, loaded_step, save
+from support.disks import MemoryStorage, Wrapper, hidden, make_folders, put, tree
 
 from milepost.commit import check_target
 from milepost.commit.by_rename.folders import siblings

@@ -12,17 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from states import (
-    array_values,
-    bytes_tensor,
-    data_file,
-    index_of,
-    manifest_of,
-    native_values,
-    object_values,
-    raw_index_of,
-    save,
-)
+from support.saves import data_file, index_of, manifest_of, raw_index_of, save
+from support.states import array_values, bytes_tensor, native_values, object_values
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from milepost import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+
+
+@cache
+def functions_of(file):
+    tree = ast.parse((ROOT / file).read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_guarantee_names_tests_that_exist():
@@ -23,8 +30,7 @@ def test_every_guarantee_names_tests_that_exist():
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", promise)
         assert named, promise
         for file, name in named:
-            tree = ast.parse((ROOT / file).read_text())
-            assert name in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}, (file, name)
+            assert name in functions_of(file), (file, name)
 
 
 def test_every_error_is_explained():

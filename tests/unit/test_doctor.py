@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from commit_steps import StepClock, arrive, save, tree
+from support.commits import StepClock, arrive, let_die, save
+from support.disks import tree
 from typer.testing import CliRunner
 
 import milepost
@@ -53,7 +54,7 @@ def begin(path, rank, world_size, attempt="job-1", **kwargs):
 def die(*attempts):
     """What the end of their processes does to attempts, an hour ago."""
     for attempt in attempts:
-        attempt._release()
+        let_die(attempt)
         for name in os.listdir(attempt.folder):
             os.utime(f"{attempt.folder}/{name}", (time.time() - 3600,) * 2)
 
@@ -214,7 +215,7 @@ def test_ranks_that_may_still_come_are_waited_for(run):
     """While ranks that have not begun may still come, for some minutes, a repair leaves the attempt alone."""
     path = f"{run}/step-5"
     (attempt,) = partial(path, (1,), 2)
-    attempt._release()
+    let_die(attempt)
     before = tree(STORAGE, run)
     for arguments in ([run], [path], [path, "--repair"], [run, "--repair"]):
         result = invoke(*arguments)
@@ -231,7 +232,7 @@ def test_a_wrong_clock_does_not_give_up_ranks_that_may_still_come(run, monkeypat
     """A repair on a host whose clock is a day ahead leaves an attempt that was begun just now alone."""
     path = f"{run}/step-5"
     (attempt,) = partial(path, (1,), 2)
-    attempt._release()
+    let_die(attempt)
     before = tree(STORAGE, run)
     now = time.time()
     monkeypatch.setattr("time.time", lambda: now + 86_400)
@@ -915,7 +916,7 @@ def test_many_ranks_and_much_damage_are_told_in_short(run):
     assert "and 2 more ranks never arrived; rank 12 never began" in said
     for rank, attempt in enumerate([begin(f"{run}/step-7", rank, 13) for rank in range(13)]):
         attempt.abort(StorageError(f"no space left for {rank}"))
-        attempt._release()
+        let_die(attempt)
     said = words(only(f"{run}/step-7"), 0)
     assert "no space left for 9; and 3 more ranks failed" in said
     assert "no space left for 10" not in said

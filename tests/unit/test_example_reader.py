@@ -11,18 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from states import (
+from support.saves import data_file, index_of, save
+from support.states import (
     array_values,
     assert_same,
     bytes_tensor,
-    data_file,
     differences,
-    index_of,
     native_values,
     object_values,
     raw_bytes,
     savable_dtypes,
-    save,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -13,27 +13,42 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from support.ranks import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train(folder):
-    """Train a tiny network for six steps, saving every other; return what was printed."""
-    script = str(ROOT / "examples" / "train_digits.py")
+def run(launcher, folder, name, *arguments, ranks=0):
+    """Run an example as a script of its own, or on so many ranks as torchrun does; what it printed."""
+    script = str(ROOT / "examples" / name)
+    code = f"import runpy, sys; sys.argv = {[script, *arguments]!r}; runpy.run_path({script!r}, None, '__main__')"
+    if ranks:
+        job = launcher.start(folder, run_program, code, world=ranks)
+        assert job.wait() == [None] * ranks, job.logs()
+        return job.logs()[0]
+    ((output, exit_code),) = launcher.programs(folder, code, world=1)
+    assert exit_code == 0, output
+    return output
+
+
+@pytest.fixture
+def train(launcher, tmp_path):
+    """Trains a tiny network for six steps, saving every other; what was printed."""
     options = ["--hidden", "64", "--steps", "6", "--save-every", "2"]
-    command = [sys.executable, script, str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return lambda name, *more: run(
+        launcher, tmp_path, "train_digits.py", str(tmp_path / name), *options, *more
+    )
 
 
 def weights(output):
     return re.search(r"weights ([0-9a-f]{64})", output)[1]
 
 
-def test_a_resumed_training_run_ends_with_the_same_weights(tmp_path):
+def test_a_resumed_training_run_ends_with_the_same_weights(train, tmp_path):
     """Resumed from the newest checkpoint that loads, training ends with an uninterrupted run's weights."""
-    whole = train(tmp_path / "run")
+    whole = train("run")
     assert "starting from the beginning" in whole
-    finished = train(tmp_path / "run")
+    finished = train("run")
     assert "resumed from step-6" in finished
     assert weights(finished) == weights(whole)
 
@@ -42,21 +57,15 @@ def test_a_resumed_training_run_ends_with_the_same_weights(tmp_path):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    resumed = train(tmp_path / "run")
+    resumed = train("run")
     assert "cannot load step-4" in resumed
     assert "resumed from step-2" in resumed
     assert weights(resumed) == weights(whole)
 
 
-def test_other_seeds_end_with_other_weights(tmp_path):
+def test_other_seeds_end_with_other_weights(train):
     """The weights depend on the seed: equal fingerprints are no matter of course."""
-    script = str(ROOT / "examples" / "train_digits.py")
-    options = ["--hidden", "64", "--steps", "2", "--save-every", "2"]
-    prints = set()
-    for seed in ("0", "1"):
-        command = [sys.executable, script, str(tmp_path / seed), *options, "--seed", seed]
-        prints.add(weights(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    assert len(prints) == 2
+    assert len({weights(train(seed, "--seed", seed)) for seed in ("0", "1")}) == 2
 
 
 def test_the_demo_fails_when_nothing_is_proven(tmp_path):
@@ -70,27 +79,27 @@ def test_the_demo_fails_when_nothing_is_proven(tmp_path):
     assert "FAILED: the trainer ended with exit code 3" in result.stderr
 
 
-def fsdp2(folder, steps, ranks=1):
-    """Train the transformer, resumed where it can be, saving every other step; return its losses."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [
-        *(sys.executable, *(launcher if ranks > 1 else ()), str(ROOT / "examples" / "train_fsdp2.py")),
-        *(f"--checkpoints={folder}", f"--loss-log={folder}.jsonl", f"--steps={steps}"),
-        *("--every=2", "--resume", "--async"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [json.loads(line)["loss"] for line in Path(f"{folder}.jsonl").read_text().splitlines()]
+@pytest.fixture
+def fsdp2(launcher, tmp_path):
+    """Trains the transformer, resumed where it can be, saving every other step; its losses."""
+
+    def train(name, steps, ranks=0):
+        folder = f"{tmp_path}/{name}"
+        options = [f"--checkpoints={folder}", f"--loss-log={folder}.jsonl", f"--steps={steps}"]
+        run(launcher, tmp_path, "train_fsdp2.py", *options, "--every=2", "--resume", "--async", ranks=ranks)
+        return [json.loads(line)["loss"] for line in Path(f"{folder}.jsonl").read_text().splitlines()]
+
+    return train
 
 
-def test_two_ranks_go_on_as_one_process_and_one_as_two(tmp_path):
+def test_two_ranks_go_on_as_one_process_and_one_as_two(fsdp2, tmp_path):
     """A sharded training run goes on without torchrun, and the other way, with the losses of one process."""
-    whole = fsdp2(tmp_path / "whole", 6)
-    fsdp2(tmp_path / "fewer", 2, ranks=2)
+    whole = fsdp2("whole", 6)
+    fsdp2("fewer", 2, ranks=2)
     shutil.copytree(tmp_path / "whole" / "step-000004", tmp_path / "more" / "step-000004")
     assert len(whole) == 6
-    assert fsdp2(tmp_path / "fewer", 6) == pytest.approx(whole, abs=1e-5)
-    assert fsdp2(tmp_path / "more", 6, ranks=2) == pytest.approx(whole[4:], abs=1e-5)
+    assert fsdp2("fewer", 6) == pytest.approx(whole, abs=1e-5)
+    assert fsdp2("more", 6, ranks=2) == pytest.approx(whole[4:], abs=1e-5)
 
 
 def still_running(folder):
@@ -122,7 +131,7 @@ def test_the_distributed_demo_in_a_small_form(tmp_path):
 
 
 @needs_proc
-def test_an_interrupted_distributed_demo_leaves_nothing(tmp_path):
+def test_an_interrupted_distributed_demo_leaves_nothing(tmp_path, interruptible):
     """After Ctrl-C neither processes nor files are left."""
     script = str(ROOT / "examples" / "demo_distributed.py")
     command = [sys.executable, script, "--folder", str(tmp_path)]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from background import together, wait_until
+from support.processes import together, wait_until
 
 from milepost import CheckpointerConfig, RankInfo, make_async_checkpointer, make_sync_checkpointer
 from milepost.barriers import BarrierConfig, TCPStoreBarrier, create_barrier_from_config
@@ -104,8 +104,9 @@ def dead_store(_served_before):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_no_checkpointer_waits_for_a_store_whose_server_has_died(tmp_path, dead_store, rank):
+def test_no_checkpointer_waits_for_a_store_whose_server_has_died(tmp_path, dead_store, rank, monkeypatch):
     """Making one returns at once; a save says that the store does not answer, a load too."""
+    monkeypatch.setattr("milepost.ranks.load_meeting.GRACE_SECONDS", 0)
     store, port = dead_store(60)
     (writer,) = writers(store, ranks=[rank], seconds=0.5)
     start = start_at(store, rank, 2)

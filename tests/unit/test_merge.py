@@ -7,21 +7,21 @@ import hashlib
 import itertools
 import json
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from forge import Forge, dump, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memory_storage import MemoryStorage
-from states import raw_bytes
+from support.disks import MemoryStorage
+from support.forge import Forge, dump, write
+from support.ranks import as_rank
+from support.states import raw_bytes
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
@@ -30,7 +30,6 @@ from milepost.config import CheckpointWriterConfig
 from milepost.errors import CommitError, CorruptCheckpointError, MismatchError
 from milepost.format.shards import decode_shard_map
 from milepost.loading import rank_file as sources
-from milepost.state import placements
 from milepost.storage.local import LocalStorage
 from milepost.types import RankInfo
 
@@ -50,14 +49,12 @@ def save(size, state_of, replicated=(), *, storage=None, path=None):
     path = path or f"/run/merge{next(_paths)}"
     config = CheckpointWriterConfig(start_id="start", replicated=list(replicated))
     for rank in range(size):
-        placements._known.clear()  # where a mesh lies is kept for this process's rank
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-        writer = CheckpointWriter(config, RankInfo(rank, size), storage=storage)
-        try:
-            writer.write(path, state_of(rank))
-        finally:
-            writer.close()
-            dist.destroy_process_group()
+        with as_rank(rank, size):
+            writer = CheckpointWriter(config, RankInfo(rank, size), storage=storage)
+            try:
+                writer.write(path, state_of(rank))
+            finally:
+                writer.close()
 
     def load(rank=0, size=1, template=None, **arguments):
         return CheckpointReader(RankInfo(rank, size), storage=storage).read(path, template, **arguments)[0]
@@ -189,17 +186,12 @@ def test_a_part_that_no_rank_saved_is_missed():
 
 def test_a_world_of_one_cannot_save_a_part():
     """A writer that was told of one rank refuses a tensor of which it has a part only."""
-    placements._known.clear()
     storage = MemoryStorage()
     storage.make_folder("/run")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1), storage=storage)
-    try:
-        with pytest.raises(CommitError, match="hold 3 elements of w, which has 12"):
-            writer.write("/run/one", {"w": part_of(X, mesh(0, 1, 2, 3), Shard(0))})
-    finally:
-        writer.close()
-        dist.destroy_process_group()
+    with as_rank(0, 4), pytest.raises(CommitError, match="hold 3 elements of w, which has 12"):
+        writer.write("/run/one", {"w": part_of(X, mesh(0, 1, 2, 3), Shard(0))})
+    writer.close()
 
 
 # -- several meshes --------------------------------------------------------------------------------
@@ -428,9 +420,7 @@ def test_parts_of_dtensors_whose_elements_share_memory_are_filled():
     row = torch.arange(6.0)
     load = save(2, lambda rank: state(rank, row) | {"own": row.expand(2, 6).contiguous()})
     apart = save(2, lambda rank: {"s": expanded(row + rank, [0, 1], Shard(0))})
-    placements._known.clear()
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-    try:
+    with as_rank(1, 2):
         template = state(1, torch.zeros(6))
         load(1, 2, template, strict=True, together=False)
         for value in template.values():
@@ -439,8 +429,6 @@ def test_parts_of_dtensors_whose_elements_share_memory_are_filled():
         with pytest.raises(MismatchError, match="s: expected elements that share memory"):
             apart(1, 2, template, together=False)
         assert not template["s"]._local_tensor.any()
-    finally:
-        dist.destroy_process_group()
 
 
 def test_replicas_that_share_memory_as_conjugates_come_back_into_such_a_template():
@@ -465,9 +453,7 @@ def test_parts_of_tied_tensors_that_differ_do_not_go_into_one_memory():
     """A template that ties DTensors which want other parts of a tied tensor is refused, and untouched."""
     whole = torch.arange(16.0).reshape(4, 4)
     load = save(2, lambda _: {"a": whole, "b": whole}, ["*"])
-    placements._known.clear()
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
-    try:
+    with as_rank(1, 4):
         local = torch.zeros(2, 2)
         template = {
             key: DTensor.from_local(local, grid(), layout, run_check=False)
@@ -479,8 +465,6 @@ def test_parts_of_tied_tensors_that_differ_do_not_go_into_one_memory():
         template["b"] = template["a"]
         load(1, 4, template, together=False)
         assert local.tolist() == [[2, 3], [6, 7]]
-    finally:
-        dist.destroy_process_group()
 
 
 def test_of_tied_tensors_only_those_that_did_require_gradients():
@@ -516,16 +500,10 @@ def test_all_is_checked_before_the_first_byte_is_written(tmp_path, what):
         data = file.read_bytes()
         file.write_bytes(data.replace(wanted, b"9" + wanted[1:]))
     template = {"a": torch.zeros(4, 3), "x": None}
-    if what == "conj":
-        placements._known.clear()
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-        template["x"] = part_of(torch.zeros(4, dtype=torch.complex64), mesh(0, 1), Shard(0))
-    try:
-        with pytest.raises(CorruptCheckpointError) as caught:
-            load(0, 2, template, verify="first", together=False)
-    finally:
+    with as_rank(0, 2) if what == "conj" else nullcontext(), pytest.raises(CorruptCheckpointError) as caught:
         if what == "conj":
-            dist.destroy_process_group()
+            template["x"] = part_of(torch.zeros(4, dtype=torch.complex64), mesh(0, 1), Shard(0))
+        load(0, 2, template, verify="first", together=False)
     assert not caught.value.targets_modified
     assert not template["a"].any()
 
@@ -641,12 +619,8 @@ def test_a_scalar_of_a_mesh_without_this_rank():
 
     load = save(4, state)
     assert load() == {"s": torch.tensor(3.0)}
-    placements._known.clear()
-    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
-    try:
+    with as_rank(3, 4):
         load(3, 4, state(3, 0.0), together=False)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(2, 2), (4, 2), (2, 4)])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from states import save
+from support.saves import save
 
 import milepost
 from milepost import errors

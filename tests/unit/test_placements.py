@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 import torch
-import torch.distributed as dist
-from memory_storage import MemoryStorage
+from support.disks import MemoryStorage
+from support.ranks import as_rank
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter
@@ -21,7 +21,6 @@ from milepost.config import CheckpointWriterConfig
 from milepost.errors import CheckpointNotFoundError, ConfigError, MismatchError, StateError
 from milepost.format.boxes import Piece
 from milepost.format.index import decode_index
-from milepost.state import placements
 from milepost.state.placements import Replicated, placed, ranges
 from milepost.types import RankInfo
 
@@ -34,19 +33,14 @@ _paths = itertools.count()
 
 @pytest.fixture
 def be():
-    """Makes this process a rank of a world; left again at the end, and whenever it is called anew."""
+    """Makes this process a rank of a world, until the end or the next call."""
+    with ExitStack() as stack:
 
-    def leave():
-        placements._known.clear()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        def enter(rank, size):
+            stack.close()
+            stack.enter_context(as_rank(rank, size))
 
-    def enter(rank, size):
-        leave()
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-
-    yield enter
-    leave()
+        yield enter
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from memory_storage import MemoryStorage
-from power import RecordingStorage, copy_out, disk_states
+from support.disks import MemoryStorage
+from support.power import RecordingStorage, copy_out, disk_states
 
 from milepost.errors import StorageError
 from milepost.storage.local import LocalStorage

@@ -11,21 +11,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
-from memory_storage import MemoryStorage
-from scenarios import descriptors, in_child
-from states import (
-    assert_same,
-    bytes_tensor,
-    data_file,
-    index_of,
-    load,
-    native_values,
-    object_values,
-    round_trip,
-    save,
-    sharing,
-    tensors_in,
-)
+from support.disks import MemoryStorage
+from support.processes import descriptors, in_child
+from support.saves import data_file, index_of, load, round_trip, save
+from support.states import assert_same, bytes_tensor, native_values, object_values, sharing, tensors_in
 
 from milepost import make_sync_checkpointer
 from milepost.checkpoint_reader import CheckpointReader

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from states import assert_same, load, round_trip, save, torch_load
+from support.saves import load, round_trip, save, torch_load
+from support.states import assert_same
 
 import milepost
 from milepost.errors import CheckpointNotFoundError, StateError, TargetError, UnsupportedTypeError

@@ -9,21 +9,16 @@ from collections import OrderedDict, defaultdict
 import numpy as np
 import pytest
 import torch
-from states import (
+from support.saves import data_file, index_of, load, round_trip, save, torch_load
+from support.states import (
     all_dtypes,
     array_values,
     assert_same,
     bytes_tensor,
-    data_file,
-    index_of,
-    load,
     native_values,
     object_values,
-    round_trip,
     savable_dtypes,
-    save,
     sharing,
-    torch_load,
 )
 
 from milepost.errors import StateError

@@ -12,9 +12,17 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from background import ONE, Collect, arenas, error_of, make, parts, result, state_of
-from scenarios import in_child
-from states import array_values, assert_same, bytes_tensor, load, native_values, object_values, savable_dtypes
+from support.background import Collect, arenas, error_of, make, parts, result, state_of
+from support.processes import in_child
+from support.saves import ONE, load
+from support.states import (
+    array_values,
+    assert_same,
+    bytes_tensor,
+    native_values,
+    object_values,
+    savable_dtypes,
+)
 
 from milepost.background.slot import Slot
 from milepost.background.staged import image_of

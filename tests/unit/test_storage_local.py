@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from support.processes import ended, fork, in_child
 
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, EntryExistsError, EntryNotFoundError, StorageError
@@ -35,18 +36,6 @@ def aligned(data: bytes) -> memoryview:
     view = syscalls.private_memory(max(len(data), 1))[: len(data)]
     view[:] = data
     return view
-
-
-def in_child(work):
-    """Run `work` in a forked child; true if it returned true."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            code = 0 if work() else 1
-        except BaseException:
-            code = 2
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 # ---------------------------------------------------------------------------- writing
@@ -521,10 +510,14 @@ def test_folders_without_fsync_are_left_alone(tmp_path, monkeypatch, number):
 def test_a_lock_ends_with_its_process(tmp_path):
     """The lock of a process that died is free."""
     (tmp_path / "f").write_bytes(b"")
-    assert in_child(lambda: STORAGE.lock(f"{tmp_path}/f") is not None)
+
+    def take():
+        assert STORAGE.lock(f"{tmp_path}/f")
+
+    assert in_child(take) == 0
     lock = STORAGE.lock(f"{tmp_path}/f", exclusive=True)
     assert lock
-    assert in_child(lambda: STORAGE.lock(f"{tmp_path}/f") is None)
+    assert in_child(take) == 1
     lock.release()
 
 
@@ -534,13 +527,14 @@ def test_forked_children_do_not_keep_a_lock(tmp_path):
     lock = STORAGE.lock(f"{tmp_path}/f", exclusive=True)
     ready, tell = os.pipe()
     wait, end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+
+    def child_lets_go():
         lock.release()
         os.write(tell, b"x")
         os.close(end)
         os.read(wait, 1)
-        os._exit(0)
+
+    pid = fork(child_lets_go)
     os.read(ready, 1)
     assert STORAGE.lock(f"{tmp_path}/f") is None
     os.close(lock._descriptor)  # what the system does when the owner is killed
@@ -549,7 +543,7 @@ def test_forked_children_do_not_keep_a_lock(tmp_path):
     assert other
     other.release()
     os.close(end)
-    os.waitpid(pid, 0)
+    assert ended(pid) == 0
     for descriptor in (ready, tell, wait):
         os.close(descriptor)
 
@@ -607,9 +601,8 @@ def test_a_forked_child_leaves_the_parents_files_alone(tmp_path):
         folder.close()
         with pytest.raises(StorageError):
             new.finish(0)
-        return True
 
-    assert in_child(child_ends_everything)
+    assert in_child(child_ends_everything) == 0
     new.write(0, memoryview(b"x"))
     new.finish(1)
     buffer = bytearray(7)

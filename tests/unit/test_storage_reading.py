@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_storage import MemoryStorage
+from support.disks import MemoryStorage
 
 from milepost import syscalls
 from milepost.errors import CorruptCheckpointError, StorageError

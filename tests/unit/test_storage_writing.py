@@ -8,7 +8,8 @@ import threading
 import weakref
 
 import pytest
-from memory_storage import MemoryStorage
+from support.disks import MemoryStorage
+from support.processes import in_child
 
 from milepost import syscalls
 from milepost.errors import EntryExistsError, StorageError
@@ -197,11 +198,12 @@ def test_a_forked_child_has_a_ring_of_its_own():
     ring = Ring(BLOCK)
     with ring.lease() as blocks:
         blocks[0][0] = 7
-        pid = os.fork()
-        if pid == 0:
+
+        def uses_it():
             with ring.lease() as own:
-                os._exit(int(own[0][0]))
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+                assert own[0][0] == 0
+
+        assert in_child(uses_it) == 0
         assert blocks[0][0] == 7
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from states import assert_same, index_of, load, sharing, torch_load
+from support.saves import index_of, load, torch_load
+from support.states import assert_same, sharing
 
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.config import CheckpointWriterConfig

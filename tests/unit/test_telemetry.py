@@ -6,7 +6,7 @@ import logging
 import threading
 
 import pytest
-from background import Collect, error_of, make, parts, result, state_of
+from support.background import Collect, error_of, make, parts, result, state_of
 
 from milepost.telemetry import Event, LoggingObserver, ProgressObserver, notify
 
@@ -111,7 +111,7 @@ def test_an_observer_may_use_the_checkpointer(tmp_path):
 
 def test_progress_that_fails_disturbs_nothing(tmp_path, caplog):
     """A process whose `on_progress` raises goes on."""
-    from background import ONE
+    from support.saves import ONE
 
     from milepost.checkpoint_process import CheckpointProcess, LeanWriter
     from milepost.config import CheckpointProcessConfig

@@ -9,16 +9,8 @@ from collections import Counter, OrderedDict, defaultdict
 import numpy as np
 import pytest
 import torch
-from states import (
-    assert_same,
-    bytes_tensor,
-    load,
-    object_values,
-    raw_bytes,
-    savable_dtypes,
-    save,
-    tensors_in,
-)
+from support.saves import load, save
+from support.states import assert_same, bytes_tensor, object_values, raw_bytes, savable_dtypes, tensors_in
 
 from milepost import make_sync_checkpointer
 from milepost.checkpoint_reader import CheckpointReader

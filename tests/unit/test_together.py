@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from background import together
+from support.processes import together
 
 from milepost import RankInfo, builder
 from milepost.barriers import Barrier, barrier_store
@@ -191,7 +191,7 @@ def begun(meet, seconds):
 
 def test_a_rank_that_gives_up_as_the_others_agree_agrees(meet, monkeypatch):
     """If the verdict comes just when a rank's time is up, that is what this rank returns, too."""
-    monkeypatch.setattr("milepost.ranks.load_meeting._GRACE_SECONDS", 0)
+    monkeypatch.setattr("milepost.ranks.load_meeting.GRACE_SECONDS", 0)
     first, second = begun(meet, 0.01)
     verdicts = []
     look = Round.absent
@@ -207,7 +207,7 @@ def test_a_rank_that_gives_up_as_the_others_agree_agrees(meet, monkeypatch):
 
 def test_a_rank_that_has_given_up_is_not_taken_to_agree(meet, monkeypatch):
     """If a rank gives up while rank 0 reads the reports, both say so, though rank 0 has read one of it."""
-    monkeypatch.setattr("milepost.ranks.load_meeting._GRACE_SECONDS", 0)
+    monkeypatch.setattr("milepost.ranks.load_meeting.GRACE_SECONDS", 0)
     first, second = begun(meet, 0.01)
     verdicts = []
     thread = threading.Thread(target=lambda: verdicts.append(second.hold(Report("a"))))
@@ -247,7 +247,7 @@ STEPS = [
 @pytest.mark.parametrize(("world", "misses"), MISSES)
 def test_ranks_are_in_step_after_loads_that_some_missed(monkeypatch, world, misses, first):
     """Whoever missed whatever loads, and whoever comes first to the next, all take part in that."""
-    monkeypatch.setattr("milepost.ranks.load_meeting._GRACE_SECONDS", 0)
+    monkeypatch.setattr("milepost.ranks.load_meeting.GRACE_SECONDS", 0)
     store = dist.HashStore()
     starts = life(store, world)
     for absent in misses:
@@ -261,7 +261,7 @@ def test_ranks_are_in_step_after_loads_that_some_missed(monkeypatch, world, miss
 @pytest.mark.parametrize("first", ["rank 0", "the others"])
 def test_ranks_that_were_killed_are_in_step_when_started_again(monkeypatch, first):
     """At a store that outlives them, what killed ranks have left at any operation is not taken for new."""
-    monkeypatch.setattr("milepost.ranks.load_meeting._GRACE_SECONDS", 0)
+    monkeypatch.setattr("milepost.ranks.load_meeting.GRACE_SECONDS", 0)
     last, killed = 0, True
     while killed:
         last, killed = last + 1, False
@@ -293,7 +293,7 @@ def try_all(meet, rank, broken):
 def test_a_rank_that_fails_waits_for_nobody(meet, monkeypatch, rank):
     """A rank that cannot load raises at once, and the others hear of it when they come, however late."""
     monkeypatch.setattr(
-        "milepost.ranks.load_meeting._GRACE_SECONDS", 0
+        "milepost.ranks.load_meeting.GRACE_SECONDS", 0
     )  # that rank 0 leaves those who are about to come
     with pytest.raises(OSError, match="broken"), meet(rank, 3).telling("a"):
         raise OSError("broken")
@@ -306,7 +306,7 @@ def test_a_rank_that_fails_waits_for_nobody(meet, monkeypatch, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_at_its_work_waits_for_nobody(meet, monkeypatch, rank):
     """A rank that fails while it reads raises at once, and the other hears of it when it has read."""
-    monkeypatch.setattr("milepost.ranks.load_meeting._GRACE_SECONDS", 0)
+    monkeypatch.setattr("milepost.ranks.load_meeting.GRACE_SECONDS", 0)
 
     def fail():
         raise OSError("broken")
@@ -329,7 +329,7 @@ def test_a_failure_is_heard_by_others_at_the_same_load(meet, broken):
 @pytest.mark.parametrize("steps", STEPS, ids="-".join)
 def test_ranks_are_in_step_one_load_after_some_failed_or_missed_it(monkeypatch, steps):
     """Whatever loads some ranks miss and others fail at, not waiting: one more load, and all are in step."""
-    monkeypatch.setattr("milepost.ranks.load_meeting._GRACE_SECONDS", 0)
+    monkeypatch.setattr("milepost.ranks.load_meeting.GRACE_SECONDS", 0)
     store, world = dist.HashStore(), len(steps[0])
     starts = life(store, world)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from memory_storage import MemoryStorage
-from states import assert_same, data_file, index_of, load, manifest_of, save
+from support.disks import MemoryStorage
+from support.saves import data_file, index_of, load, manifest_of, save
+from support.states import assert_same
 
 from milepost import checkpoint_writer
 from milepost.checkpoint_reader import CheckpointReader

@@ -31,7 +31,7 @@ _Kind = TypeVar("_Kind")
 _MEETINGS = 3
 """The most meetings that one load has: all fits, all is verified, all is read."""
 
-_GRACE_SECONDS = 5
+GRACE_SECONDS = 5
 """How much longer than rank 0 the others wait, and how long a rank 0 that failed waits for the others."""
 
 
@@ -210,7 +210,7 @@ class Meeting:
         Raises:
             PeerLoadError: The store cannot be reached.
         """
-        self._deadline = time.monotonic() + self._seconds + (_GRACE_SECONDS if self._rank else 0)
+        self._deadline = time.monotonic() + self._seconds + (GRACE_SECONDS if self._rank else 0)
         try:
             return self._hold(report)
         except StoreGoneError as error:
@@ -224,7 +224,7 @@ class Meeting:
     def _hold(self, report: Report) -> Verdict:
         failed = report.error is not None
         if self._round is None:
-            seconds = min(self._seconds, _GRACE_SECONDS) if failed else self._deadline - time.monotonic()
+            seconds = min(self._seconds, GRACE_SECONDS) if failed else self._deadline - time.monotonic()
             if not self._start.wait_for_answer(seconds):
                 return self._without([0])
             self._round = self._joined(failed=failed) if self._rank else self._opened()
@@ -272,7 +272,7 @@ class Meeting:
         if error is not None:
             verdict = now.decide(Verdict(failed=[(0, error)]))
             # The store may end with this process: ranks that are about to come are to hear first.
-            self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+            self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
             self._until(now.has, *range(now.ranks))
             return verdict
         if not self._until(now.has, *range(now.ranks)):

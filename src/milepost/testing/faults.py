@@ -45,6 +45,8 @@ class FaultyStorage:
 
     Attributes:
         operations: The counted operations so far, such as ``"rename /a/b"``.
+        faults: What `fail_at` was told; may be cleared.
+        before: As given; may be changed.
 
     Examples:
         >>> import errno
@@ -67,8 +69,8 @@ class FaultyStorage:
         self.inner = inner
         self.operations: list[str] = []
         self._counts = None if counts is None else frozenset(counts)
-        self._before = before
-        self._faults: list[tuple[int, float, Fault]] = []
+        self.before = before
+        self.faults: list[tuple[int, float, Fault]] = []
         self._guard = threading.Lock()
 
     def fail_at(self, number: int, error: Fault = "kill", *, times: int | None = 1) -> Self:
@@ -81,7 +83,7 @@ class FaultyStorage:
                 it in the middle of a write.
             times: How often.
         """
-        self._faults.append((number, float("inf") if times is None else number + times, error))
+        self.faults.append((number, float("inf") if times is None else number + times, error))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,12 +97,12 @@ class FaultyStorage:
     def _step(self, operation: str, path: str, torn: Callable[[], None] | None = None) -> None:
         if self._counts is not None and operation not in self._counts:
             return
-        if self._before:
-            self._before(operation, path)
+        if self.before:
+            self.before(operation, path)
         with self._guard:
             self.operations.append(f"{operation} {path}")
             number = len(self.operations)
-        for first, end, error in self._faults:
+        for first, end, error in self.faults:
             if not first <= number < end:
                 continue
             if isinstance(error, str):

@@ -1,17 +1,13 @@
-"""What the tests of faults, of several processes, and of damage have in common: states, saves, and checks."""
+"""Saves and loads of one rank, the scenarios of a save that is disturbed, and what must load after it."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
-import select
-import signal
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from milepost.checkpoint_reader import CheckpointReader
@@ -22,54 +18,62 @@ from milepost.checkpoint_writer import (
     partial_directory,
 )
 from milepost.errors import CheckpointNotFoundError, IncompleteCheckpointError
+from milepost.format.index import decode_index
+from milepost.format.manifest import decode_manifest
 from milepost.health.verify import verify
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import write_bytes
 from milepost.testing import FaultyStorage
 from milepost.types import RankInfo
+from support.disks import make_folders, put, tree
+from support.processes import KILLED, in_child
+from support.states import make_state, same
 
-SINGLE = RankInfo(0, 1)
-
-
-def make_state(number: int) -> dict[Any, Any]:
-    """A state dict of every storage form in a few hundred bytes: tensors, arrays, objects, values."""
-    weight = torch.arange(12, dtype=torch.float32).reshape(3, 4) + 100 * number
-    return {
-        "weight": weight,
-        "tied": weight,
-        "row": weight[1],
-        "transposed": weight.T,
-        "bfloat": torch.full((5,), number, dtype=torch.bfloat16),
-        "conj": torch.tensor([1 + 2j, 3 - 4j]).conj() * number,
-        "empty": torch.zeros(0, 3),
-        "sparse": torch.eye(2).to_sparse() * number,
-        "array": np.arange(4, dtype=np.int16) * number,
-        "words": np.array(["ab", f"{number:04}"]),
-        "numbers": [number, number / 3, 2**70 + number, float("nan"), None, (True, b"\0\xff")],
-        1: {"text": f"état {number}", None: -0.0},
-    }
+ONE = RankInfo(0, 1)
 
 
-def same(left: Any, right: Any) -> bool:
-    """Whether two values are the same, bit for bit."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, torch.Tensor):
-        if left.layout is not torch.strided:
-            return same(left.coalesce().indices(), right.coalesce().indices()) and same(
-                left.coalesce().values(), right.coalesce().values()
-            )
-        return (left.dtype, left.shape, left.is_conj()) == (right.dtype, right.shape, right.is_conj()) and (
-            left.resolve_conj().contiguous().reshape(-1).view(torch.uint8).tolist()
-            == right.resolve_conj().contiguous().reshape(-1).view(torch.uint8).tolist()
-        )
-    if isinstance(left, np.ndarray):
-        return (left.dtype, left.shape) == (right.dtype, right.shape) and left.tobytes() == right.tobytes()
-    if isinstance(left, dict):
-        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(same, left, right))
-    return repr(left) == repr(right)
+def save(
+    path: Any, state: Any, storage: Storage | None = None, *, attach: bool = False, **arguments: Any
+) -> str:
+    """Save a state dict, or the `make_state` of a step, with a writer of its own; the path as text."""
+    if isinstance(state, int):
+        state, arguments["step"] = make_state(state), state
+    hook = AddsFiles(storage) if attach else None
+    writer = CheckpointWriter(CheckpointWriterConfig(), ONE, commit_hook=hook, storage=storage)
+    try:
+        writer.write(str(path), state, **arguments)
+    finally:
+        writer.close()
+    return str(path)
+
+
+def load(path: Any, template: Any = None, storage: Storage | None = None, **options: Any) -> Any:
+    """Load what is at a path."""
+    return CheckpointReader(ONE, storage=storage).read(str(path), template, **options)[0]
+
+
+def round_trip(folder, state, **arguments):
+    return load(save(Path(folder) / "checkpoint", state), **arguments)
+
+
+def data_file(path, rank=0):
+    return f"{path}/checkpoint_{rank}.pt"
+
+
+def manifest_of(path):
+    return decode_manifest(Path(path, "manifest.json").read_bytes(), str(path))
+
+
+def index_of(path, rank=0):
+    return decode_index(Path(path, f"index_{rank}.json").read_bytes(), str(path))
+
+
+def raw_index_of(path, rank=0):
+    return json.loads(Path(path, f"index_{rank}.json").read_bytes())
+
+
+def torch_load(path, **arguments):
+    return torch.load(data_file(path), **arguments)
 
 
 class AddsFiles(WriterHook):
@@ -89,27 +93,6 @@ class AddsFiles(WriterHook):
         pass
 
 
-def save(
-    path: str, number: int, storage: Storage | None = None, *, attach: bool = False, **options: Any
-) -> None:
-    """Save state `number` with a writer of its own."""
-    writer = CheckpointWriter(
-        CheckpointWriterConfig(),
-        SINGLE,
-        commit_hook=AddsFiles(storage) if attach else None,
-        storage=storage,
-    )
-    try:
-        writer.write(path, options.get("state") or make_state(number), step=number)
-    finally:
-        writer.close()
-
-
-def load(path: str, template: Any = None, storage: Storage | None = None, **options: Any) -> Any:
-    """Load what is at a path."""
-    return CheckpointReader(SINGLE, storage=storage).read(path, template, **options)[0]
-
-
 def which(path: str, storage: Storage | None = None, *, verified: bool = True) -> int | None:
     """The number of the state at a path, which must be whole and as it was saved; None if there is none."""
     storage = default_storage() if storage is None else storage
@@ -125,25 +108,9 @@ def which(path: str, storage: Storage | None = None, *, verified: bool = True) -
     return number
 
 
-def names_in(storage: Storage, path: str) -> list[str]:
-    """The files below a folder, as relative paths."""
-    folder = storage.open_folder(path)
-    try:
-        found = []
-        for name in folder.names():
-            stat = folder.stat(name)
-            if stat is not None and stat.kind == "folder":
-                found += [f"{name}/", *(f"{name}/{inner}" for inner in names_in(storage, f"{path}/{name}"))]
-            else:
-                found.append(name)
-        return sorted(found)
-    finally:
-        folder.close()
-
-
 OURS = ["checkpoint_0.pt", "index_0.json", "manifest.json"]
-ATTACHED = ["logs/", "logs/loss.csv", "vocabulary.txt"]
-MINE = ["README", "plots/", "plots/loss.svg"]
+ATTACHED = ["logs/loss.csv", "vocabulary.txt"]
+MINE = ["README", "plots/loss.svg"]
 
 
 class Scenario:
@@ -184,10 +151,8 @@ class Scenario:
         elif self.before is not None:
             save(path, self.before, storage, attach=self.attach)
         for name in self.mine:
-            if name.endswith("/"):
-                storage.make_folder(f"{path}/{name[:-1]}")
-            else:
-                put(storage, f"{path}/{name}", b"mine: " + name.encode())
+            make_folders(storage, os.path.dirname(f"{path}/{name}"))
+            put(storage, f"{path}/{name}", b"mine: " + name.encode())
         return path
 
     def save(self, path: str, number: int, storage: Storage | None = None) -> None:
@@ -217,18 +182,14 @@ class Scenario:
         parent, name = os.path.split(path)
         folder = storage.open_folder(parent)
         assert folder.names() == [name]
-        assert names_in(storage, path) == sorted(OURS + (ATTACHED if self.attach else []) + self.mine)
         folder.close()
+        assert set(tree(storage, path)) == {*OURS, *(ATTACHED if self.attach else ()), *self.mine}
         self.check_mine(path, storage)
 
     def check_mine(self, path: str, storage: Storage | None = None) -> None:
         """The user's files are in the folder, as they were."""
-        storage = default_storage() if storage is None else storage
-        folder = storage.open_folder(path)
-        for name in self.mine:
-            if not name.endswith("/"):
-                assert folder.read(name, 1000) == b"mine: " + name.encode()
-        folder.close()
+        found = tree(default_storage() if storage is None else storage, path) if self.mine else {}
+        assert all(found.get(name) == b"mine: " + name.encode() for name in self.mine)
 
 
 PLAIN_STATE = {"plain": torch.arange(5), "epoch": 3}
@@ -242,59 +203,11 @@ SCENARIOS = [
 ]
 
 
-def put(storage: Storage, path: str, data: bytes) -> None:
-    """Write a file."""
-    file = storage.create(path)
-    file.write(0, memoryview(data))
-    file.finish(len(data))
-
-
 def torch_save(storage: Storage, path: str, state: Any) -> None:
     """Plain ``torch.save``, to any storage."""
-    import io
-
     stream = io.BytesIO()
     torch.save(state, stream)
     put(storage, path, stream.getvalue())
-
-
-def in_child(work: Callable[[], Any], seconds: float | None = None) -> int:
-    """Run `work` in a forked child; its exit code, negative for a signal. Torch must stay single-threaded.
-
-    A child that takes longer than `seconds` is killed, and that is a failure.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    try:
-        if seconds is not None:
-            with open(os.pidfd_open(pid), "rb") as ended:
-                in_time = select.select([ended], [], [], seconds)[0]
-            assert in_time, f"the child had not ended after {seconds} s, and was killed"
-        _, status = os.waitpid(pid, 0)
-    except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        raise
-    return os.waitstatus_to_exitcode(status)
-
-
-def descriptors() -> int:
-    """How many descriptors this process has open."""
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-KILLED = -signal.SIGKILL
 
 
 def killed_saves(scenario, root, kind="kill", counts=None, stride=1):

@@ -14,12 +14,11 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
-
-from memory_storage import MemoryStorage
+from typing import Any, Literal
 
 from milepost.storage import Folder, Lock, NewFile, RenameMode, Stat, Storage
 from milepost.storage.writing import publish_bytes
+from support.disks import MemoryStorage, put
 
 __all__ = ["Event", "RecordingStorage", "copy_out", "disk_states"]
 
@@ -251,20 +250,20 @@ class _Disk:
                 found += [(node, number) for number in range(content.durable, len(content.writes))]
         return found
 
-    def state(self, kept: frozenset[tuple[int, int]]) -> MemoryStorage:
-        """The disk on which, of all that may be lost, `kept` is there."""
+    def tree(self, kept: frozenset[tuple[int, int]]) -> dict[str, bytes | None]:
+        """What is there when, of all that may be lost, `kept` is: files with their bytes, and folders."""
         names: dict[_Name, int] = {}
         places: dict[int, _Name] = {}
         for number, change in enumerate(self.changes):
             if not change.awaited or (-1, number) in kept:
                 _move(names, places, change.moves)
-        storage = MemoryStorage()
-        self._build(storage, names, _ROOT, "", kept)
-        return storage
+        found: dict[str, bytes | None] = {}
+        self._list(found, names, _ROOT, "", kept)
+        return found
 
-    def _build(
+    def _list(
         self,
-        storage: MemoryStorage,
+        found: dict[str, bytes | None],
         names: dict[_Name, int],
         folder: int,
         path: str,
@@ -273,14 +272,12 @@ class _Disk:
         for (parent, name), node in names.items():
             if parent != folder:
                 continue
-            if node not in self.contents:
-                storage.make_folder(f"{path}/{name}")
-                self._build(storage, names, node, f"{path}/{name}", kept)
-                continue
-            data = self.contents[node].after({number for owner, number in kept if owner == node})
-            file = storage.create(f"{path}/{name}")
-            file.write(0, memoryview(data))
-            file.finish(len(data))
+            if node in self.contents:
+                data = self.contents[node].after({number for owner, number in kept if owner == node})
+                found[f"{path}/{name}"] = data
+            else:
+                found[f"{path}/{name}"] = None
+                self._list(found, names, node, f"{path}/{name}", kept)
 
     def _new(self) -> int:
         self._nodes += 1
@@ -317,8 +314,24 @@ def _move(names: dict[_Name, int], places: dict[int, _Name], moves: list[tuple[i
             places[node] = target
 
 
+def _disk_of(tree: dict[str, bytes | None]) -> MemoryStorage:
+    storage = MemoryStorage()
+    for path, data in tree.items():
+        if data is None:
+            storage.make_folder(path)
+        else:
+            put(storage, path, data)
+    return storage
+
+
 def disk_states(
-    log: Sequence[Event], upto: int | None = None, *, settled: int = 0, seed: int = 0, limit: int = 64
+    log: Sequence[Event],
+    upto: int | None = None,
+    *,
+    settled: int = 0,
+    seed: int = 0,
+    limit: int = 64,
+    seen: set[Any] | None = None,
 ) -> Iterator[MemoryStorage]:
     """The disks that may be found after a power cut when the first `upto` events had happened.
 
@@ -333,6 +346,7 @@ def disk_states(
         settled: How many of them had become durable in any case.
         seed: For the random choices.
         limit: About how many disks at most.
+        seen: Disks that need not be given again, as former calls with this set have given them.
     """
     disk = _Disk()
     for number, event in enumerate(log[:upto]):
@@ -341,11 +355,14 @@ def disk_states(
         disk.apply(event)
     if settled >= len(log[:upto]):
         disk.settle()
-    seen: set[frozenset[tuple[int, int]]] = set()
-    for kept in _subsets(disk.loose(), random.Random(seed), limit):
-        if kept not in seen:
-            seen.add(kept)
-            yield disk.state(kept)
+    subsets = dict.fromkeys(_subsets(disk.loose(), random.Random(seed), limit))
+    for tree in map(disk.tree, subsets):
+        if seen is not None:
+            before = len(seen)
+            seen.add(frozenset(tree.items()))
+            if len(seen) == before:
+                continue
+        yield _disk_of(tree)
 
 
 def _subsets(

@@ -1,7 +1,6 @@
-"""A file system in memory, for tests: the same contract as the local one, no disk.
+"""Disks of the tests: a file system in memory, storages that break off, and what is on a storage.
 
-One instance is one file system. Open files and folders are the things themselves, whatever happens to
-their names. Thread-safe.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from milepost.errors import CorruptCheckpointError, EntryNotFoundError, StorageError
-from milepost.storage import RenameMode, Stat
-
-__all__ = ["MemoryStorage"]
+from milepost.storage import RenameMode, Stat, Storage
+from milepost.testing import MUTATIONS, FaultyStorage
 
 
 def _error(number: int, operation: str, path: str) -> StorageError:
@@ -189,7 +187,11 @@ class _MemoryLock:
 
 
 class MemoryStorage:
-    """An empty file system with nothing but its root folder, ``/``. Two instances never compare equal."""
+    """A file system in memory: the same contract as the local one, no disk. Thread-safe.
+
+    It begins empty, with nothing but its root folder, ``/``. Two instances never compare equal. Open files
+    and folders are the things themselves, whatever happens to their names.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.RLock()
@@ -304,3 +306,117 @@ class MemoryStorage:
                 raise _error(errno.ENOENT, operation, named or path)
             node = node.entries[part]
         return node
+
+
+def put(storage: Storage, path: str, data: bytes, *, sync: bool = True) -> None:
+    """Write a file through a storage."""
+    file = storage.create(path)
+    try:
+        file.write(0, memoryview(data))
+    except BaseException:
+        file.discard()
+        raise
+    file.finish(len(data), sync=sync)
+
+
+def make_folders(storage: Storage, path: str) -> None:
+    """Make a folder and those above it."""
+    made = ""
+    for part in path.strip("/").split("/"):
+        made += f"/{part}"
+        if storage.stat(made) is None:
+            storage.make_folder(made)
+
+
+def tree(storage: Storage, path: str, prefix: str = "") -> dict[str, bytes]:
+    """All files below a folder, with their bytes; an empty folder as its name with a slash."""
+    found = {}
+    folder = storage.open_folder(path)
+    try:
+        for name in folder.names():
+            stat = folder.stat(name)
+            if stat.kind == "folder":
+                inner = tree(storage, f"{path}/{name}", f"{prefix}{name}/")
+                found |= inner or {f"{prefix}{name}/": b""}
+            else:
+                found[prefix + name] = folder.read(name, 1 << 20) if stat.kind == "file" else b""
+    finally:
+        folder.close()
+    return found
+
+
+def hidden(storage: Storage, path: str) -> list[str]:
+    """The hidden entries beside a checkpoint."""
+    folder = storage.open_folder(os.path.dirname(path))
+    try:
+        return [name for name in folder.names() if name.startswith(".")]
+    finally:
+        folder.close()
+
+
+class Wrapper:
+    """Passes everything on; tests override what they change."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class NoExchange(Wrapper):
+    """A file system that cannot swap two names."""
+
+    def rename(self, source, target, mode):
+        if mode == "exchange":
+            raise StorageError.wrap(OSError(errno.EOPNOTSUPP, "not supported"), "rename", target)
+        self.inner.rename(source, target, mode)
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing that runs afterwards has an effect."""
+
+
+class MortalStorage(FaultyStorage):
+    """Passes on to a storage until operation `dies_at`; from there on nothing is done, and locks are free.
+
+    It counts the operations that change something, and locks.
+    """
+
+    def __init__(self, inner: Storage, dies_at: float = float("inf"), before=None) -> None:
+        super().__init__(_Buried(inner, self), before=self._live)
+        self.dies_at, self.meanwhile = dies_at, before
+        self._count, self._locks = 0, []
+
+    @property
+    def dead(self) -> bool:
+        return self._count >= self.dies_at
+
+    def _live(self, operation: str, path: str) -> None:
+        if operation in MUTATIONS | {"lock"} - {"discard"}:
+            if self.meanwhile:
+                self.meanwhile(operation, path)
+            self._count += 1
+        if self.dead:
+            for lock in self._locks:
+                lock.release()
+            raise Killed(f"{operation} {path}")
+
+    def lock(self, path, *, exclusive=False):
+        lock = super().lock(path, exclusive=exclusive)
+        if lock is not None:
+            self._locks.append(lock)
+        return lock
+
+
+class _Buried(Wrapper):
+    """A storage whose files a dead `MortalStorage` does not discard."""
+
+    def __init__(self, inner: Storage, mortal: MortalStorage) -> None:
+        super().__init__(inner)
+        self._mortal = mortal
+
+    def create(self, path, *, direct=False):
+        file = Wrapper(self.inner.create(path, direct=direct))
+        file.discard = lambda: None if self._mortal.dead else file.inner.discard()
+        return file

@@ -1,19 +1,18 @@
-"""What the tests of the commit share: a small save in steps, the judgement of what a disk holds, storages."""
+"""A small save in steps, the judgement of what a storage holds, clocks and turns."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
-import os
 import threading
 import zlib
 
 from milepost.commit import Attempt, Clock, begin, check_target, locate, new_attempt_id
-from milepost.errors import CheckpointNotFoundError, EntryNotFoundError, StorageError
+from milepost.errors import CheckpointNotFoundError, EntryNotFoundError
 from milepost.format.index import DataFile, Index, Records, Tensors, encode_index
 from milepost.format.names import MANIFEST_NAME, data_name, is_own
 from milepost.storage import Storage
+from support.disks import hidden, put, tree
 
 _times = itertools.count(1.0)
 
@@ -21,26 +20,6 @@ _times = itertools.count(1.0)
 def content(step: int, rank: int = 0) -> bytes:
     """The data of a rank: more than two blocks, and no byte like that of another step or rank."""
     return f"step {step} rank {rank} ".encode().ljust(16) * 600
-
-
-def put(storage: Storage, path: str, data: bytes, *, sync: bool = True) -> None:
-    """Write a file through the storage."""
-    file = storage.create(path)
-    try:
-        file.write(0, memoryview(data))
-    except BaseException:
-        file.discard()
-        raise
-    file.finish(len(data), sync=sync)
-
-
-def make_folders(storage: Storage, path: str) -> None:
-    """Make a folder and those above it."""
-    made = ""
-    for part in path.strip("/").split("/"):
-        made += f"/{part}"
-        if storage.stat(made) is None:
-            storage.make_folder(made)
 
 
 def index_of(attempt: Attempt, step: int, fields=None, **more) -> Index:
@@ -144,30 +123,9 @@ def _compare(found) -> int:
     return manifest.step
 
 
-def tree(storage: Storage, path: str, prefix: str = "") -> dict[str, bytes]:
-    """All files below a folder, with their bytes; an empty folder as its name with a slash."""
-    found = {}
-    folder = storage.open_folder(path)
-    try:
-        for name in folder.names():
-            stat = folder.stat(name)
-            if stat.kind == "folder":
-                inner = tree(storage, f"{path}/{name}", f"{prefix}{name}/")
-                found |= inner or {f"{prefix}{name}/": b""}
-            else:
-                found[prefix + name] = folder.read(name, 1 << 20) if stat.kind == "file" else b""
-    finally:
-        folder.close()
-    return found
-
-
-def hidden(storage: Storage, path: str) -> list[str]:
-    """The hidden entries beside a checkpoint."""
-    folder = storage.open_folder(os.path.dirname(path))
-    try:
-        return [name for name in folder.names() if name.startswith(".")]
-    finally:
-        folder.close()
+def let_die(attempt: Attempt) -> None:
+    """Leave an attempt as the death of its process does: nothing is written or removed, its lock is free."""
+    attempt._release()
 
 
 def assert_clean(storage: Storage, path: str) -> None:
@@ -175,119 +133,6 @@ def assert_clean(storage: Storage, path: str) -> None:
     assert hidden(storage, path) == []
     ours = [name for name in tree(storage, path) if is_own(name) and name != MANIFEST_NAME]
     assert ours == []
-
-
-class Killed(BaseException):
-    """Stands for the death of the process: nothing that runs afterwards has an effect."""
-
-
-class MortalStorage:
-    """Passes on to a storage until operation `dies_at`; from there on nothing is done, and locks are free.
-
-    It counts the operations that change something, and locks.
-    """
-
-    def __init__(self, inner: Storage, dies_at: float = float("inf"), before=None) -> None:
-        self.inner, self.dies_at, self.before = inner, dies_at, before
-        self.operations: list[str] = []
-        self._locks: list = []
-
-    def step(self, operation: str, path: str) -> None:
-        if self.before:
-            self.before(operation, path)
-        self.operations.append(f"{operation} {path}")
-        if len(self.operations) >= self.dies_at:
-            for lock in self._locks:
-                lock.release()
-            raise Killed(self.operations[-1])
-
-    @property
-    def dead(self) -> bool:
-        return len(self.operations) >= self.dies_at
-
-    def create(self, path, *, direct=False):
-        self.step("create", path)
-        return _MortalFile(self, path, self.inner.create(path, direct=direct))
-
-    def make_folder(self, path, *, private=False):
-        self.step("make_folder", path)
-        self.inner.make_folder(path, private=private)
-
-    def make_public(self, path):
-        self.step("make_public", path)
-        self.inner.make_public(path)
-
-    def rename(self, source, target, mode):
-        self.step("rename", target)
-        self.inner.rename(source, target, mode)
-
-    def remove(self, path):
-        self.step("remove", path)
-        self.inner.remove(path)
-
-    def sync_folder(self, path):
-        self.step("sync_folder", path)
-        self.inner.sync_folder(path)
-
-    def sync_file(self, path):
-        self.step("sync_file", path)
-        self.inner.sync_file(path)
-
-    def is_network(self, path):
-        return self.inner.is_network(path)
-
-    def lock(self, path, *, exclusive=False):
-        self.step("lock", path)
-        lock = self.inner.lock(path, exclusive=exclusive)
-        if lock is not None:
-            self._locks.append(lock)
-        return lock
-
-    def open_folder(self, path):
-        if self.dead:
-            raise Killed(path)
-        return self.inner.open_folder(path)
-
-    def stat(self, path):
-        if self.dead:
-            raise Killed(path)
-        return self.inner.stat(path)
-
-
-class _MortalFile:
-    def __init__(self, storage: MortalStorage, path: str, inner) -> None:
-        self._storage, self._path, self._inner = storage, path, inner
-
-    def write(self, offset, data):
-        self._storage.step("write", self._path)
-        self._inner.write(offset, data)
-
-    def finish(self, size, *, sync=True):
-        self._storage.step("finish", self._path)
-        self._inner.finish(size, sync=sync)
-
-    def discard(self):
-        if not self._storage.dead:
-            self._inner.discard()
-
-
-class Wrapper:
-    """Passes everything on; tests override what they change."""
-
-    def __init__(self, inner: Storage) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-
-class NoExchange(Wrapper):
-    """A file system that cannot swap two names."""
-
-    def rename(self, source, target, mode):
-        if mode == "exchange":
-            raise StorageError.wrap(OSError(errno.EOPNOTSUPP, "not supported"), "rename", target)
-        self.inner.rename(source, target, mode)
 
 
 class StepClock:

@@ -1,33 +1,26 @@
-"""What the tests of background saves have in common: checkpointers, hooks that wait, kills, waiting."""
+"""Background saves: checkpointers, hooks that wait, kills, writers of users."""
 
 from __future__ import annotations
 
 import copy
 import os
 import signal
-import socket
-import threading
-import time
 from concurrent.futures import Future
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from milepost.builder import make_async_checkpointer
 from milepost.checkpoint_process import CheckpointProcess, LeanWriter
 from milepost.checkpoint_reader import CheckpointReader
-from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
+from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig
 from milepost.checkpointer import AsyncCheckpointer
 from milepost.config import AsyncConfig, CheckpointerConfig, CheckpointProcessConfig, CheckpointStagerConfig
 from milepost.health.verify import verify
 from milepost.staging import DefaultStager
 from milepost.storage import default_storage
-from milepost.types import RankInfo
-
-ONE = RankInfo(0, 1)
-PATIENCE = 60.0
-"""No wait of a test is longer, in seconds."""
+from support.processes import PATIENCE
+from support.saves import ONE, load
 
 
 def state_of(number, size=1000):
@@ -89,29 +82,13 @@ def error_of(future):
     return future.exception(PATIENCE)
 
 
-def wait_until(true, what="it"):
-    """Wait for something that another process does; fails after PATIENCE."""
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.005)
-
-
-def is_running(pid):
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def step_at(path):
     """The step of the verified checkpoint of a `state_of` at a path; None if there is none."""
     if not os.path.exists(f"{path}/manifest.json"):
         return None
     report = verify(default_storage(), str(path))
     assert not report.problems, report.problems
-    loaded = CheckpointReader(ONE).read(str(path))[0]
+    loaded = load(path)
     assert bool((loaded["w"] == loaded["step"]).all()), "old and new values are mixed"
     return loaded["step"]
 
@@ -125,81 +102,6 @@ def arenas():
         except FileNotFoundError:
             continue
     return found
-
-
-class Gate(WriterHook):
-    """Holds a save in pre_commit until `open` is called, and tells when one has come there.
-
-    It works across processes, by two FIFOs; whoever writes to them may come first.
-    """
-
-    def __init__(self, folder):
-        self.came, self.go = f"{folder}/came.fifo", f"{folder}/go.fifo"
-        for path in (self.came, self.go):
-            os.mkfifo(path)
-
-    def pre_commit(self, path, **kwargs):
-        with open(self.came, "w") as fifo:
-            fifo.write("x")
-        with open(self.go) as fifo:
-            fifo.read(1)
-
-    def post_commit(self, path, **kwargs):
-        pass
-
-    def wait_for_save(self):
-        """Returns when a save stands at the gate."""
-        with open(self.came) as fifo:
-            assert fifo.read(1) == "x"
-
-    def open(self):
-        """Let the save that stands there pass."""
-        with open(self.go, "w") as fifo:
-            fifo.write("x")
-
-
-class Diary(WriterHook):
-    """Writes down each call of a hook, with its process, in a file."""
-
-    def __init__(self, file, fail="", error=None):
-        self.file, self.fail, self.error = str(file), fail, error or ValueError("the hook is broken")
-
-    def pre_commit(self, path, **kwargs):
-        self._note("pre", path, kwargs)
-
-    def post_commit(self, path, **kwargs):
-        self._note("post", path, kwargs)
-
-    def _note(self, kind, path, kwargs):
-        with open(self.file, "a") as file:
-            file.write(f"{kind} {os.path.basename(path)} {kwargs.get('step')}\n")
-        if self.fail == kind:
-            raise self.error
-
-    def lines(self):
-        return Path(self.file).read_text().splitlines() if os.path.exists(self.file) else []
-
-
-class KillOnce(WriterHook):
-    """Kills the checkpoint process in a hook, the first time."""
-
-    def __init__(self, file, kind):
-        self.file, self.kind = str(file), kind
-
-    def pre_commit(self, path, **kwargs):
-        self._call("pre")
-
-    def post_commit(self, path, **kwargs):
-        self._call("post")
-
-    def _call(self, kind):
-        with open(self.file, "a") as file:
-            file.write(f"{kind}\n")
-        if kind == self.kind and Path(self.file).read_text().count(f"{kind}\n") == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def lines(self):
-        return Path(self.file).read_text().splitlines()
 
 
 class Collect:
@@ -274,37 +176,6 @@ def future_writer(rank_info):
     return FutureWriter()
 
 
-def fail_to_start(*arguments):
-    raise LookupError(f"no such device: {arguments}")
-
-
-def hang(*_):
-    """Never returns, but ends when its process is killed."""
-    signal.pause()
-
-
-def noisy_exit(*_):
-    os.write(2, b"some library says: giving up\n")
-    os._exit(7)
-
-
-def leave_a_process_behind(file):
-    """Fork a process that holds whatever this one has open."""
-    pid = os.fork()
-    if pid == 0:
-        signal.pause()
-    Path(file).write_text(str(pid))
-
-
-def held_socket():
-    """A socket pair of the kind that the channel uses."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
-def fail_to_start_with_rank(rank_info):
-    raise LookupError(f"rank {rank_info.global_rank} of {rank_info.global_world_size}")
-
-
 class ShoutingWriter:
     """A writer that ends its process with some last words."""
 
@@ -315,21 +186,3 @@ class ShoutingWriter:
 
 def shouting_writer(rank_info):
     return ShoutingWriter()
-
-
-def together(*works):
-    """What each rank's work returned or raised; each is run in a thread of its own."""
-    results = [None] * len(works)
-
-    def run(rank):
-        try:
-            results[rank] = works[rank]()
-        except BaseException as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results

@@ -1,67 +1,36 @@
-"""Helpers of the tests: states of every kind, and a comparison that misses no bit."""
+"""States of every kind, and a comparison that misses no bit."""
 
 from __future__ import annotations
 
 import io
-import json
 import struct
 import warnings
 from collections import Counter, OrderedDict, defaultdict
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from hypothesis import currently_in_test_context, reject
-
-from milepost.checkpoint_reader import CheckpointReader
-from milepost.checkpoint_writer import CheckpointWriter
-from milepost.config import CheckpointWriterConfig
-from milepost.format.index import decode_index
-from milepost.format.manifest import decode_manifest
-from milepost.types import RankInfo
-
-ONE = RankInfo(0, 1)
 
 
-def save(path, state, **arguments):
-    """Save one state with a writer of its own; returns the path as text."""
-    writer = CheckpointWriter(CheckpointWriterConfig(), ONE)
-    try:
-        writer.write(str(path), state, **arguments)
-    finally:
-        writer.close()
-    return str(path)
-
-
-def load(path, template=None, **arguments):
-    return CheckpointReader(ONE).read(str(path), template, **arguments)[0]
-
-
-def round_trip(folder, state, **arguments):
-    return load(save(Path(folder) / "checkpoint", state), **arguments)
-
-
-def data_file(path, rank=0):
-    return f"{path}/checkpoint_{rank}.pt"
-
-
-def manifest_of(path):
-    return decode_manifest(Path(path, "manifest.json").read_bytes(), str(path))
-
-
-def index_of(path, rank=0):
-    return decode_index(Path(path, f"index_{rank}.json").read_bytes(), str(path))
-
-
-def raw_index_of(path, rank=0):
-    return json.loads(Path(path, f"index_{rank}.json").read_bytes())
-
-
-def torch_load(path, **arguments):
-    return torch.load(data_file(path), **arguments)
+def make_state(number: int) -> dict[Any, Any]:
+    """A state dict of every storage form in a few hundred bytes: tensors, arrays, objects, values."""
+    weight = torch.arange(12, dtype=torch.float32).reshape(3, 4) + 100 * number
+    return {
+        "weight": weight,
+        "tied": weight,
+        "row": weight[1],
+        "transposed": weight.T,
+        "bfloat": torch.full((5,), number, dtype=torch.bfloat16),
+        "conj": torch.tensor([1 + 2j, 3 - 4j]).conj() * number,
+        "empty": torch.zeros(0, 3),
+        "sparse": torch.eye(2).to_sparse() * number,
+        "array": np.arange(4, dtype=np.int16) * number,
+        "words": np.array(["ab", f"{number:04}"]),
+        "numbers": [number, number / 3, 2**70 + number, float("nan"), None, (True, b"\0\xff")],
+        1: {"text": f"état {number}", None: -0.0},
+    }
 
 
 def raw_bytes(tensor):
@@ -120,6 +89,8 @@ def _tensor_differences(a, b, where):
     if facts[0] != facts[1]:
         return [f"{where}: {facts[0]} and {facts[1]}"]
     a, b = a.detach(), b.detach()
+    if hasattr(a, "to_local"):  # DTensors: what this rank holds
+        a, b = a.to_local(), b.to_local()
     if a.is_nested:
         return differences(list(a.unbind()), list(b.unbind()), where)
     if a.shape != b.shape:
@@ -146,6 +117,11 @@ def _tensor_differences(a, b, where):
     if a.numel() and a.stride() != b.stride():
         return [f"{where}: strides {a.stride()} and {b.stride()}"]
     return [] if raw_bytes(a) == raw_bytes(b) else [f"{where}: other values"]
+
+
+def same(a, b):
+    """Whether two values are the same, bit for bit."""
+    return not differences(a, b)
 
 
 def assert_same(a, b):
@@ -209,6 +185,9 @@ def torch_parts(placement, tensor, count):
     Torch 2.7 divides strided shards only if that is even. Others are no examples there, for hypothesis, and
     a skip for a test without it.
     """
+    import pytest
+    from hypothesis import currently_in_test_context, reject
+
     try:
         return placement._split_tensor(tensor, count, with_padding=False, contiguous=True)[0]
     except AssertionError as error:

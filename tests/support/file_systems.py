@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from background import wait_until
-from scenarios import in_child
+
+from support.processes import in_child, wait_until
 
 LOOKS = 3
 """How often a client of the lying file system tells what has changed since."""
@@ -156,6 +156,13 @@ def become_client(other: str, folder: str) -> None:
     """From now on this process sees the folder of another client in place of its own."""
     assert _LIBC.unshare(_NEW_MOUNTS) == 0
     _run("mount", "--bind", other, folder)
+
+
+def hide(folder: str) -> None:
+    """From now on this process sees an empty folder of its own in place of this one."""
+    assert _LIBC.unshare(_NEW_MOUNTS) == 0
+    _run("mount", "--make-rprivate", "/")
+    _run("mount", "-t", "tmpfs", "none", folder)
 
 
 def _folders(scratch: str, *names: str) -> list[str]:
