@@ -8,11 +8,11 @@ One turn of a row makes new processes, in this order:
    what that save has left there.
 2. A new process with a state of its own, all memory touched, loads: the *restart*.
 3. In full runs another process loads the same: *again*. The page cache holds what the second one left there.
-4. *Warm* is a load by a new process while the page cache holds every byte. The last load was one, if the page
-   cache held all of it before. If not, the checkpoint is copied with `cp -r`, as users do to keep or to move
-   one: then the page cache holds all of the copy, whatever the library, and one more process loads that.
-5. The process that loaded warm loads *cold*: after fsync and POSIX_FADV_DONTNEED, which the host of a
+4. The last of these processes also loads *cold*: after fsync and POSIX_FADV_DONTNEED, which the host of a
    virtual machine does not see.
+5. *Warm* is a load by a new process while the page cache holds every byte. The last load before the cold one
+   was that, if the page cache held all of it before. If not, the checkpoint is copied with `cp -r`, as users
+   do to keep or to move one: then the page cache holds all of the copy, and one more process loads that.
 6. In full runs the trainer also loads right after a save, other ones prepare before they save or are watched
    for memory.
 """
@@ -232,28 +232,29 @@ class Cycle:
                 process.call("cold")
                 found["verify"] = process.call("verify", limit=self._left())
 
-        def rest(process: Worker) -> None:
-            """What is measured after the warm load."""
+        def more(process: Worker) -> None:
+            """Load in other ways after the warm load."""
             for way in process.call("more_loads") if self.full else ():
                 found[f"warm, {way}"] = process.call("load", saved, way, limit=self._left())["seconds"]
-            if not self.peer.objects:  # these load once a process
-                cold(process)
 
         path, names = self.folder, ("restart", "again") if self.full else ("restart",)
         for name in names:
             with self._trainer(path) as process:
                 note(name, process)
-                if name == names[-1] and found[f"{name} cached"] == 1:
+                last = name == names[-1]
+                if last and found[f"{name} cached"] == 1:
                     found |= {f"warm{what}": found[name + what] for what in ("", " read", " cached")}
-                    rest(process)
+                    more(process)
+                if last and not self.peer.objects:  # these load once a process
+                    cold(process)
+        if self.peer.objects:
+            with self._trainer(path) as process:
+                cold(process)
         if "warm" not in found:
             path = self.folder + "-copy"
             with self._trainer(path, meanwhile=lambda: self._copy(path)) as process:
                 note("warm", process)
-                rest(process)
-        if self.peer.objects:
-            with self._trainer(path) as process:
-                cold(process)
+                more(process)
         return path
 
     def _copy(self, path: str) -> None:

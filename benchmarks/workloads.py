@@ -75,13 +75,12 @@ def fill(tensors: list[torch.Tensor], scale: float = 1.0) -> None:
     if tensors[0].is_meta:
         return
     numbers = tile()
-    with torch.no_grad():
-        for number, value in enumerate(tensors):
-            flat = value.detach().view(-1)
-            start = number * 7919 % TILE
-            for offset in range(0, flat.numel(), TILE):
-                part = flat[offset : offset + TILE]
-                torch.mul(numbers[start : start + part.numel()], scale, out=part)
+    for number, value in enumerate(tensors):
+        flat = value.detach().view(-1)
+        start = number * 7919 % TILE
+        for offset in range(0, flat.numel(), TILE):
+            part = flat[offset : offset + TILE]
+            torch.mul(numbers[start : start + part.numel()], scale, out=part)
 
 
 @dataclass(frozen=True)
