@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("", "show", "verify", "ls", "doctor")
+COMMANDS = ("", "show", "verify", "ls", "doctor", "rm")
 
 
 def help_of(command: str) -> str:

@@ -16,17 +16,17 @@ from pathlib import Path
 
 TOP = "top level"
 BUDGETS = {
-    "background": 1_360,
-    "cli": 725,
-    "commit": 2_885,
-    "format": 2_355,
-    "health": 1_010,
-    "loading": 1_270,
+    "background": 1_460,
+    "cli": 770,
+    "commit": 3_005,
+    "format": 2_365,
+    "health": 1_035,
+    "loading": 1_300,
     "ranks": 680,
-    "state": 1_170,
+    "state": 1_180,
     "storage": 1_160,
     "testing": 490,
-    TOP: 2_230,
+    TOP: 2_315,
 }
 """The lines of code that each package may have. Their sum is the budget of all."""
 
@@ -37,8 +37,6 @@ MAX_TOP_FILES = 18
 MAX_LINES = {ast.ClassDef: 300, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
 
 REASONS: dict[str, str] = {
-    "builder.py:make_async_checkpointer": "not taken apart yet",
-    "checkpointer.py:AsyncCheckpointer": "not taken apart yet",
     "testing/contract.py:StorageContract": "a class of tests, one for each promise of a storage",
 }
 """Classes and functions that may be longer, as "package/module.py:Class.method", each with the reason."""

@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -99,15 +100,7 @@ def make_async_checkpointer(
     validate(config)
     _check_hook(commit_hook)
     rank_info = _checked_rank(rank_info)
-    options = config.async_config
-    if options.when_busy == "skip" and rank_info.global_world_size > 1:
-        raise ConfigError('async_config.when_busy="skip" with several ranks would skip different saves')
-    if config.barrier_config.barrier_type == "dist_barrier":
-        raise ConfigError(
-            "dist_barrier cannot be used with an async checkpointer: it would use the training's process "
-            "group from another thread",
-            hint='use barrier_type="tcp_store", or no barrier',
-        )
+    _check_async(config, rank_info)
     own = (
         subprocess_init_fn is default_subprocess_init_fn
         and checkpoint_writer_init_fn is default_writer_init_fn
@@ -116,7 +109,6 @@ def make_async_checkpointer(
     meets = _meets(config, rank_info, own=own)
     barrier = create_barrier_from_config(config.barrier_config) if own else None
     reader = _reader(config, rank_info, barrier)
-    fallback: CheckpointWriter | None = None
     checkpointers: list[weakref.ref[AsyncCheckpointer]] = []
 
     def on_progress(target: str, phase: str, done: int, size: int) -> None:
@@ -124,34 +116,41 @@ def make_async_checkpointer(
         if checkpointer is not None:
             checkpointer.on_progress(target, phase, done, size)
 
-    def encoder() -> StateEncoder:
-        return StateEncoder(rank_info, config.writer_config.replicated)
-
-    stager = DefaultStager(config.staging_config, encoder=encoder())
+    encoder = partial(StateEncoder, rank_info, config.writer_config.replicated)
+    make_process = partial(
+        CheckpointProcess, rank_info, config.process_config, on_progress=on_progress, encoder=encoder
+    )
+    fallback: CheckpointWriter | None = None
     if own:
-        lean = LeanWriter(config.writer_config, barrier, commit_hook, meets=meets)
-        process = CheckpointProcess(
-            rank_info, config.process_config, lean=lean, on_progress=on_progress, encoder=encoder
-        )
+        process = make_process(lean=LeanWriter(config.writer_config, barrier, commit_hook, meets=meets))
         fallback = CheckpointWriter(config.writer_config, rank_info, barrier, commit_hook, meets=meets)
     else:
         if commit_hook is not None or config.barrier_config.barrier_type is not None:
             logger.warning(
                 "a writer of your own gets its own arguments only: no barrier_config and no commit_hook"
             )
-        process = CheckpointProcess(
-            rank_info,
-            config.process_config,
-            subprocess_init_fn,
-            subprocess_init_args,
-            checkpoint_writer_init_fn,
-            checkpoint_writer_init_args,
-            on_progress=on_progress,
-            encoder=encoder,
+        process = make_process(
+            subprocess_init_fn=subprocess_init_fn,
+            subprocess_init_args=subprocess_init_args,
+            checkpoint_writer_init_fn=checkpoint_writer_init_fn,
+            checkpoint_writer_init_args=checkpoint_writer_init_args,
         )
-    checkpointer = AsyncCheckpointer(stager, process, reader, config=options, fallback=fallback)
+    stager = DefaultStager(config.staging_config, encoder=encoder())
+    checkpointer = AsyncCheckpointer(stager, process, reader, config=config.async_config, fallback=fallback)
     checkpointers.append(weakref.ref(checkpointer))
     return checkpointer
+
+
+def _check_async(config: CheckpointerConfig, rank_info: RankInfo) -> None:
+    """Refuse options that background saves cannot honour."""
+    if config.async_config.when_busy == "skip" and rank_info.global_world_size > 1:
+        raise ConfigError('async_config.when_busy="skip" with several ranks would skip different saves')
+    if config.barrier_config.barrier_type == "dist_barrier":
+        raise ConfigError(
+            "dist_barrier cannot be used with an async checkpointer: it would use the training's process "
+            "group from another thread",
+            hint='use barrier_type="tcp_store", or no barrier',
+        )
 
 
 def _reader(config: CheckpointerConfig, rank_info: RankInfo, barrier: object) -> CheckpointReader:
@@ -177,7 +176,12 @@ def _checked_rank(rank_info: RankInfo | None) -> RankInfo:
                 f"rank_info=RankInfo({own}, {world}); for a rank that saves alone, pass RankInfo(0, 1)",
             )
         return RankInfo(0, 1)
-    rank, size = (getattr(rank_info, name, None) for name in ("global_rank", "global_world_size"))
+    if not (hasattr(rank_info, "global_rank") and hasattr(rank_info, "global_world_size")):
+        raise ConfigError(
+            f"rank_info must be a RankInfo, not a {type(rank_info).__name__}: {rank_info!r}",
+            hint="rank_info=RankInfo(global_rank, global_world_size), such as RankInfo(0, 1)",
+        )
+    rank, size = rank_info.global_rank, rank_info.global_world_size
     if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
         raise ConfigError(f"rank_info must have 0 <= global_rank < global_world_size, not {rank_info!r}")
     return rank_info

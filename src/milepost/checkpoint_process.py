@@ -23,11 +23,10 @@ from milepost.background.futures import Failures
 from milepost.background.messages import Channel, Init, Write, encode_path
 from milepost.background.staged import StagedImage, image_of
 from milepost.barriers import barrier_store
-from milepost.commit import absolute_path, check_target, process_id
+from milepost.commit import absolute_path, check_target, given_path, process_id
 from milepost.commit.save import SaveOptions, telling_others
 from milepost.config import CheckpointProcessConfig, CheckpointWriterConfig
 from milepost.errors import (
-    AbortedError,
     ClosedError,
     CommitError,
     ConfigError,
@@ -43,7 +42,7 @@ from milepost.ranks.save_meeting import Ranks
 from milepost.staging import DefaultStager
 from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
-from milepost.types import STATE_DICT, RankInfo
+from milepost.types import STATE_DICT, RankInfo, StrPath
 from milepost.utils import OwnedByProcess, gc_paused
 
 __all__ = [
@@ -227,10 +226,11 @@ class CheckpointProcess(OwnedByProcess):
         parts, custom = writer.pickles()
         self._main = _main_module() if writer.wants_arguments else b""
         self._check_main(parts + custom)
+        argv = pickle.dumps([*map(str, getattr(sys, "argv", ()))])
         has_barrier = writer.barrier is not None
         self._orders = Orders(
             Init(rank, size, process_id(), timeout, has_barrier, config.nice, config.idle_io),
-            msgspec.msgpack.encode({"parts": parts, "main": self._main, "custom": custom}),
+            msgspec.msgpack.encode({"parts": parts, "main": self._main, "custom": custom, "argv": argv}),
             config.subprocess_init_timeout_secs,
             writer.barrier,
             on_progress or (lambda *_: None),
@@ -265,7 +265,14 @@ class CheckpointProcess(OwnedByProcess):
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def write(self, state_dict: STATE_DICT | Future[STATE_DICT], path: str, **kwargs: Any) -> Future[None]:
+    @property
+    def takes_keywords(self) -> bool:
+        """Whether a hook or a writer of the user's gets the keyword arguments of `write`."""
+        return self._writer.wants_arguments or type(self) is not CheckpointProcess
+
+    def write(
+        self, state_dict: STATE_DICT | Future[STATE_DICT], path: StrPath, **kwargs: Any
+    ) -> Future[None]:
         """Have the child write a state dict; returns at once, with a future that is done when it has.
 
         On return (for a future: when that is done) the request is in the child's hands, and is carried out
@@ -283,7 +290,7 @@ class CheckpointProcess(OwnedByProcess):
                 counts as a write, of which the others are told.
         """
         self._check_open()
-        request = self._request(path, kwargs)
+        request = self._request(given_path(path), kwargs)
         with self._ending(request):
             future = self._accept(request)
             if isinstance(state_dict, Future):
@@ -323,7 +330,8 @@ class CheckpointProcess(OwnedByProcess):
     def _accept(self, request: Request) -> WriteFuture:
         with self._lock:
             self._check_open()
-            self._failures.raise_oldest(AbortedError)  # `close` raises what another rank failed in
+            # What failed because another rank did is kept: `close` raises it.
+            self._failures.raise_oldest(refused=request.options.target)
             self._numbers += 1
             future = WriteFuture(request, self._numbers)
         future.set_running_or_notify_cancel()  # an accepted request is carried out: nobody can cancel it
@@ -345,7 +353,8 @@ class CheckpointProcess(OwnedByProcess):
     def _submit(self, future: WriteFuture, state_dict: STATE_DICT | None = None) -> None:
         """Send a request to the child, with the image of a state dict, or with the one that it holds."""
         request = future.request
-        with error_context(path=request.path, rank=self._rank), gc_paused():
+        alone = request.options.world_size == 1
+        with error_context(path=request.path, rank=self._rank, alone=alone), gc_paused():
             labels = self._writer.labels(request)
             arguments = _pickled(request.arguments) if self._writer.wants_arguments else b""
             self._check_main(arguments)
@@ -387,7 +396,7 @@ class CheckpointProcess(OwnedByProcess):
         request.held = None
         options = request.options
         if isinstance(error, MilepostError):
-            error.located(path=request.path, rank=self._rank)
+            error.located(path=request.path, rank=self._rank, alone=options.world_size == 1)
         if request.meeting is not None:
             request.meeting.close(None, error)
         if self._writer.tells and options.world_size > 1:
@@ -425,10 +434,6 @@ class CheckpointProcess(OwnedByProcess):
         """The writes that were not known to be committed, and have failed since; each is returned once."""
         return self._ranks.failures()
 
-    def raise_unseen(self) -> None:
-        """Raise the oldest failure of a write that nobody has looked at; each is raised once."""
-        self._failures.raise_oldest()
-
     def close(self) -> None:
         """Finish the writes that were accepted, and end the child; it is gone on return.
 
@@ -451,7 +456,7 @@ class CheckpointProcess(OwnedByProcess):
             self._child.stop()
             if self._stager is not None:
                 self._stager.close()
-        self.raise_unseen()
+        self._failures.raise_oldest()
 
     def stalled(self) -> bool:
         """Whether nothing has moved for so long that `close` would not wait any more."""

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from milepost.commit import Checkpoint, locate
+from milepost.commit import Checkpoint, given_path, locate
 from milepost.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -25,7 +25,7 @@ from milepost.loading.source import CheckpointSource
 from milepost.loading.template import Match
 from milepost.ranks.load_meeting import Meeting, Report, default_meeting, refuse
 from milepost.storage import Storage, default_storage
-from milepost.types import STATE_DICT, RankInfo
+from milepost.types import STATE_DICT, RankInfo, StrPath
 from milepost.utils import gc_paused
 
 __all__ = ["CheckpointReader", "load_with"]
@@ -62,7 +62,7 @@ class CheckpointReader:
 
     def read(
         self,
-        path: str,
+        path: StrPath,
         state_dict: STATE_DICT | None = None,
         *,
         map_location: Any = None,
@@ -71,6 +71,7 @@ class CheckpointReader:
         allow_missing: Sequence[str] = (),
         rename: Mapping[str, str] | None = None,
         together: bool = True,
+        cast: bool = False,
         **kwargs: Any,
     ) -> tuple[STATE_DICT, list[str]]:
         """Read what this rank needs of the checkpoint at `path`.
@@ -98,14 +99,17 @@ class CheckpointReader:
             verify: True; False to skip the checksums; "first" to read twice, checking all before the
                 template is touched.
             strict: Refuse keys of the template that were not saved, before anything is changed. Otherwise
-                they, and saved keys that the template lacks, are one warning in the log.
+                they, and saved keys that the template lacks, are one warning in the log. If not strict, a
+                template that only lacks whole parts of what was saved, such as ``optimizer``, is none.
             allow_missing: Patterns (``*`` is any text) of paths that need not have been saved; what is let
                 pass is named in the log, and is not among the missing keys.
             rename: From the path at which something was saved to the one that it has in the template, such
                 as ``{"model.old.*": "model.new.*"}``; what is renamed is named in the log, and so are
                 renames that fit nothing.
+            cast: Convert what was saved to the dtypes of the template's tensors and arrays, as
+                ``load_state_dict`` does. Complex values are converted to complex dtypes only.
             together: False to load on this rank alone although there is a process group.
-            kwargs: Accepted for compatibility with ``torch.load`` and ignored.
+            kwargs: Accepted and ignored; the log names those that ``torch.load`` does not have.
 
         Returns:
             The state dict (the template, if one was given), and the topmost paths in the template that
@@ -123,15 +127,17 @@ class CheckpointReader:
         if unknown:
             logger.warning("load ignores the unknown arguments %s", sorted(unknown))
         rank = self._rank_info.global_rank
+        path = given_path(path, CheckpointNotFoundError)
         meeting = self._meeting() if together else None
-        with error_context(path=path, rank=rank, phase="load"):
-            with nullcontext() if meeting is None else meeting.telling(str(path)):
-                names = _checked(state_dict, verify, rename, allow_missing)
+        alone = self._rank_info.global_world_size == 1
+        with error_context(path=path, rank=rank, phase="load", alone=alone):
+            with nullcontext() if meeting is None else meeting.telling(path):
+                names = _checked(state_dict, verify, rename, allow_missing, cast)
                 source, found, identity = self._prepared(
                     path, state_dict, map_location, verify, names, alone=meeting is None
                 )
             with source:
-                report = Report(str(path), identity, strict=strict, first=verify == "first")
+                report = Report(path, identity, strict=strict, first=verify == "first")
                 first = self._judge(path, found or Match(), report, meeting)
                 loaded: list[STATE_DICT] = []
                 work = [(source.check, False)] if first else []
@@ -140,9 +146,9 @@ class CheckpointReader:
                     if meeting is None:
                         part()
                     else:
-                        meeting.agree(Report(str(path)), part, modifies=modifies)
+                        meeting.agree(Report(path), part, modifies=modifies)
         if found is not None:
-            _tell(path, found)
+            _tell(path, found, strict=strict)
         return loaded[0], found.missing if found is not None else []
 
     def _meeting(self) -> Meeting | None:
@@ -198,7 +204,10 @@ class CheckpointReader:
                 verdict.misfits,
             )
         if found.misfits or (strict and found.missing):
-            raise MismatchError(_differences(path, found, strict=strict), hint="nothing was changed")
+            hint = "nothing was changed"
+            if found.misfits:
+                hint += "; where dtypes alone differ, cast=True converts them"
+            raise MismatchError(_differences(path, found, strict=strict), hint=hint)
         return first
 
     def _load(
@@ -249,22 +258,30 @@ class CheckpointReader:
             )
 
 
-def _checked(template: object, verify: object, rename: Any, allow_missing: Sequence[str]) -> Names:
+def _checked(
+    template: object, verify: object, rename: Any, allow_missing: Sequence[str], cast: object
+) -> Names:
     """The names to use; raises for arguments that are not right."""
     if template is not None and not isinstance(template, dict):
         raise MismatchError(f"the template must be a dict, not {type(template).__name__}")
     if not (isinstance(verify, bool) or verify == "first"):
         raise ConfigError(f'verify must be True, False or "first", not {verify!r}')
-    names = Names(rename, allow_missing)
-    if template is None and names.renames:
-        raise ConfigError("rename needs a template: pass the state dict to load into")
+    if not isinstance(cast, bool):
+        raise ConfigError(f"cast must be True or False, not {cast!r}")
+    names = Names(rename, allow_missing, cast=cast)
+    if template is None and (names.renames or cast):
+        option = "rename" if names.renames else "cast"
+        raise ConfigError(f"{option} needs a template: pass the state dict to load into")
     return names
 
 
-def _tell(path: str, found: Match) -> None:
+def _tell(path: str, found: Match, *, strict: bool) -> None:
     """Name in the log what differs, what was let pass and what was renamed."""
-    if found.missing or found.unexpected or found.unused:
+    differs = found.missing or found.unexpected or found.unused
+    if differs and (strict or found.missing or found.unused or set(found.unexpected) - found.sections):
         logger.warning("%s", _differences(path, found))
+    elif differs:
+        logger.info("%s: the template does not ask for %s", path, "; ".join(found.unexpected))
     if found.allowed:
         logger.warning("%s lacks what is allowed to be missing: %s", path, "; ".join(found.allowed))
     if found.renamed:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from milepost.barriers import Barrier, barrier_store
-from milepost.commit import absolute_path, check_target
+from milepost.commit import absolute_path, check_target, given_path
 from milepost.commit.save import Copied, SaveOptions, partial_directory, save_snapshot, telling_others
 from milepost.config import CheckpointWriterConfig
 from milepost.errors import ClosedError, CommitError, PostCommitError, error_context
@@ -22,7 +22,7 @@ from milepost.state.encode import StateEncoder
 from milepost.storage import Storage, default_storage
 from milepost.storage.writing import Ring
 from milepost.telemetry import Event, Observer, notify
-from milepost.types import STATE_DICT, RankInfo
+from milepost.types import STATE_DICT, RankInfo, StrPath
 from milepost.utils import gc_paused
 
 __all__ = ["CheckpointWriter", "CheckpointWriterConfig", "WriterHook", "partial_directory"]
@@ -89,6 +89,7 @@ class CheckpointWriter:
         self._lock = threading.RLock()  # a hook may write, too
         self._closed = False
         self._observers = list(observers)
+        self._has_hook = commit_hook is not None
         options = SaveOptions(
             self._storage,
             rank_info.global_rank,
@@ -100,7 +101,12 @@ class CheckpointWriter:
         meets = meets and barrier is None
         self._ranks = Ranks(options, config.start_id, store=barrier_store(barrier), meets=meets)
 
-    def write(self, path: str, state_dict: STATE_DICT, **kwargs: Any) -> None:
+    @property
+    def takes_keywords(self) -> bool:
+        """Whether a hook or a subclass may read the keyword arguments of `write` that Milepost does not."""
+        return self._has_hook or type(self) is not CheckpointWriter
+
+    def write(self, path: StrPath, state_dict: STATE_DICT, **kwargs: Any) -> None:
         """Write a state dict to ``<path>/checkpoint_<rank>.pt`` and commit the checkpoint.
 
         On return this rank's part is durable; with one rank, or with a barrier, the whole checkpoint is
@@ -111,8 +117,8 @@ class CheckpointWriter:
             path: A folder that does not exist, is empty, or holds a checkpoint to replace. A relative
                 path means the folder at the time of the call.
             state_dict: What to save. It is read during the call only.
-            kwargs: Passed to the hooks. ``step`` (an integer) and ``metadata`` (plain values) are also
-                recorded in the checkpoint.
+            kwargs: Passed to the hooks; any are accepted. ``step`` (an integer) and ``metadata`` (plain
+                values) are also recorded in the checkpoint.
 
         Raises:
             StateError: The state dict, step or metadata cannot be saved; nothing was written.
@@ -122,6 +128,7 @@ class CheckpointWriter:
                 only now that an earlier write has failed on another rank: this one was written all the same.
             ClosedError: The writer was closed.
         """
+        path = given_path(path)
         earlier = self._ranks.failures()
         if not self.carry_out(path, state_dict, kwargs):
             logger.info("%s: this rank's part is written, not known to be committed", path)
@@ -131,7 +138,9 @@ class CheckpointWriter:
 
     def carry_out(self, path: str, state_dict: STATE_DICT, arguments: dict[str, Any]) -> bool:
         """Do what `write` does; whether the checkpoint is known to be committed."""
-        with self._lock, error_context(path=path, rank=self._rank_info.global_rank):
+        info = self._rank_info
+        alone = info.global_world_size == 1
+        with self._lock, error_context(path=path, rank=info.global_rank, alone=alone):
             if self._closed:
                 raise ClosedError("the writer is closed", hint="make a new one")
             target = absolute_path(path)
@@ -156,7 +165,7 @@ class CheckpointWriter:
                     meeting.join(_LAST_WORD_SECONDS)
             if not outcome.committed:
                 self._ranks.wrote(target, options.attempt)
-        logger.debug("wrote %s of %s", data_name(self._rank_info.global_rank), path)
+        logger.debug("wrote %s of %s", data_name(info.global_rank), path)
         return outcome.committed
 
     def close(self) -> None:

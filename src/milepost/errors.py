@@ -2,7 +2,8 @@
 
     MilepostError
     ├── ConfigError (ValueError)                   an option does not make sense
-    │   └── UnavailableError (AssertionError)      … as this process lacks what it needs
+    │   ├── UnavailableError (AssertionError)      … as this process lacks what it needs
+    │   └── UnknownArgumentError (TypeError)       … as no such argument exists
     ├── ClosedError (RuntimeError)                 used after close()
     ├── RemoteError (RuntimeError)                 something else, raised in the checkpoint process
     │   └── LostWriterError                        the checkpoint process ended unexpectedly
@@ -59,6 +60,7 @@ __all__ = [
     "StorageError",
     "TargetError",
     "UnavailableError",
+    "UnknownArgumentError",
     "UnsupportedFormatError",
     "UnsupportedTypeError",
     "error_context",
@@ -79,9 +81,11 @@ class MilepostError(Exception):
 
     Attributes:
         targets_modified: Tensors of a load's template had been written to when it happened.
+        alone: The job has one rank only: its number is left out of the text.
     """
 
     targets_modified: bool = False
+    alone: bool | None = None
 
     def __init__(
         self,
@@ -112,6 +116,7 @@ class MilepostError(Exception):
                 ("phase", self.phase),
             )
             if value is not None and (name in {"key", "rank"} or str(value) not in self.message)
+            if not (self.alone and (name == "rank" or (name, value) == ("phase", "load")))
         ]
         text = f"{self.message} ({', '.join(facts)})" if facts else self.message
         return f"{text}\nhint: {self.hint}" if self.hint else text
@@ -129,7 +134,7 @@ class MilepostError(Exception):
         return (_restore, (type(self), self.message, attributes))
 
     def located(self, **facts: Any) -> Self:
-        """Fill in those of path, rank, key and phase that are not known yet; returns self."""
+        """Fill in those of path, rank, key, phase and alone that are not known yet; returns self."""
         for name, value in facts.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -149,6 +154,10 @@ class ConfigError(MilepostError, ValueError):
 
 class UnavailableError(ConfigError, AssertionError):
     """An option needs a process group or an accelerator, and this process has none."""
+
+
+class UnknownArgumentError(ConfigError, TypeError):
+    """`save` or `load` was called with a keyword argument that nobody uses; nothing was done."""
 
 
 class ClosedError(MilepostError, RuntimeError):
@@ -286,7 +295,7 @@ class PeerLoadError(LoadError, RuntimeError):
 
 @contextmanager
 def error_context(**facts: Any) -> Iterator[None]:
-    """Add `path`, `rank`, `key` or `phase` to any MilepostError that passes, where it lacks them."""
+    """Add facts to any MilepostError that passes, where it lacks them: as `MilepostError.located`."""
     try:
         yield
     except MilepostError as error:

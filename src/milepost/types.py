@@ -1,14 +1,18 @@
-"""The two types that every other module speaks in."""
+"""The types that every other module uses."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["STATE_DICT", "RankInfo"]
+__all__ = ["STATE_DICT", "RankInfo", "StrPath"]
 
 STATE_DICT = dict[str, Any]
 """A state dict: string keys, any nesting of containers, tensors and plain values below them."""
+
+StrPath = str | os.PathLike[str]
+"""A path, as every function of Milepost takes it."""
 
 
 @dataclass

@@ -318,7 +318,10 @@ def strategy(request):
 
 @pytest.mark.parametrize("strategy", SHARED, indirect=True)
 def test_shared_tensors_stay_the_same_memory(start, tmp_path, strategy):
-    """A writer's changes to a tensor in shared memory are seen by the trainer, those to others are not."""
+    """A writer changes tensors in shared memory for the trainer too, and others for itself alone.
+
+    All are shared memory there. A part of a storage is still the same part of the same storage.
+    """
     if strategy == "file_system":  # torch keeps a process and its line for it
         assert in_child(lambda: share(start, tmp_path)) == 0
     else:
@@ -343,6 +346,11 @@ def share(start, tmp_path):
     assert torch.equal(base, expected)
     assert torch.equal(facts["part"][0], torch.arange(10.0, 20.0))
     assert torch.equal(facts["other part"][0], torch.arange(50.0, 90.0, 2))
+    for name, tensor in state.items():
+        _, is_shared, (_, size, offset) = facts[name]
+        storage = tensor.untyped_storage()
+        assert (is_shared, size, offset) == (True, storage.nbytes(), tensor.storage_offset()), name
+    assert facts["part"][2][0] == facts["other part"][2][0]
     assert {name: tensor.data_ptr() for name, tensor in state.items()} == addresses
     assert not state["plain"].is_shared()
     assert state["whole"].is_shared()
@@ -353,6 +361,55 @@ def test_hundreds_of_shared_tensors(start, tmp_path):
     state = {str(number): torch.zeros(2).share_memory_() for number in range(200)}
     result(start(writer=background.adding_writer).write(state, str(tmp_path / "facts")))
     assert all(tensor.tolist() == [1.0, 1.0] for tensor in state.values())
+
+
+def test_every_tensor_of_a_writer_is_in_shared_memory(start, tmp_path):
+    """Whatever a tensor was, `is_shared()` is true in the writer; the trainer's own stays as it was."""
+    state = {
+        "plain": torch.ones(3), "empty": torch.zeros(0), "large": torch.ones(1 << 20),
+        "view": torch.arange(12.0)[2:4], "turned": torch.ones(2, 3).T,
+        "parameter": torch.nn.Parameter(torch.ones(2), requires_grad=False),
+    }  # fmt: skip
+    result(start(writer=background.adding_writer).write(state, str(tmp_path / "facts")))
+    facts = torch.load(tmp_path / "facts", weights_only=False)
+    assert [name for name, (_, is_shared, _) in facts.items() if not is_shared] == []
+    assert [name for name, tensor in state.items() if tensor.is_shared()] == []
+    assert all(torch.equal(value, state[name]) for name, (value, _, _) in facts.items())
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # as what torch.load makes of storages
+def test_the_memory_of_tensors_can_be_passed_on(start, tmp_path):
+    """What reaches a writer can be pickled as a storage, copied, and sent through a queue, as any tensor."""
+    process = start(writer=background.passing_writer)
+    base = torch.arange(10.0).share_memory_()
+    result(process.write({"plain": torch.arange(5.0), "part": base[2:4]}, str(tmp_path)))
+    copied, sent, copy_is_shared = torch.load(tmp_path / "tensors")
+    plain, part = torch.load(tmp_path / "storages")
+    assert torch.equal(torch.frombuffer(bytearray(plain.tolist()), dtype=torch.float32), torch.arange(5.0))
+    assert part.nbytes() == 40
+    assert copied.tolist() == sent.tolist() == [0, 1, 2, 3, 4]
+    assert not copy_is_shared
+
+
+ARGUMENTS = """
+import sys
+name = sys.argv[1]  # a script that cannot be imported without its arguments
+
+def begin(folder):
+    open(f"{folder}/seen", "w").write(repr((name, sys.argv)))
+"""
+
+
+def test_the_users_functions_see_the_trainers_arguments(start, tmp_path, monkeypatch):
+    """The child of a user's own init function sees the trainer's sys.argv, also while it imports."""
+    (tmp_path / "reads_arguments.py").write_text(ARGUMENTS)
+    monkeypatch.setattr(sys, "argv", ["train.py", "run-7", "--lr=\udcff"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import reads_arguments
+
+    process = start(init=reads_arguments.begin, arguments=(str(tmp_path),))
+    process.process_creation_future.result(PATIENCE)
+    assert (tmp_path / "seen").read_text() == repr(("run-7", sys.argv))
 
 
 def test_our_own_writer_copies_shared_tensors(lean, tmp_path):

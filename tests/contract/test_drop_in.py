@@ -98,6 +98,18 @@ def test_every_public_name_takes_the_same_calls(module, name, theirs, ours):
             assert_fits(f"{name}.{method}", function, getattr(mine, method))
 
 
+def test_the_root_offers_their_names():
+    """Each name of the root of theirs is at our root, the same object as in our module of the same name."""
+    import milepost
+
+    theirs = importlib.import_module(THEIRS)
+    assert set(theirs.__all__) <= set(milepost.__all__)
+    for name in theirs.__all__:
+        homes = {module for module in MODULES if hasattr(importlib.import_module(f"{THEIRS}.{module}"), name)}
+        ours = [vars(importlib.import_module(f"milepost.{module}")).get(name) for module in homes]
+        assert any(getattr(milepost, name) is thing for thing in ours), name
+
+
 def test_the_registry_knows_the_same_types():
     """The barrier types of theirs are known to ours."""
     from milepost.barriers import BARRIER_REGISTRY

@@ -113,11 +113,16 @@ def test_hooks_get_the_path_as_given_and_every_keyword(tmp_path, monkeypatch):
 def test_a_failure_that_nobody_has_looked_at_is_raised_once(tmp_path):
     """The next save raises it and stages nothing; calling it again saves. A failure that was seen is not."""
     with make(Diary(tmp_path / "diary", fail="pre")) as checkpointer:
-        written = checkpointer.save(str(tmp_path / "c"), state_of(1))[1]
+        written = checkpointer.save(str(tmp_path / "c"), state_of(1), step=1)[1]
         wait_until(written.done)
         slots = list(checkpointer._stager._slots)
-        with pytest.raises(ValueError, match="the hook is broken"):
-            checkpointer.save(str(tmp_path / "c"), state_of(2))
+        with pytest.raises(ValueError, match="the hook is broken") as caught:
+            checkpointer.save(str(tmp_path / "d"), state_of(2))
+        text, first, second = str(caught.value), str(tmp_path / "c"), str(tmp_path / "d")
+        assert f"the save of step 1 to {first} has failed, and this save to {second} was not made" in text
+        assert "call save again" in caught.value.hint
+        assert caught.value.__cause__ is written.exception()
+        assert not (tmp_path / "d").exists()
         assert checkpointer._stager._slots == slots
         assert error_of(checkpointer.save(str(tmp_path / "c"), state_of(2))[1]) is not None
         assert error_of(checkpointer.save(str(tmp_path / "c"), state_of(3))[1]) is not None
@@ -134,6 +139,29 @@ def test_a_save_that_fails_while_another_waits_is_raised_by_that(tmp_path):
         threading.Timer(0.1, gate.open).start()
         with pytest.raises((OSError, RuntimeError)):
             checkpointer.save(str(tmp_path / "run" / "c"), state_of(2))
+
+
+@pytest.mark.parametrize("error", [ValueError("nan loss"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_failed_save_never_hides_what_a_block_raises(tmp_path, error, caplog):
+    """What the block raises comes out of `with`; the save that failed too is a note on it, and in the log."""
+    with pytest.raises(type(error)) as caught, make(Diary(tmp_path / "diary", fail="pre")) as checkpointer:
+        wait_until(checkpointer.save(str(tmp_path / "c"), state_of(1))[1].done)
+        raise error
+    assert caught.value is error
+    assert "the hook is broken" in error.__notes__[0]
+    assert "the hook is broken" in caplog.text
+    del error.__notes__
+
+
+def test_a_failed_save_fails_a_block_that_ends_well(tmp_path):
+    """A block that ends, or calls sys.exit() for success, raises the failure of its save."""
+    for end in (lambda: None, sys.exit):
+        with (
+            pytest.raises(ValueError, match="the hook is broken"),
+            make(Diary(tmp_path / "diary", fail="pre")) as checkpointer,
+        ):
+            checkpointer.save(str(tmp_path / "c"), state_of(1))
+            end()
 
 
 def test_close_raises_what_nobody_has_looked_at_and_frees_everything(tmp_path):
@@ -361,6 +389,40 @@ def test_an_interpreter_that_exits_without_close_waits(tmp_path):
     done = run(tmp_path, 'checkpointer.save("c", {"w": torch.ones(5_000_000), "step": 1}, step=1)')
     assert step_at(tmp_path / "c") == 1
     assert "ResourceWarning: an AsyncCheckpointer was not closed" in done.stderr
+
+
+FAILS_AT_EXIT = """
+import atexit, sys
+import milepost, torch
+
+class Hook(milepost.WriterHook):
+    def pre_commit(self, path, **kwargs):
+        if kwargs["fail"]:
+            raise OSError("the disk is gone")
+    def post_commit(self, path, **kwargs):
+        pass
+
+if __name__ == "__main__":
+    atexit.register(print, "the last handler")
+    checkpointer = milepost.make_async_checkpointer(commit_hook=Hook())
+    for step, fail in enumerate(sys.argv[1:]):
+        written = checkpointer.save(f"c{step}", {"w": torch.ones(3)}, fail=fail == "bad")[1]
+        if fail == "seen":
+            written.exception()
+    print("the end")
+"""
+
+
+@pytest.mark.parametrize(("saves", "code"), [(["bad"], 1), (["good", "good"], 0), (["good", "bad"], 1)])
+def test_a_save_that_fails_at_exit_fails_the_program(tmp_path, saves, code):
+    """If the last save fails while the interpreter ends, the exit code is 1, after all else at exit."""
+    (tmp_path / "train.py").write_text(FAILS_AT_EXIT)
+    done = subprocess.run(
+        [sys.executable, "train.py", *saves],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "the end\nthe last handler\n"), done.stderr
+    assert ("was not saved, and nobody has looked: the disk is gone" in done.stderr) == bool(code)
 
 
 def test_replicas_are_still_staged_while_the_interpreter_ends(tmp_path):

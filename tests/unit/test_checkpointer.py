@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from background import Diary
 from states import assert_same, load, manifest_of
 
 import milepost
@@ -17,7 +19,7 @@ from milepost import errors
 from milepost.builder import make_async_checkpointer, make_sync_checkpointer
 from milepost.checkpoint_reader import CheckpointReader
 from milepost.checkpoint_writer import CheckpointWriter, CheckpointWriterConfig, WriterHook
-from milepost.checkpointer import Checkpointer, SyncCheckpointer
+from milepost.checkpointer import AsyncCheckpointer, Checkpointer, SyncCheckpointer
 from milepost.config import (
     BarrierConfig,
     CheckpointerConfig,
@@ -25,6 +27,7 @@ from milepost.config import (
     CheckpointStagerConfig,
 )
 from milepost.errors import ClosedError, ConfigError, MilepostError
+from milepost.staging import DefaultStager
 from milepost.types import STATE_DICT, RankInfo
 from milepost.utils import gc_paused, wrap_future
 
@@ -105,6 +108,82 @@ def test_parts_are_used_by_their_methods_alone():
     assert reader.seen == ("p", None, "cpu", {"x": 1})
     checkpointer.close()
     assert writer.closed == 1
+
+
+class Ignoring(WriterHook):
+    """A hook, which gets all keywords."""
+
+    def pre_commit(self, path, **kwargs):
+        self.seen = path, kwargs
+
+    def post_commit(self, path, **kwargs):
+        pass
+
+
+class OwnStager(DefaultStager):
+    pass
+
+
+class OwnWriter(CheckpointWriter):
+    pass
+
+
+@pytest.mark.parametrize("make", [make_sync_checkpointer, make_async_checkpointer])
+def test_keywords_that_nobody_uses_are_refused(tmp_path, make):
+    """Without a hook, writer, stager or reader of the user's own, save and load refuse unknown keywords."""
+    path = tmp_path / "c"
+    with make() as checkpointer:
+        checkpointer.save(path, STATE, step=3, metadata={"a": 1})
+        getattr(checkpointer, "wait_committed", int)()
+        with pytest.raises(TypeError, match=r"save has no argument 'stpe'\nhint: did you mean step\?"):
+            checkpointer.save(path, STATE, stpe=5)
+        with pytest.raises(TypeError, match=r"load has no argument 'strct'\nhint: did you mean strict\?"):
+            checkpointer.load(path, strct=True)
+        checkpointer.load(path, map_location="cpu", weights_only=True, mmap=True)
+    assert manifest_of(path).step == 3
+
+
+def test_keywords_pass_where_somebody_may_use_them(tmp_path):
+    """A hook, writer, stager or reader of the user's own gets all keywords that were given."""
+    hook, path = Ignoring(), tmp_path / "c"
+    with make_sync_checkpointer(commit_hook=hook) as checkpointer:
+        checkpointer.save(path, STATE, stpe=5)
+        assert hook.seen == (str(path), {"stpe": 5})
+        checkpointer.save(path, STATE, step=5, metadata={"x": 1}, anything=1)
+        assert hook.seen[1] == {"step": 5, "metadata": {"x": 1}, "anything": 1}
+    reader = OtherReader([])
+    with SyncCheckpointer(OwnWriter(CheckpointWriterConfig(), RankInfo(0, 1)), reader) as checkpointer:
+        checkpointer.save(path, STATE, anything=1)
+        checkpointer.load(path, verfy=False, verify=False, rename={"a": "b"})
+        assert reader.seen == (str(path), None, None, {"verfy": False, "verify": False, "rename": {"a": "b"}})
+    with (
+        make_async_checkpointer(commit_hook=Diary(tmp_path / "diary")) as hooked,
+        AsyncCheckpointer(OwnStager(), hooked._process, CheckpointReader(RankInfo(0, 1))) as staged,
+    ):
+        hooked.save(path, STATE, anything=1)[1].result(60)
+        staged.save(path, STATE, anything=1)[1].result(60)
+
+
+def test_writers_and_readers_refuse_no_keyword(tmp_path, caplog):
+    """`CheckpointWriter.write` and `CheckpointReader.read` take any keyword; a read logs those."""
+    writer = CheckpointWriter(CheckpointWriterConfig(), RankInfo(0, 1))
+    writer.write(str(tmp_path / "c"), STATE, stpe=5)
+    writer.close()
+    loaded, _ = CheckpointReader(RankInfo(0, 1)).read(tmp_path / "c", verfy=False)
+    assert loaded.keys() == STATE.keys()
+    assert "verfy" in caplog.text
+
+
+@pytest.mark.parametrize("path", [Path, str])
+def test_a_path_may_be_any_path(tmp_path, monkeypatch, path):
+    """Every path may be text or a pathlib.Path, relative or not; a hook gets it as text."""
+    monkeypatch.chdir(tmp_path)
+    hook = Ignoring()
+    with make_sync_checkpointer(commit_hook=hook) as sync, make_async_checkpointer() as background:
+        sync.save(path("run/a"), STATE)
+        assert hook.seen[0] == "run/a"
+        assert background.save(path("run/b"), STATE)[1].path == "run/b"
+        assert background.load(path("run/b")).keys() == sync.load(path("run/a")).keys() == STATE.keys()
 
 
 def test_strict_works_with_any_reader():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import math
 import os
@@ -14,13 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from commit_steps import Killed, MortalStorage
 from typer.testing import CliRunner
 
 import milepost
 from milepost.checkpoint_writer import CheckpointWriter
 from milepost.cli import app
+from milepost.commit.by_rename.discard import discard
 from milepost.config import CheckpointWriterConfig
+from milepost.health.listing import scan
 from milepost.health.outline import plain_value, text_of
+from milepost.storage import default_storage
 from milepost.types import RankInfo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +122,7 @@ def test_each_command_and_exit_code_is_documented():
     """docs/cli.md has a section for each command, and help and document list the same exit codes."""
     document = (ROOT / "docs" / "cli.md").read_text()
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
-    assert sorted(names) == ["doctor", "ls", "show", "verify"]
+    assert sorted(names) == ["doctor", "ls", "rm", "show", "verify"]
     for name in names:
         assert f"## `milepost {name} --help`" in document
     in_help = re.findall(
@@ -395,7 +401,9 @@ def test_wrong_usage_is_exit_code_2():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["show"], ["verify", "step-5"], ["ls"], ["doctor"], ["doctor", "--repair"]], ids=" ".join
+    "arguments",
+    [["show"], ["verify", "step-5"], ["ls"], ["doctor"], ["doctor", "--repair"], ["rm", "--yes", "step-5"]],
+    ids=" ".join,
 )
 def test_an_empty_path_is_wrong_usage(run, monkeypatch, arguments):
     """An empty path, as of a variable that is not set, does not stand for the current folder: exit code 2."""
@@ -535,7 +543,7 @@ def test_text_that_the_encoding_lacks_is_escaped(run):
     assert "\\u2026" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["show", "verify", "ls", "doctor"])
+@pytest.mark.parametrize("command", ["show", "verify", "ls", "doctor", "rm"])
 def test_an_address_is_no_path(command, tmp_path, monkeypatch):
     """Each command refuses an address and an unexpanded ~, and says what to give instead."""
     monkeypatch.chdir(tmp_path)
@@ -544,3 +552,118 @@ def test_an_address_is_no_path(command, tmp_path, monkeypatch):
         assert found.exit_code == 3
         assert "a folder with a local path, and this is" in found.stderr
         assert way_out in found.stderr
+
+
+# ---------------------------------------------------------------------------- rm
+
+
+def test_rm_asks_and_removes(run, monkeypatch):
+    """`rm` names what it is about to remove, removes it on yes alone, and leaves no trace of it."""
+    module = importlib.import_module("milepost.cli.rm")  # the command of this name hides it as an attribute
+    monkeypatch.setattr(module, "_can_ask", lambda: True)
+    no = CliRunner().invoke(app, ["rm", str(run / "step-5")], input="n\n")
+    assert "step 5, " in no.stderr
+    assert "nothing was removed" in no.stderr
+    assert sorted(os.listdir(run)) == ["step-10", "step-5"]
+    yes = CliRunner().invoke(app, ["rm", str(run / "step-5")], input="y\n")
+    assert (yes.exit_code, yes.stdout.splitlines()[-1]) == (0, f"removed {run / 'step-5'}")
+    assert os.listdir(run) == ["step-10"]
+
+
+def test_rm_without_a_terminal_needs_yes(run):
+    """Where nobody can be asked, `rm` without --yes is wrong usage and removes nothing."""
+    done = subprocess.run(
+        [*MILEPOST, "rm", run / "step-5"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--yes" in done.stderr
+    assert invoke("rm", "--yes", run / "step-5", run / "step-10").exit_code == 0
+    assert os.listdir(run) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "words"),
+    [
+        (lambda path: None, 3, "no checkpoint at this path"),
+        (lambda path: path.mkdir(), 3, "no checkpoint in this folder"),
+        (lambda path: path.write_text("x"), 3, "no checkpoint at this path"),
+        (lambda path: path.symlink_to("step-10"), 4, "the folder that it points to"),
+        (lambda path: shutil.copytree(path.parent, path), 3, "no checkpoint in this folder"),
+    ],
+    ids=["nothing", "empty", "file", "link", "run"],
+)
+def test_rm_of_no_checkpoint_removes_nothing(run, make, code, words):
+    """If one of the paths is no checkpoint, `rm` says so and removes none of the others either."""
+    make(run / "other")
+    done = invoke("rm", "--yes", run / "step-5", run / "other")
+    assert (done.exit_code, words in done.stderr) == (code, True), done.stderr
+    assert (run / "step-5" / "manifest.json").exists()
+
+
+def test_rm_leaves_a_folder_with_the_users_files(run):
+    """A folder with files that the checkpoint does not list stays, and they are named."""
+    (run / "step-5" / "plots").mkdir()
+    (run / "step-5" / "plots" / "loss.png").write_text("x")
+    done = invoke("rm", "--yes", run / "step-5")
+    assert (done.exit_code, "plots/loss.png" in done.stderr) == (4, True)
+    assert (run / "step-5" / "checkpoint_0.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "checkpoint_0.pt", "index_0.json"])
+def test_rm_removes_what_is_left_of_a_checkpoint(run, name):
+    """A checkpoint that has lost any of its files, or whose manifest is damaged, can be removed."""
+    (run / "step-5" / name).unlink()
+    (run / "step-10" / "manifest.json").write_bytes(b"{}")
+    assert invoke("rm", "--yes", run / "step-5", run / "step-10").exit_code == 0
+    assert os.listdir(run) == []
+
+
+def test_what_rm_removed_does_not_come_back(run):
+    """A complete checkpoint that a dead save left beside the path goes, too: `load` finds none any more."""
+    path = run / "step-5"
+    attempt = json.loads((path / "manifest.json").read_bytes())["body"]["attempt"]
+    shutil.copytree(path, run / f".step-5.{attempt}.partial")
+    shutil.rmtree(path)
+    checkpointer = milepost.make_sync_checkpointer()
+    assert checkpointer.load(str(path))["lr"] == 0.5
+    with pytest.raises(milepost.CheckpointNotFoundError):
+        discard(default_storage(), str(run / "step-6"))
+    discard(default_storage(), str(path))
+    with pytest.raises(milepost.CheckpointNotFoundError):
+        checkpointer.load(str(path))
+    assert os.listdir(run) == ["step-10"]
+
+
+def test_an_rm_that_dies_leaves_no_checkpoint(run):
+    """Killed at any operation, `rm` leaves the whole checkpoint, or a rest that a repair removes."""
+    whole_ones = []
+    for count in itertools.count():
+        target = shutil.copytree(run / "step-5", run / f"try-{count}")
+        storage = MortalStorage(default_storage(), dies_at=count)
+        try:
+            discard(storage, str(target))
+            break
+        except Killed:
+            pass
+        listed = {entry.name: entry.state for entry in scan(default_storage(), str(run))}
+        whole = listed.pop(target.name, None)
+        assert whole == ("committed" if target.exists() else None)
+        whole_ones += [target.name] if whole else []
+        assert listed.keys() <= {"step-5", "step-10", *(f"try-{n}" for n in range(count))}
+    assert count > 5
+    mended = invoke("doctor", "--repair", run)
+    assert (mended.exit_code, mended.stdout.count("somebody has removed")) == (0, count - len(whole_ones))
+    assert sorted(os.listdir(run)) == sorted(["step-5", "step-10", *whole_ones])
+
+
+def test_the_package_is_a_program(run):
+    """`python -m milepost` is the command line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "milepost", "ls", run], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "step-10" in done.stdout

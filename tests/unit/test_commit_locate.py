@@ -225,7 +225,7 @@ def test_a_listing_shows_whole_and_partial_checkpoints_by_time(storage):
     assert (b.state, b.step, b.path) == ("committed", 2, waiting.folder)
     assert "not published" in b.problem
     assert (c.state, c.world_size, c.path) == ("partial", 3, partial.folder)
-    assert c.problem == "1 of 3 ranks arrived; rank 0: write; ranks 2 never began"
+    assert c.problem == "1 of 3 ranks arrived; rank 0: write; rank 2 has not begun"
     failing.abort(OSError("disk full"))
     told = explain(storage, partial.folder)
     assert told.arrived == [1]

@@ -16,8 +16,11 @@ from typer.testing import CliRunner
 
 import milepost
 from milepost import commit
+from milepost.checkpoint_writer import CheckpointWriter
 from milepost.cli import app
 from milepost.cli.doctor import advice, words
+from milepost.commit.by_rename.discard import discard_emptied
+from milepost.config import CheckpointWriterConfig
 from milepost.errors import AbortedError, CheckpointNotFoundError, CommitError, StorageError
 from milepost.format.index import digest
 from milepost.format.manifest import decode_manifest, encode_manifest
@@ -25,6 +28,7 @@ from milepost.format.names import join_hidden
 from milepost.health.diagnosis import diagnose
 from milepost.health.repair import repair
 from milepost.storage.local import LocalStorage
+from milepost.types import RankInfo
 
 STORAGE = LocalStorage()
 BY_SIZE = "; its data were compared by size alone: --deep compares every byte"
@@ -281,7 +285,7 @@ def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
     os.truncate(f"{run}/step-5/checkpoint_0.pt", 100)
     result = invoke(f"{run}/step-5")
     assert result.exit_code == 1
-    what = f"checkpoint_0.pt of rank 0: has 100 bytes instead of {size}, in model.weight, model.bias"
+    what = f"checkpoint_0.pt of rank 0 has 100 bytes instead of {size}; affected: model.weight, model.bias"
     assert result.stdout.splitlines() == [
         f"step-5: damaged: {what}",
         f"  -> load step 4 ({run}/step-4) instead",
@@ -289,9 +293,7 @@ def test_a_file_that_is_cut_is_told_with_rank_and_keys(run):
     ]
     os.remove(f"{run}/step-5/index_0.json")
     result = invoke(f"{run}/step-5")
-    assert (
-        "step-5: damaged: 2 problems\n  index_0.json of rank 0: is missing\n  checkpoint_0" in result.stdout
-    )
+    assert "step-5: damaged: 2 problems\n  index_0.json of rank 0 is missing\n  checkpoint_0" in result.stdout
 
 
 def test_deep_finds_what_sizes_do_not_show(run):
@@ -311,7 +313,7 @@ def test_deep_finds_what_sizes_do_not_show(run):
     assert result.exit_code == 1
     assert "step-4: whole: step 4, 1 rank\n" in result.stdout
     assert (
-        "step-5: damaged: checkpoint_0.pt of rank 0: damaged: the CRC-32 is wrong, in model.weight\n"
+        "step-5: damaged: checkpoint_0.pt of rank 0: damaged: the CRC-32 is wrong; affected: model.weight\n"
         in result.stdout
     )
     assert result.stdout.splitlines()[-1] == f"newest loadable is step 4 ({run}/step-4)"
@@ -400,7 +402,7 @@ def test_deep_keeps_what_a_plain_look_tells(run):
     os.remove(file)
     assert only(path, deep=True).damage == only(path).damage
     assert words(only(path, deep=True), 0) == (
-        "damaged: checkpoint_0.pt of rank 0: is missing, in model.weight, model.bias"
+        "damaged: checkpoint_0.pt of rank 0 is missing; affected: model.weight, model.bias"
     )
     shutil.rmtree(path)
     save_real(path, 5)
@@ -602,6 +604,60 @@ def test_repair_of_one_path_leaves_the_others(run):
     assert [action["what"] for action in data["repaired"]] == ["removed"]
     assert data["repaired"][0]["finding"]["state"] == "incomplete"
     assert os.listdir(run) == []
+
+
+def age(path):
+    """What an hour does to the files of a checkpoint."""
+    for name in os.listdir(path):
+        os.utime(f"{path}/{name}", (time.time() - 3600,) * 2)
+
+
+def test_repair_removes_a_checkpoint_that_has_no_data_left(run):
+    """Without any data file it goes, if it is minutes old and has no files of the user's; else it stays."""
+    for rank in range(2):
+        writer = CheckpointWriter(CheckpointWriterConfig(start_id="a"), RankInfo(rank, 2))
+        writer.write(f"{run}/half", {"w": torch.ones(2)})
+        writer.close()
+    for name in ("step-5", "noted"):
+        save_real(f"{run}/{name}", 5)
+    for name in ("half", "step-5", "noted"):
+        os.remove(f"{run}/{name}/checkpoint_0.pt")
+    open(f"{run}/noted/notes.txt", "w").close()
+    early = invoke(run, "--repair")
+    assert early.stdout.count("it is new, so try again in a few minutes") == 2
+    for name in os.listdir(run):
+        age(f"{run}/{name}")
+    late = invoke(run, "--repair")
+    assert late.exit_code == 1
+    assert f"removed {run}/step-5 (it was damaged" in late.stdout
+    assert "files that are not the checkpoint's (notes.txt)" in late.stdout
+    assert sorted(os.listdir(run)) == ["half", "noted"]
+    assert sorted(os.listdir(f"{run}/half")) == [
+        "checkpoint_1.pt", "index_0.json", "index_1.json", "manifest.json"
+    ]  # fmt: skip
+
+
+def test_a_save_that_comes_as_its_path_is_cleared_stays(run, monkeypatch):
+    """A checkpoint that is published just when a repair removes an empty one from the path is kept."""
+    path = f"{run}/step-5"
+    save_real(path, 5)
+    os.remove(f"{path}/checkpoint_0.pt")
+    monkeypatch.setattr(
+        "milepost.commit.by_rename.discard.check_discardable", lambda _, path: save_real(path, 6)
+    )
+    assert not discard_emptied(STORAGE, path)
+    assert (os.listdir(run), only(path, deep=True).step) == (["step-5"], 6)
+
+
+def test_names_of_ours_without_our_content_stay(run):
+    """What is only named like a rest of `milepost rm`, a file or a folder of the user's, stays."""
+    name = ".step-5.0123456789abcdef.removed"
+    os.mkdir(f"{run}/{name}")
+    open(f"{run}/{name}/notes.txt", "w").close()
+    open(f"{run}/{name.replace('5', '6', 1)}", "w").close()
+    invoke(run, "--repair")
+    assert len(os.listdir(run)) == 2
+    assert os.listdir(f"{run}/{name}") == ["notes.txt"]
 
 
 def test_an_overtaken_save_is_removed(run):

@@ -360,6 +360,6 @@ def test_an_address_as_a_pathlib_path_is_refused(tmp_path, monkeypatch):
     """Pathlib makes one slash of two, but s3:/bucket is no less an address for that."""
     monkeypatch.chdir(tmp_path)
     with milepost.make_sync_checkpointer() as checkpointer:
-        with pytest.raises(TargetError, match="this is an address: s3:/bucket/step"):
+        with pytest.raises(TargetError, match="this is an address: s3://bucket/step"):
             checkpointer.save(Path("s3://bucket/step"), {})
         checkpointer.save(tmp_path / "s3:" / "bucket", {"x": 1})

@@ -128,6 +128,18 @@ def test_strict_refuses_missing_keys_before_anything_is_touched(tmp_path, caplog
     checkpointer.close()
 
 
+def test_a_template_of_one_part_is_no_warning(tmp_path, caplog):
+    """Whole parts that the template leaves out are not worth a warning; a top-level tensor is."""
+    path = save(tmp_path / "c", {"model": {"w": torch.ones(1)}, "optimizer": {}, "epoch": 3})
+    with caplog.at_level(logging.INFO, "milepost"):
+        read(path, {"model": {"w": torch.zeros(1)}})
+    assert warnings_in(caplog) == []
+    assert "does not ask for optimizer; epoch" in caplog.text
+    path = save(tmp_path / "flat", {"0.w": torch.ones(1), "1.w": torch.ones(1)})
+    read(path, {"0.w": torch.zeros(1)})
+    assert "1.w" in warnings_in(caplog)[0].message
+
+
 def test_a_strict_load_with_unexpected_keys_only_warns(tmp_path, caplog):
     """Saved keys that the template lacks are a warning also when the load is strict."""
     path = save(tmp_path / "c", {"a": 1, "b": 2})
@@ -182,6 +194,72 @@ def test_what_does_not_fit_is_refused_by_key(tmp_path, name):
     assert template["first"].tolist() == [0, 0]
     assert template["number"] == 0
     assert template["model"]["part"][0] is wanted
+
+
+def save_plain(path, state):
+    path.mkdir()
+    torch.save(state, path / "checkpoint_0.pt")
+
+
+def save_replicas(path, state):
+    for rank in range(2):
+        config = CheckpointWriterConfig(start_id="cast", replicated=["*"])
+        writer = CheckpointWriter(config, RankInfo(rank, 2))
+        writer.write(str(path), state)
+        writer.close()
+
+
+@pytest.mark.parametrize("verify", [True, "first"])
+@pytest.mark.parametrize("way", [save, save_plain, save_replicas])
+def test_cast_converts_as_load_state_dict_does(tmp_path, way, verify):
+    """With cast=True the template keeps its dtypes and gets what copy_ makes of the saved values."""
+    wide, whole = torch.randn(70, 9, dtype=torch.float64) * 50, torch.arange(1000, dtype=torch.int32)
+    way(tmp_path / "c", {"w": wide, "tied": wide, "turned": wide.T, "n": whole, "same": whole})
+    tied = torch.zeros(70, 9, dtype=torch.bfloat16)
+    template = {
+        "w": tied, "tied": tied, "turned": torch.zeros(9, 70).T.contiguous().T, "same": whole * 0,
+        "n": torch.zeros(1000),  # as many bytes as was saved
+    }  # fmt: skip
+    with pytest.raises(MismatchError, match="cast=True"):
+        read(tmp_path / "c", template)
+    assert not tied.any()
+    read(tmp_path / "c", template, cast=True, verify=verify)
+    assert torch.equal(template["w"], wide.to(torch.bfloat16))
+    assert torch.equal(template["turned"], wide.T.float())
+    assert torch.equal(template["n"], whole.float())
+    assert torch.equal(template["same"], whole)
+
+
+def test_cast_fills_elements_that_share_memory(tmp_path):
+    """An expanded target of another dtype gets the saved values; targets that would disagree are refused."""
+    path = save(tmp_path / "c", {"a": torch.full((4, 3), 1.5), "b": torch.full((12,), 1.5)})
+    target = torch.zeros(3, dtype=torch.float16).expand(4, 3)
+    with pytest.raises(MismatchError, match="share memory"):
+        read(save(tmp_path / "d", {"a": torch.rand(4, 3)}), {"a": target}, cast=True)
+    save(tmp_path / "e", {"a": torch.full((3,), 1.5).expand(4, 3)})
+    assert (read(tmp_path / "e", {"a": target}, cast=True)[0]["a"] == 1.5).all()
+    memory = torch.zeros(12, dtype=torch.int32)
+    with pytest.raises(MismatchError, match="shares memory"):
+        read(path, {"a": memory.view(4, 3), "b": memory.view(torch.float32)}, cast=True)
+    assert not memory.any()
+
+
+@pytest.mark.parametrize("wanted", [torch.zeros(2), torch.zeros(2, dtype=torch.int64)])
+def test_cast_drops_no_imaginary_parts(tmp_path, wanted):
+    """Complex values are not converted to real ones; real ones become complex."""
+    path = save(tmp_path / "c", {"z": torch.ones(2, dtype=torch.complex64), "x": torch.ones(2)})
+    with pytest.raises(MismatchError, match="complex64"):
+        read(path, {"z": wanted, "x": torch.zeros(2)}, cast=True)
+    assert read(path, {"x": torch.zeros(2, dtype=torch.complex128)}, cast=True)[0]["x"].tolist() == [1, 1]
+
+
+def test_cast_needs_a_template_and_a_bool(tmp_path):
+    """Without a template there is no dtype to convert to, and a dtype is no bool: both are refused."""
+    path = save(tmp_path / "c", {"a": torch.ones(2)})
+    with pytest.raises(ValueError, match="cast needs a template"):
+        read(path, None, cast=True)
+    with pytest.raises(ValueError, match=r"cast must be True or False, not torch\.float16"):
+        read(path, {"a": torch.zeros(2)}, cast=torch.float16)
 
 
 def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):

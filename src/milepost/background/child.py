@@ -89,6 +89,7 @@ class WriteFuture(TrackedFuture[None]):
     def __init__(self, request: Request, number: int) -> None:
         super().__init__()
         self.request = request
+        self.what = f"the save to {request.options.target}"
         self.number = number
         self.phase = ""
         self.committed: bool | None = None

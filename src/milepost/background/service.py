@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -103,6 +104,8 @@ class Service:
 
     def _start(self, blob: bytes) -> None:
         self._setup = msgspec.msgpack.decode(blob, type=Setup)
+        if self._setup.argv:  # before a module of the user's is imported: it may read it
+            sys.argv = pickle.loads(self._setup.argv)  # noqa: S301 - from our own trainer
         self._prepare_main(self._setup.parts + self._setup.custom)
         storage, hook = pickle.loads(self._setup.parts)  # noqa: S301 - from our own trainer
         init = self._init
@@ -268,11 +271,12 @@ class _Meeting:
 
 
 class Setup(msgspec.Struct):
-    """The blob of an `Init`: pickles of the user's own functions and objects, and what they need."""
+    """The blob of an `Init`: pickles of the user's own functions and objects, and of what they need."""
 
     parts: bytes
     main: bytes = b""
     custom: bytes = b""
+    argv: bytes = b""
 
 
 class _Reporter:

@@ -129,7 +129,7 @@ class Slot:
 
     def _fill(self, parts: Parts, shared: SharedRecords, copy: Copy | None) -> tuple[STATE_DICT, StagedImage]:
         values = self.views(parts)
-        tensors, left = parts.walk.tensors, {record for record, _, _ in shared.records}
+        tensors, left = parts.walk.tensors, {record for record, *_ in shared.records}
         copies, raw = self._copies, self._raw
         if left:
             numbers = {parts.plan.firsts[record][0] for record in left}

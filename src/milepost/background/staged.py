@@ -30,11 +30,12 @@ class SharedRecords:
 
     Attributes:
         storages: That memory.
-        records: (record, which of the storages, where in it) for each of them.
+        records: For each record: its number, which storage holds it, where that storage begins in its
+            file and how long it is, and where the record begins in the storage.
     """
 
     storages: list[torch.UntypedStorage] = field(default_factory=list)
-    records: list[tuple[int, int, int]] = field(default_factory=list)
+    records: list[tuple[int, int, int, int, int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, parts: Parts) -> SharedRecords:
@@ -54,8 +55,8 @@ class SharedRecords:
                     found.storages.append(storage)
             place = numbers[address]
             if place is not None:
-                offset = place[1] + int(tensor.storage_offset()) * tensor.element_size() + start
-                found.records.append((record, place[0], offset))
+                offset = int(tensor.storage_offset()) * tensor.element_size() + start
+                found.records.append((record, *place, int(storage.nbytes()), offset))
         return found
 
     @contextmanager

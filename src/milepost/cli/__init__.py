@@ -1,4 +1,4 @@
-"""The command line: ``milepost show``, ``verify``, ``ls`` and ``doctor``.
+"""The command line: ``milepost show``, ``verify``, ``ls``, ``doctor`` and ``rm``.
 
 Data go to stdout and messages to stderr. This module imports nothing heavy: each command imports what
 it needs, so that ``milepost --help`` is there at once.
@@ -19,7 +19,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="milepost",
-    help="Look at checkpoints that Milepost saved, and check them. Only `doctor --repair` changes anything.",
+    help="Look at checkpoints that Milepost saved, and check them. Only `doctor --repair` and `rm` change "
+    "anything.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -118,6 +119,22 @@ def doctor(
         from milepost.cli.doctor import run
 
         session.exit_code = run(session, path, mend=mend, deep=deep, as_json=as_json)
+
+
+@app.command(epilog=EPILOG)
+def rm(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT", help="Checkpoints' folders.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Remove checkpoints. A folder with other files in it stays as it is, and so do all others then.
+
+    Each is renamed first, so that a removal that is killed leaves no half of a checkpoint at its path.
+    """
+    with reported(*checkpoints, debug=debug), Session() as session:
+        from milepost.cli.rm import run
+
+        session.exit_code = run(session, checkpoints, yes=yes)
 
 
 def main() -> Any:

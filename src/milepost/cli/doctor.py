@@ -125,6 +125,7 @@ _SENTENCES = {
     "incomplete": "{progress}: {told}",
     "replaced": "{said}{about}{problem}",
     "foreign": "{said}{alive}",
+    "removed": "{said}",
 }
 
 
@@ -148,12 +149,13 @@ def words(finding: Finding, now: float) -> str:
 
 
 def _damage(damage: Damage) -> str:
-    text = f"{damage.file} {damage.message}".strip()
-    if damage.rank is not None:
-        text = f"{damage.file} of rank {damage.rank}: {damage.message}"
+    owner = "" if damage.rank is None else f" of rank {damage.rank}"
+    colon = ":" if owner and damage.message.partition(" ")[0] not in ("is", "has") else ""
+    text = f"{damage.file}{owner}{colon} {damage.message}".strip()
     if damage.keys:
         more = len(damage.keys) - _MOST_KEYS
-        text += f", in {', '.join(damage.keys[:_MOST_KEYS])}" + (f" and {more} more" if more > 0 else "")
+        keys = ", ".join(damage.keys[:_MOST_KEYS]) + (f" and {more} more" if more > 0 else "")
+        text += f"; affected: {keys}"
     return text
 
 
@@ -242,6 +244,7 @@ def _is_needed(finding: Finding, found: Diagnosis) -> bool:
 _ADVICE: list[tuple[str, Callable[[Finding, Diagnosis], bool], str]] = [
     ("damaged", lambda f, _: not f.published, "it is left alone: delete it yourself: {path}; {instead}"),
     ("damaged", _is_loaded_beside, "a complete save beside it is loaded in its place"),
+    ("damaged", lambda f, _: f.emptied, "none of its data files is left: {repair} removes it; {instead}"),
     ("damaged", _any, "{instead}"),
     ("unreadable", _any, "update Milepost: pip install -U milepost"),
     ("incomplete", lambda f, _: f.aborted, "look at that rank's log; {next} removes it; {instead}"),
@@ -255,6 +258,7 @@ _ADVICE: list[tuple[str, Callable[[Finding, Diagnosis], bool], str]] = [
     ("overtaken", _any, "it is of no use: {next} removes it"),
     ("replaced", lambda f, _: f.loads, "nothing is at its path: it loads from here; {repair} restores it"),
     ("replaced", _any, "{next} clears it"),
+    ("removed", _any, "{repair} removes it"),
     ("foreign", _any, "it is left alone: move it away or delete it yourself: {path}"),
 ]
 """States, which findings of these states, and what to do about them; the first that fits counts."""

@@ -12,7 +12,7 @@ of storage. `by_rename` answers for file systems.
 from __future__ import annotations
 
 from milepost.commit.attempt import Attempt
-from milepost.commit.by_rename.folders import absolute_path
+from milepost.commit.by_rename.folders import absolute_path, given_path
 from milepost.commit.by_rename.place import begin, is_undecided, sees_rank
 from milepost.commit.by_rename.publish import Target, check_target, publish
 from milepost.commit.by_rename.recover import clean_up, roll_forward
@@ -37,6 +37,7 @@ __all__ = [
     "count_save",
     "environment_start_id",
     "expect",
+    "given_path",
     "is_undecided",
     "locate",
     "new_attempt_id",

@@ -136,7 +136,7 @@ def wording(state: str, path: str) -> str | None:
     """The sentence for people about a hidden folder; None for a state that needs the ranks' words.
 
     Args:
-        state: A `State`, or "overtaken".
+        state: A `State`, "overtaken", or "removed".
         path: The folder.
     """
     return {
@@ -147,6 +147,7 @@ def wording(state: str, path: str) -> str | None:
         "but nothing in it says that it is one",
         "torn": "committed, but files of it seem to be missing or damaged",
         "unreadable": "not readable by this version",
+        "removed": "what is left of a checkpoint that somebody has removed",
     }.get(state)
 
 

@@ -169,7 +169,8 @@ def save_snapshot(
         options: How.
         arguments: All keyword arguments of the save, for the hooks.
     """
-    with error_context(path=path, rank=options.rank), _attempt(path, options) as attempt:
+    alone = options.world_size == 1
+    with error_context(path=path, rank=options.rank, alone=alone), _attempt(path, options) as attempt:
         save = _Save(attempt, path, options, arguments)
         if not attempt.marked:  # else a writer that was lost has done these three steps
             index = save.write_data(snapshot, records)

@@ -1,7 +1,8 @@
 """The names of all files and folders of a checkpoint, in one place.
 
 While it is made, a checkpoint ``name`` is the folder ``.<name>.<attempt>.partial`` beside its path. An older
-one that a save replaces becomes ``.<name>.<attempt>.replaced``.
+one that a save replaces becomes ``.<name>.<attempt>.replaced``, and one that `milepost rm` removes becomes
+``.<name>.<attempt>.removed``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = [
     "MANIFEST_NAME",
     "NOTE_NAME",
     "PARTIAL",
+    "REMOVED",
     "REPLACED",
     "SHARDS_NAME",
     "abort_name",
@@ -33,6 +35,7 @@ __all__ = [
     "join_hidden",
     "looks_hidden",
     "ranks_in",
+    "removed_stem",
     "shown",
     "stem_of",
 ]
@@ -42,7 +45,7 @@ SHARDS_NAME = "shards.json"
 NOTE_NAME = "attempt.json"
 ARRIVED_NAME = "arrived.json"
 ABORTED_NAME = "aborted.json"
-PARTIAL, REPLACED = ".partial", ".replaced"
+PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 
 _MAX_STEM_BYTES = 170  # the dots, an attempt of 64 characters and a suffix must fit into 255 bytes with it
 _NUMBER = "(0|[1-9][0-9]{0,8})"
@@ -55,6 +58,7 @@ _INDEX = re.compile(rf"index_{_NUMBER}\.json")
 _SILLY = re.compile(r"\.(?:nfs|fuse_hidden)[0-9a-f]{8,}")
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HIDDEN = re.compile(r"\.(.+)\.([A-Za-z0-9_-]{1,64})(?:\.partial|\.replaced)", re.DOTALL)
+_REMOVED = re.compile(r"\.(.+)\.[0-9a-f]{16}\.removed", re.DOTALL)
 
 
 def data_name(rank: int) -> str:
@@ -148,6 +152,12 @@ def looks_hidden(entry: str) -> tuple[str, str] | None:
     """The stem and the attempt in a name of a hidden folder."""
     match = _HIDDEN.fullmatch(entry)
     return (match[1], match[2]) if match else None
+
+
+def removed_stem(entry: str) -> str | None:
+    """The stem in the name of a folder that `milepost rm` removes; None for other names."""
+    match = _REMOVED.fullmatch(entry)
+    return match[1] if match else None
 
 
 def is_attempt_id(text: str) -> bool:

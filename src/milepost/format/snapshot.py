@@ -90,14 +90,15 @@ class Labels(msgspec.Struct):
             try:
                 step = step.__index__()
             except (AttributeError, TypeError):
-                raise StateError(f"step must be an integer, not {step!r}") from None
+                raise StateError(f"step must be an integer, not a {type(step).__name__}") from None
             if not -(1 << 63) <= step < 1 << 63:
                 raise StateError(f"step must fit 64 bits: {step}")
         if metadata is None:
             return cls(step, None, writer)
 
         def refuse(value: Any, path: tuple[Any, ...]) -> Node:
-            raise UnencodableError(f"metadata cannot hold a {type(value).__name__}", path)
+            hint = "save value.item() instead" if hasattr(value, "item") else None
+            raise UnencodableError(f"metadata cannot hold a {type(value).__name__}", path, hint)
 
         try:
             node = TreeEncoder(refuse).encode(metadata)
@@ -106,7 +107,8 @@ class Labels(msgspec.Struct):
         except UnencodableError as error:
             raise StateError(
                 f"{error}: metadata{f' at {path_text(error.path)}' if error.path else ''}",
-                hint="metadata are plain values in dicts and lists; save tensors in the state dict",
+                hint=error.hint
+                or "metadata are plain values in dicts and lists; save tensors in the state dict",
             ) from None
 
 
@@ -119,8 +121,9 @@ class Snapshot(msgspec.Struct):
         objects: The bytes of the records that follow the tensors' records.
         shares: This rank's part of global tensors; None without such.
         labels: The step, the metadata and the facts to record.
-        shared: The records that an arena does not hold, as memory attached to the request holds them:
-            (record, which of the attached, where in that memory).
+        shared: The records that an arena does not hold, as memory attached to the request holds them: the
+            record, which of the attached files holds its storage, where the storage begins there, how long
+            it is, and where the record begins in the storage.
         arguments: Pickle of the save's keyword arguments, for a hook or writer in another process.
     """
 
@@ -129,7 +132,7 @@ class Snapshot(msgspec.Struct):
     objects: list[bytes]
     shares: Shares | None = None
     labels: Labels = msgspec.field(default_factory=Labels)
-    shared: list[tuple[int, int, int]] = []
+    shared: list[tuple[int, int, int, int, int]] = []
     arguments: bytes = b""
 
     def record_bytes(self, record: int) -> bytes:

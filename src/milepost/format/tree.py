@@ -52,11 +52,12 @@ which others may have had more has it as its last element: ``["list", [...], HOL
 
 
 class UnencodableError(Exception):
-    """A value or key cannot be written down; `path` tells where."""
+    """A value or key cannot be written down; `path` tells where, and `hint` what to do."""
 
-    def __init__(self, message: str, path: Path) -> None:
+    def __init__(self, message: str, path: Path, hint: str | None = None) -> None:
         super().__init__(message)
         self.path = path
+        self.hint = hint
 
 
 _NONE = ("none",)

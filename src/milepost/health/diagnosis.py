@@ -18,6 +18,7 @@ from typing import Literal
 
 from milepost.commit import Checkpoint, absolute_path, locate
 from milepost.commit.by_rename.claim import is_abandoned
+from milepost.commit.by_rename.discard import is_emptied, is_rest
 from milepost.commit.by_rename.folders import Hidden, names_of, opened, published_manifest, siblings
 from milepost.commit.contents import list_names, read_manifest
 from milepost.commit.judge import State, Verdict, classify, is_overtaken, is_whole
@@ -45,6 +46,7 @@ from milepost.format.names import (
     is_plain_name,
     looks_hidden,
     ranks_in,
+    removed_stem,
     stem_of,
 )
 from milepost.health.findings import Damage, Diagnosis, Finding, RankState
@@ -139,6 +141,8 @@ def _is_one(storage: Storage, path: str) -> bool:
 
 def _examine(storage: Storage, path: str, entry: Entry | None, names: list[str]) -> Finding | None:
     base = os.path.basename(path)
+    if is_rest(storage, path):
+        return Finding(removed_stem(base) or base, path, path, "removed")
     stem, attempt = looks_hidden(base) or (base, None)
     with opened(storage, path) as folder:
         if folder is None or (attempt is None and entry is None):
@@ -169,7 +173,7 @@ def _target(parent: str, stem: str, verdict: Verdict, names: list[str]) -> str |
 
 def _published(folder: Folder, found: Finding, entry: Entry) -> Finding:
     names = list_names(folder)
-    found = replace(found, state="damaged", published=True)
+    found = replace(found, state="damaged", published=True, emptied=is_emptied(folder))
     if entry.state == "committed" and MANIFEST_NAME not in names:
         return replace(found, state="whole", loads=True, problem=entry.problem)
     try:

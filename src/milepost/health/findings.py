@@ -53,7 +53,8 @@ class Finding:
             "complete": every rank's part is there, it loads, but it was not published. "overtaken": as
             "complete", but a newer checkpoint is published. "incomplete": parts are missing.
             "replaced": a former checkpoint, exchanged out by a later save. "foreign": named like an attempt
-            here, but its content says that it is another's.
+            here, but its content says that it is another's. "removed": what is left of one that
+            `milepost rm` removes; it is its own `target`.
         loads: Whether `load` can read it, as far as was looked.
         compared: How far that was, where it seems whole: "sizes": the sizes of all files, and the bytes of
             the indexes and the shard map. "bytes": every byte. "nothing": there is nothing to compare with.
@@ -63,6 +64,7 @@ class Finding:
         aborted: A rank has failed, so that it will never be committed.
         kept: It has a manifest, so it is committed, though files seem to be missing: it stays until a later
             checkpoint is published.
+        emptied: It has a manifest, but none of its data files is there.
         step: The training step that was recorded.
         time: When it was saved, or last changed.
         size_bytes: Bytes of its files.
@@ -77,14 +79,16 @@ class Finding:
     path: str
     target: str | None
     state: Literal[
-        "whole", "damaged", "unreadable", "complete", "overtaken", "incomplete", "replaced", "foreign"
-    ]
+        "whole", "damaged", "unreadable", "complete", "overtaken", "incomplete", "replaced", "foreign",
+        "removed",
+    ]  # fmt: skip
     loads: bool = False
     compared: Literal["nothing", "sizes", "bytes"] = "nothing"
     published: bool = False
     alive: bool | None = False
     aborted: bool = False
     kept: bool = False
+    emptied: bool = False
     step: int | None = None
     time: float = 0.0
     size_bytes: int = 0

@@ -34,7 +34,15 @@ from milepost.errors import (
     UnsupportedFormatError,
 )
 from milepost.format.manifest import Manifest
-from milepost.format.names import MANIFEST_NAME, data_rank, index_rank, is_own, looks_hidden, ranks_in
+from milepost.format.names import (
+    MANIFEST_NAME,
+    data_rank,
+    index_rank,
+    is_own,
+    looks_hidden,
+    ranks_in,
+    removed_stem,
+)
 from milepost.storage import Folder, Storage
 
 __all__ = ["Entry", "Explanation", "causes", "entry_at", "explain", "ranks_named", "scan"]
@@ -98,7 +106,7 @@ def entry_at(storage: Storage, path: str) -> Entry | None:
     """The checkpoint, or part of one, in this folder; None if it is neither."""
     name = os.path.basename(path)
     with opened(storage, path) as folder:
-        if folder is None:
+        if folder is None or removed_stem(name):
             return None
         hidden = looks_hidden(name)
         return _hidden_entry(folder, *hidden) if hidden else _visible_entry(folder, name)
@@ -234,7 +242,7 @@ def explain_folder(folder: Folder) -> Explanation:
         begun = [rank for rank in missing[:10] if rank in beacons and rank not in aborted]
         parts += [f"rank {rank}: {beacons[rank].phase}" for rank in begun]
         if silent:
-            parts.append(f"ranks {numbers(silent)} never began")
+            parts.append(f"{ranks_named(silent)} {'has' if len(silent) == 1 else 'have'} not begun")
     return Explanation(
         note, world_size, arrived, aborted, beacons, "; ".join(parts) or "no rank has left a word"
     )

@@ -9,6 +9,7 @@ from typing import Literal
 
 from milepost.commit import clean_up, roll_forward
 from milepost.commit.by_rename.claim import unchanged_seconds
+from milepost.commit.by_rename.discard import discard_emptied, remove_rest
 from milepost.commit.by_rename.folders import names_of
 from milepost.errors import CheckpointNotFoundError, MilepostError
 from milepost.format.names import MANIFEST_NAME, is_own
@@ -46,7 +47,7 @@ def repair(storage: Storage, diagnosis: Diagnosis) -> list[Action]:
         if finding.target is not None:
             by_target.setdefault(finding.target, []).append(finding)
     for target, findings in by_target.items():
-        if not all(finding.published and not finding.leftovers for finding in findings):
+        if not all(one.published and not one.leftovers and not one.emptied for one in findings):
             refusal = _refusal(storage, findings)
             try:
                 if refusal is None:
@@ -92,17 +93,25 @@ def _refusal(storage: Storage, findings: list[Finding]) -> str | None:
     heir = any(finding.state == "complete" and finding.alive is False for finding in findings)
     if damaged and not heir and any(finding.is_former for finding in findings):
         return "the checkpoint there cannot be read whole, so what it replaced is kept"
+    emptied = [finding.path for finding in findings if finding.emptied]
+    if emptied and not heir and unchanged_seconds(storage, emptied[0]) < LATE_SECONDS:
+        return f"its data files are not seen, and it is new, so try again in a few minutes: {emptied[0]}"
     return None
 
 
 def _repaired(storage: Storage, target: str, findings: list[Finding]) -> list[Action]:
     was = {finding.path: finding for finding in findings}
+    if findings[0].state == "removed":
+        remove_rest(storage, target)
+        return [Action("removed", target, finding=findings[0])]
     before = set(names_of(storage, target) or ())
     published = roll_forward(storage, target)
     actions = [Action("published", target, finding=was.get(path)) for path in published]
     actions += [Action("removed", path, finding=was.get(path)) for path in clean_up(storage, target)]
     passing = {name for name in before if is_own(name) and name != MANIFEST_NAME}
     gone = passing - set(names_of(storage, target) or ())
-    if gone and not published:
+    if target in was and was[target].emptied and not published and discard_emptied(storage, target):
+        actions.append(Action("removed", target, finding=was[target]))
+    elif gone and not published:
         actions.append(Action("swept", target, ", ".join(sorted(gone)), was.get(target)))
     return actions

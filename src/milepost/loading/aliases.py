@@ -12,7 +12,7 @@ import torch
 from milepost.format.index import Tensors
 from milepost.format.tree import Node, paths_of
 from milepost.loading.template import Fill, copy_into
-from milepost.state.decode import tensor_over
+from milepost.state.decode import dtype_of, tensor_over
 from milepost.state.memory import is_dense, reach
 
 __all__ = ["hold_together", "raw_bytes", "sharing_misfits"]
@@ -82,6 +82,10 @@ def _agree(first: Fill, later: Fill, tensors: Tensors, same_bytes: Callable[[int
     if (first.pieces or later.pieces) and first.parts() != later.parts():
         return False
     distance = later.target.data_ptr() - first.target.data_ptr()
+    if (_converted(first, tensors) or _converted(later, tensors)) and (
+        distance or first.target.dtype != later.target.dtype or tensors.dtype[a] != tensors.dtype[b]
+    ):
+        return False
     as_saved = (
         tensors.record[a] == tensors.record[b]
         and tensors.byte_offset[b] - tensors.byte_offset[a] == distance
@@ -104,6 +108,11 @@ def _turned(fill: Fill, tensors: Tensors) -> tuple[bool, bool]:
         fill.target.is_conj() != (fill.number in tensors.conj),
         fill.target.is_neg() != (fill.number in tensors.neg),
     )
+
+
+def _converted(fill: Fill, tensors: Tensors) -> bool:
+    """Whether the target has another dtype than what was saved for it."""
+    return fill.target.dtype != dtype_of(tensors.dtype[fill.number])
 
 
 def _has_steps(tensor: torch.Tensor, stride: Sequence[int]) -> bool:

@@ -173,7 +173,9 @@ def _memory(length: int) -> torch.UntypedStorage:
 def relocation(map_location: Any) -> Relocate:
     """A function that moves a storage from the CPU to where `map_location` says, as ``torch.load`` does."""
 
-    def move(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    def move(
+        storage: torch.UntypedStorage, location: str, what: str = "tensors were saved on"
+    ) -> torch.UntypedStorage:
         device = torch.device(location)
         if device.type == "cpu":
             return storage
@@ -183,7 +185,7 @@ def relocation(map_location: Any) -> Relocate:
             )
         except Exception as error:  # torch may look for a module of the device's name
             raise ConfigError(
-                f"tensors were saved on {location}, which is not here: {first_line(error)}",
+                f"{what} {location}, which is not available here: {first_line(error)}",
                 hint='pass default_map_location="cpu" to load, or map_location="cpu" to read',
             ) from error
         return moved
@@ -195,7 +197,7 @@ def relocation(map_location: Any) -> Relocate:
             torch.device(map_location)
         except RuntimeError as error:
             raise ConfigError(f"map_location: {str(error).splitlines()[0]}") from error
-        return lambda storage, _: move(storage, str(map_location))
+        return lambda storage, _: move(storage, str(map_location), "map_location is")
     if isinstance(map_location, dict):
         return lambda storage, location: move(storage, str(map_location.get(location, location)))
     if not callable(map_location):

@@ -51,7 +51,7 @@ class ReadPlan:
     def _add_global(self, fill: Fill) -> None:
         number, target = fill.number - self._lookup.first, fill.target
         root = self._lookup.shards.alias[number]
-        place = (target.data_ptr(), target.shape, target.stride(), fill.pieces, root)
+        place = (target.data_ptr(), target.dtype, target.shape, target.stride(), fill.pieces, root)
         if target.numel() and place in self._seen:
             return
         self._seen.add(place)

@@ -1,4 +1,4 @@
-"""Keys that were renamed since a checkpoint was saved, and keys that it need not have. Torch-free."""
+"""What a load may change: renamed keys, keys that need not be saved, dtypes. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ __all__ = ["Names", "nodes_by_path"]
 
 
 class Names:
-    """What a load is told of names.
+    """What a load may do where template and checkpoint differ.
 
     Args:
         rename: From the path that a value had when it was saved to the one it has in the template, such as
             ``{"model.encoder.*": "model.backbone.*"}``. One ``*`` in each of both stands for the same text.
             What was not saved under the old name is looked for under the new one.
         allow_missing: Patterns of paths that need not have been saved, as for `matcher`.
+        cast: Convert saved values to the dtypes of the template.
 
     Raises:
         ConfigError: A pattern is malformed.
     """
 
-    def __init__(self, rename: Any = None, allow_missing: Any = ()) -> None:
+    def __init__(self, rename: Any = None, allow_missing: Any = (), *, cast: bool = False) -> None:
         rename = {} if rename is None else rename
         if not isinstance(rename, Mapping) or not all(
             isinstance(old, str) and isinstance(new, str) and old.count("*") == new.count("*") <= 1
@@ -43,6 +44,7 @@ class Names:
         self.renames = {new: old for old, new in rename.items()}
         if len(self.renames) != len(rename):
             raise ConfigError(f"rename gives two saved paths one new name: {rename!r}")
+        self.cast = cast
         self._unused = dict(self.renames)
         self._allowed = list(allow_missing)
         self._allows = matcher(self._allowed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,10 @@ from milepost.utils import is_dtensor
 
 __all__ = ["Fill", "Match", "Put", "copy_into", "match"]
 
+_META = (
+    "a meta tensor in the template (first call model.to_empty(device=...); or load without a template, then "
+    "model.load_state_dict(..., assign=True))"
+)
 _WRITEABLE = "a numpy array that can be written to"
 _LISTS = {"list": list, "tuple": tuple}
 _NUMBERS = {"int", "float", "bool", "none", "scalar"}
@@ -80,6 +85,7 @@ class Match:
         puts: The values to put into containers, in this order.
         missing: Topmost paths of the template that were not saved.
         unexpected: Topmost saved paths that the template lacks.
+        sections: Those of them that are a whole part of the saved state: top-level values but tensors.
         misfits: One sentence for each value that does not fit; with any, nothing may be written.
         allowed: Topmost paths that were not saved, and that need not have been.
         renamed: The saved path and the template's, for each value that was renamed.
@@ -90,6 +96,7 @@ class Match:
     puts: list[Put] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    sections: set[str] = field(default_factory=set)
     misfits: list[str] = field(default_factory=list)
     allowed: list[str] = field(default_factory=list)
     renamed: list[tuple[str, str]] = field(default_factory=list)
@@ -154,6 +161,8 @@ class _Matcher:
             self._saved = nodes_by_path(node)
         self._value(template, node, ())
         self._match.unexpected = self._names.left_over(self._unexpected, self._match.renamed)
+        tops = ((path, node) for path, node in self._unexpected if len(path) == 1)
+        self._match.sections = {path_text(path) for path, node in tops if node[0] != "tensor"}
         self._match.unused = self._names.unused()
         return self._match
 
@@ -272,9 +281,11 @@ class _Matcher:
         else:
             return self._misfit(path, _kind(target), "a tensor")
         dtype, shape = dtype_of(columns.dtype[number]), columns.shape[number]
-        if destination.layout is not torch.strided or (not destination.is_cpu and destination.is_meta):
+        if not destination.is_cpu and destination.is_meta:
+            return self._misfit(path, "a tensor with memory to fill", _META)
+        if destination.layout is not torch.strided:
             return self._misfit(path, f"a dense tensor to fill, not {_kind(target)}", "a dense tensor")
-        if destination.dtype != dtype or list(destination.shape) != shape:
+        if not self._takes(destination.dtype, dtype) or list(destination.shape) != shape:
             return self._misfit(
                 path,
                 f"{destination.dtype} of shape {tuple(destination.shape)}",
@@ -291,7 +302,7 @@ class _Matcher:
     def _dtensor(self, target: Any, number: int, path: Path) -> Any:
         """This rank's part of a DTensor: it is filled with those parts of the saved tensor."""
         dtype, shape = dtype_of(self._tensors.dtype[number]), self._tensors.shape[number]
-        if target.dtype != dtype or list(target.shape) != shape:
+        if not self._takes(target.dtype, dtype) or list(target.shape) != shape:
             return self._misfit(
                 path,
                 f"a DTensor of {target.dtype} of shape {tuple(target.shape)}",
@@ -302,13 +313,18 @@ class _Matcher:
         except StateError as error:
             return self._misfit(path, f"a DTensor that can be filled: {error.message}", "a tensor")
         local = local_of(target).detach()
-        if local.layout is not torch.strided or local.is_meta or _lacks_memory(local):
+        if local.is_meta:
+            return self._misfit(path, "a tensor with memory to fill", _META)
+        if local.layout is not torch.strided or _lacks_memory(local):
             return self._misfit(path, f"a dense tensor to fill, not {_kind(local)}", "a dense tensor")
         fill = Fill(local, number, pieces)
         if _overlaps(local) and not self._folds(fill):
             return self._folded(path, local, "a tensor whose parts do not agree there")
         self._match.fills.append(fill)
         return _KEEP
+
+    def _takes(self, wanted: torch.dtype, saved: torch.dtype) -> bool:
+        return wanted == saved or (self._names.cast and _converts(saved, wanted))
 
     def _folded(self, path: Path, target: torch.Tensor, found: str) -> Any:
         return self._misfit(path, f"elements that share memory (strides {tuple(target.stride())})", found)
@@ -332,6 +348,18 @@ class _Matcher:
         if fits and isinstance(value, torch.Tensor):
             fits = _outline(value) == _outline(target)
         return value if fits else self._misfit(path, _kind(target), _kind(value))
+
+
+@cache
+def _converts(saved: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether torch can copy values of one dtype into the other without dropping their imaginary parts."""
+    if saved.is_complex and not wanted.is_complex:
+        return False
+    try:
+        torch.zeros(1, dtype=wanted, device="cpu").copy_(torch.zeros(1, dtype=saved, device="cpu"))
+    except RuntimeError:  # torch has no such copy, or cannot even make such a tensor
+        return False
+    return True
 
 
 def _lacks_memory(tensor: torch.Tensor) -> bool:
@@ -409,7 +437,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy between tensors of one shape; those of the source must agree where the target's share memory."""
+    """Copy between tensors of one shape; dtypes are converted.
+
+    Elements of the source must agree where elements of the target share memory.
+    """
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
         for dim, (n, step) in enumerate(zip(target.shape, target.stride(), strict=True)):
             if step == 0 and n > 1:
@@ -417,6 +448,7 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
         if not _overlaps(target):
             target.copy_(source)
             return
+        source = source.to(target.dtype)
         places = torch.zeros(1, dtype=torch.int64, device="cpu")
         for n, step in zip(target.shape, target.stride(), strict=True):
             places = (places[:, None] + torch.arange(n, device="cpu") * step).reshape(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,19 @@ _Partition = tuple[list[int], list[int], list[int]]
 _memmove = ctypes.memmove
 
 _NUMPY_KINDS = set(map(np.dtype, ARRAY_DTYPES))
+
+_CONVERT = "convert it to plain values and tensors, such as vars(value), dict(value) or int(value)"
+_CONVERSIONS = (
+    ("state_dict", "value.state_dict()"),
+    ("_asdict", "value._asdict()"),
+    ("isoformat", "value.isoformat()"),
+    ("__members__", "value.value"),
+    ("__fspath__", "str(value)"),
+    ("keys", "dict(value)"),
+    ("isdisjoint", "set(value)"),
+    ("__getitem__", "list(value)"),
+)
+"""What to save in place of a value whose class has a method."""
 
 
 class _Plan(Plan):
@@ -243,7 +257,9 @@ class StateEncoder:
         try:
             tree = self._encoder.encode(state_dict)
         except UnencodableError as error:
-            raise UnsupportedTypeError(str(error), key=path_text(error.path) or None) from None
+            raise UnsupportedTypeError(
+                str(error), key=path_text(error.path) or None, hint=error.hint
+            ) from None
         finally:
             self._walk = _Walk()
         self._replicated.end(member.path for member in walk.members)
@@ -361,11 +377,12 @@ class StateEncoder:
         except StateError as error:
             raise error.located(key=path_text(path)) from None
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # torch's own reason is advice, and it helps for few types.
+            is_advice = isinstance(error, UnpicklingError)
+            reason = "" if is_advice else f": {(str(error) or type(error).__name__).splitlines()[0]}"
+            hint = next((f"save {way}" for name, way in _CONVERSIONS if hasattr(kind, name)), _CONVERT)
             raise UnencodableError(
-                f"a value has type {name}, which could not be read back safely: {reason}; convert it to "
-                "plain values and tensors (for instance with its state_dict() method, dict() or int())",
-                path,
+                f"a value has type {name}, which could not be read back safely{reason}", path, hint
             ) from error
         return walk.add_object(value, "object", data, name)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,7 @@ from milepost.storage import Folder, Storage
 __all__ = [
     "Hidden",
     "absolute_path",
+    "given_path",
     "names_of",
     "open_if_there",
     "opened",
@@ -45,9 +47,29 @@ class Hidden(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------------------- names
 
 
-def absolute_path(
-    path: str | os.PathLike[str], error: type[TargetError | CheckpointNotFoundError] = TargetError
-) -> str:
+_PathError = type[TargetError | CheckpointNotFoundError]
+
+
+def given_path(path: str | os.PathLike[str], error: _PathError = TargetError) -> str:
+    """The text of a path as a caller gave it. In an address, pathlib makes one slash of two: this undoes it.
+
+    Raises:
+        MilepostError: It is no path; of the class `error`.
+    """
+    given: object = path  # users give anything
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise error(
+            "this is no path of a checkpoint: "
+            + (reprlib.repr(text) if isinstance(text, str) else f"a value of type {type(given).__name__}"),
+            phase="check",
+            hint="the first argument of save and load is the path of a folder, a str or os.PathLike",
+        )
+    doubled = text.replace(":/", "://", 1)
+    return doubled if not isinstance(given, str) and _ADDRESS.fullmatch(doubled) else text
+
+
+def absolute_path(path: str | os.PathLike[str], error: _PathError = TargetError) -> str:
     """The absolute path of a checkpoint, or of a folder of checkpoints, that a user gave.
 
     Refuses an address such as ``s3://bucket/step`` and a ``~`` that nobody has expanded: they could be
@@ -56,14 +78,7 @@ def absolute_path(
     Raises:
         MilepostError: It is no such path; of the class `error`.
     """
-    given: object = path  # users give anything
-    text = os.fspath(given) if isinstance(given, str | os.PathLike) else ""
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise error(
-            f"this is no path of a checkpoint: {path!r}",
-            phase="check",
-            hint="give the path of a folder, as text",
-        )
+    text = given_path(path, error)
     try:
         absolute = os.path.abspath(text)
     except FileNotFoundError:
@@ -73,8 +88,7 @@ def absolute_path(
             phase="check",
             hint="give an absolute path",
         ) from None
-    # pathlib makes one slash of two
-    address = _ADDRESS.fullmatch(text if isinstance(given, str) else text.replace(":/", "://", 1))
+    address = _ADDRESS.fullmatch(text)
     if address is not None:
         what, way_out = "an address", "the path of a folder, such as one where that storage is mounted"
         if address[1].lower() == "file":

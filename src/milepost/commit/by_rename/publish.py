@@ -171,7 +171,8 @@ def _check_parents(storage: Storage, path: str) -> None:
             f"no checkpoint can be made here, as the folder above is not writable: {above}",
             path=path,
             phase="check",
-            hint="check its permissions, or save to another path",
+            hint="check its permissions and whether its file system is mounted read-only, or save to "
+            "another path",
         )
 
 

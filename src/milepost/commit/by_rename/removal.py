@@ -11,7 +11,7 @@ from milepost.errors import EntryNotFoundError, StorageError
 from milepost.format.names import MANIFEST_NAME, NOTE_NAME, index_rank, is_aborted, is_own
 from milepost.storage import Lock, Storage
 
-__all__ = ["remove_file", "remove_if_empty", "remove_tree", "sweep"]
+__all__ = ["remove_entry", "remove_file", "remove_if_empty", "remove_tree", "sweep"]
 
 _ROUNDS = 5
 _NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
@@ -43,7 +43,7 @@ def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) 
         names = [name for name in names_of(storage, path) or () if name != NOTE_NAME]
         names = [name for name in names if not (word and is_aborted([name]))]
         for name in sorted(names, key=_removal_order):
-            _remove_entry(storage, os.path.join(path, name))
+            remove_entry(storage, os.path.join(path, name))
         if not names:
             break
     else:
@@ -55,7 +55,7 @@ def remove_tree(storage: Storage, path: str, lock: Lock, *, word: bool = False) 
         )
     if word:
         return
-    _remove_entry(storage, os.path.join(path, NOTE_NAME))
+    remove_entry(storage, os.path.join(path, NOTE_NAME))
     lock.release()  # before the folder goes: NFS and FUSE keep a removed file that is open in it
     remove_if_empty(storage, path)
 
@@ -68,13 +68,14 @@ def _removal_order(name: str) -> int:
     return 3 if name.startswith("abort") else 2
 
 
-def _remove_entry(storage: Storage, path: str) -> None:
+def remove_entry(storage: Storage, path: str) -> None:
+    """Remove a file, or a folder with everything in it; it may be gone already."""
     found = storage.stat(path)
     if found is None:
         return
     if found.kind == "folder":
         for name in names_of(storage, path) or ():
-            _remove_entry(storage, os.path.join(path, name))
+            remove_entry(storage, os.path.join(path, name))
     remove_file(storage, path)
 
 
