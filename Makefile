@@ -109,7 +109,7 @@ $(VENV)/bench.stamp $(VENV)/dist.stamp $(VENV)/docs.stamp: $(VENV)/%.stamp: $(ST
 	bash tools/install.sh "$(VENV)" $*
 	@touch $@
 
-bench: $(VENV)/bench.stamp ## benchmarks against the peers, about 17 minutes (NAME="gpt2 lost": these, --list names all)
+bench: $(VENV)/bench.stamp ## benchmarks against the peers, about 10 minutes (NAME="gpt2 lost": these, --list names all)
 	$(BIN)/python benchmarks/run.py $(NAME) $(BENCH_ARGS)
 
 bench-full: $(VENV)/bench.stamp ## all of them, into docs/benchmarks and README; run again, it goes on where it ended
