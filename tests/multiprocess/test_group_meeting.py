@@ -219,7 +219,7 @@ def test_a_group_that_goes_before_its_ranks_know_each_other_is_told_at_once(job,
     """
     ends = job(program, tmp_path / "run")
     assert_done(ends)
-    assert "RAISED CommitError the process group has gone before all its ranks" in ends[0][0], ends[0][0]
+    assert "RAISED CommitError the process group ended before all its ranks" in ends[0][0], ends[0][0]
 
 
 def test_ranks_that_do_not_save_are_named(job, tmp_path):
