@@ -213,9 +213,7 @@ def test_a_rank_that_is_late_in_the_middle_of_a_load_does_not_slip_into_the_next
 
     thread = threading.Thread(target=rank_0)
     thread.start()
-    with pytest.raises(
-        PeerLoadError, match="rank 1 could not load: it did not call load within 1 seconds"
-    ):
+    with pytest.raises(PeerLoadError, match="rank 1 could not load: it did not call load within 1 seconds"):
         load(1, lambda: store.wait([f"milepost/{starts[0].id}/load/2/0/0"]))  # rank 0 is at its next load
     load(1, lambda: None)
     thread.join()
@@ -336,9 +334,7 @@ def test_a_rank_that_never_comes_is_named(start, path, way, absent):
     for rank in range(WORLD):
         if rank != absent:
             assert isinstance(results[rank].error, PeerLoadError), results[rank].error
-            assert f"rank {absent} could not load: it did not call load within 3" in str(
-                results[rank].error
-            )
+            assert f"rank {absent} could not load: it did not call load within 3" in str(results[rank].error)
             assert results[rank].error.rank == absent
     assert untouched(results)
 
