@@ -35,7 +35,7 @@ def problem(check, *arguments):
 
 
 def judge(scenario, disk, path):
-    """What loads from a disk, and what is wrong with the user's files, and with a new save, which tidies up."""
+    """What loads from a disk, what is wrong with the user's files, and what with a new save."""
     found = []
 
     def save():

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(launcher, folder, name, *arguments, ranks=0):
     """Run an example as a script of its own, or on so many ranks as torchrun does; what it printed."""
     script = str(ROOT / "examples" / name)
-    code = f"import runpy, sys; sys.argv = {[script, *arguments]!r}; runpy.run_path({script!r}, None, '__main__')"
+    code = f"import runpy, sys; sys.argv = {[script, *arguments]!r}"
+    code += f"; runpy.run_path({script!r}, None, '__main__')"
     if ranks:
         job = launcher.start(folder, run_program, code, world=ranks)
         assert job.wait() == [None] * ranks, job.logs()
