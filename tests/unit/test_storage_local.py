@@ -52,6 +52,9 @@ def test_direct_files_have_their_exact_size(tmp_path, size):
     assert (tmp_path / "f").read_bytes() == data
 
 
+needs_direct = pytest.mark.skipif(not syscalls.O_DIRECT, reason="this system has no O_DIRECT")
+
+
 def test_direct_writes_are_direct(tmp_path):
     """Where the file system allows it, what was written is not in the page cache."""
     file = STORAGE.create(f"{tmp_path}/f", direct=True)
@@ -67,6 +70,7 @@ def test_direct_writes_are_direct(tmp_path):
     opened.close()
 
 
+@needs_direct
 def test_a_refused_write_goes_on_buffered(tmp_path, monkeypatch):
     """Direct I/O refused in the middle of a file costs speed, nothing else."""
     data = os.urandom(3 * 4096 + 5)
@@ -205,6 +209,7 @@ def test_create_follows_no_link(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
+@needs_direct
 def test_a_failure_to_go_direct_leaves_nothing(tmp_path, monkeypatch):
     """An unexpected error on the way to direct I/O is raised, and the new file removed."""
     monkeypatch.setattr(fcntl, "fcntl", failing(errno.EIO))
