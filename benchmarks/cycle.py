@@ -181,7 +181,7 @@ class Cycle:
 
     @contextmanager
     def _trainer(
-        self, to_load: str = "", meanwhile: Callable[[], object] = bool, **how: Any
+        self, to_load: str = "", meanwhile: Callable[[], object] = lambda: None, **how: Any
     ) -> Iterator[Worker]:
         """A new process with a state of its own, to save, or to load what is in a folder; killed at the end.
 

@@ -19,14 +19,12 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import torch
-import torch.distributed as dist
 from harness import MIB, Bar, Group, Row, in_worker, peak_private_bytes
 
 from milepost.checkpoint_reader import CheckpointReader
@@ -43,8 +41,9 @@ from milepost.storage import default_storage
 from milepost.testing.faults import FaultyStorage
 from milepost.types import RankInfo
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where the storage in memory lives
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where the helpers of the tests live
 from support.disks import MemoryStorage
+from support.ranks import as_rank
 
 TENSORS = 1024
 REAL_SHAPES = [(n,) for n in (1, 2, 3)] + [(a, b) for a in (1, 2, 3) for b in (2, 4, 8)]
@@ -56,20 +55,6 @@ def local_shape(number: int, variant: str) -> tuple[int, ...]:
     if variant == "worst":
         return (1 + number % 32, 1 + number // 32)
     return REAL_SHAPES[number % len(REAL_SHAPES)]
-
-
-@contextmanager
-def as_rank(rank: int, size: int) -> Iterator[None]:
-    """Be a rank of a world of this size."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
 
 
 def sharded_state(size: int, variant: str, factor: int = 1) -> dict[str, dict[str, torch.Tensor]]:

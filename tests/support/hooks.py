@@ -17,7 +17,7 @@ from milepost.testing import MUTATIONS, FaultyStorage
 class Gate:
     """Holds a save in pre_commit until `open` is called, and tells when one has come there.
 
-    It works across processes, by two FIFOs; whoever writes to them may come first.
+    It works across processes, by two FIFOs. Writer and reader may open them in either order.
     """
 
     def __init__(self, folder):

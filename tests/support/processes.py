@@ -104,7 +104,7 @@ def descriptors() -> int:
 
 
 def free_port():
-    """A port at which nobody listens, none of those that the system gives to whoever wants any."""
+    """A port at which nobody listens. The system does not give it to a process that asks for any port."""
     while True:
         port = random.SystemRandom().randrange(15_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
